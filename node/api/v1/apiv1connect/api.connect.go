@@ -123,56 +123,56 @@ const (
 // ControlClient is a client for the coppice.api.v1.Control service.
 type ControlClient interface {
 	// ---- the cluster and its nodes
-	Token(context.Context, *connect.Request[v1.TokenRequest]) (*connect.Response[v1.TokenResponse], error)
-	RevokeToken(context.Context, *connect.Request[v1.RevokeTokenRequest]) (*connect.Response[v1.RevokeTokenResponse], error)
-	Nodes(context.Context, *connect.Request[v1.NodesRequest]) (*connect.Response[v1.NodesResponse], error)
-	Status(context.Context, *connect.Request[v1.StatusRequest]) (*connect.Response[v1.StatusResponse], error)
-	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
+	Token(context.Context, *v1.TokenRequest) (*v1.TokenResponse, error)
+	RevokeToken(context.Context, *v1.RevokeTokenRequest) (*v1.RevokeTokenResponse, error)
+	Nodes(context.Context, *v1.NodesRequest) (*v1.NodesResponse, error)
+	Status(context.Context, *v1.StatusRequest) (*v1.StatusResponse, error)
+	Doctor(context.Context, *v1.DoctorRequest) (*v1.DoctorResponse, error)
 	// Drain moves every component away from a node with its state; one message per step, the last with done set.
-	Drain(context.Context, *connect.Request[v1.DrainRequest]) (*connect.ServerStreamForClient[v1.DrainUpdate], error)
+	Drain(context.Context, *v1.DrainRequest) (*connect.ServerStreamForClient[v1.DrainUpdate], error)
 	// Leave drains the node that answers, says goodbye and stops it.
-	Leave(context.Context, *connect.Request[v1.LeaveRequest]) (*connect.ServerStreamForClient[v1.DrainUpdate], error)
+	Leave(context.Context, *v1.LeaveRequest) (*connect.ServerStreamForClient[v1.DrainUpdate], error)
 	// Down stops the node that answers, or with all the whole cluster: paused is committed, final checkpoints are taken.
-	Down(context.Context, *connect.Request[v1.DownRequest]) (*connect.Response[v1.DownResponse], error)
-	Revoke(context.Context, *connect.Request[v1.RevokeRequest]) (*connect.Response[v1.RevokeResponse], error)
-	Readmit(context.Context, *connect.Request[v1.ReadmitRequest]) (*connect.Response[v1.ReadmitResponse], error)
+	Down(context.Context, *v1.DownRequest) (*v1.DownResponse, error)
+	Revoke(context.Context, *v1.RevokeRequest) (*v1.RevokeResponse, error)
+	Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error)
 	// ---- artifacts
 	// RegistryPush: one header, then the files' bytes in order.
-	RegistryPush(context.Context) *connect.ClientStreamForClient[v1.RegistryPushRequest, v1.RegistryPushResponse]
-	RegistryList(context.Context, *connect.Request[v1.RegistryListRequest]) (*connect.Response[v1.RegistryListResponse], error)
-	RegistryShow(context.Context, *connect.Request[v1.RegistryShowRequest]) (*connect.Response[v1.RegistryShowResponse], error)
+	RegistryPush(context.Context) (*connect.ClientStreamForClientSimple[v1.RegistryPushRequest, v1.RegistryPushResponse], error)
+	RegistryList(context.Context, *v1.RegistryListRequest) (*v1.RegistryListResponse, error)
+	RegistryShow(context.Context, *v1.RegistryShowRequest) (*v1.RegistryShowResponse, error)
 	// ---- applications
-	Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error)
+	Plan(context.Context, *v1.PlanRequest) (*v1.PlanResponse, error)
 	// Deploy: the first message when the desired state is committed; with wait one each time what is waited for changes; the last
 	// has done set.
-	Deploy(context.Context, *connect.Request[v1.DeployRequest]) (*connect.ServerStreamForClient[v1.DeployUpdate], error)
-	Remove(context.Context, *connect.Request[v1.RemoveRequest]) (*connect.Response[v1.RemoveResponse], error)
-	Apps(context.Context, *connect.Request[v1.AppsRequest]) (*connect.Response[v1.AppsResponse], error)
-	Ps(context.Context, *connect.Request[v1.PsRequest]) (*connect.Response[v1.PsResponse], error)
+	Deploy(context.Context, *v1.DeployRequest) (*connect.ServerStreamForClient[v1.DeployUpdate], error)
+	Remove(context.Context, *v1.RemoveRequest) (*v1.RemoveResponse, error)
+	Apps(context.Context, *v1.AppsRequest) (*v1.AppsResponse, error)
+	Ps(context.Context, *v1.PsRequest) (*v1.PsResponse, error)
 	// ---- one component and its membrane
-	Inspect(context.Context, *connect.Request[v1.InspectRequest]) (*connect.Response[v1.InspectResponse], error)
-	Attr(context.Context, *connect.Request[v1.AttrRequest]) (*connect.Response[v1.AttrResponse], error)
-	Bind(context.Context, *connect.Request[v1.BindRequest]) (*connect.Response[v1.BindResponse], error)
-	Unbind(context.Context, *connect.Request[v1.UnbindRequest]) (*connect.Response[v1.BindResponse], error)
-	Start(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error)
-	Stop(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error)
-	Freeze(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error)
-	Thaw(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error)
-	Swap(context.Context, *connect.Request[v1.SwapRequest]) (*connect.Response[v1.ReplaceResponse], error)
-	Undo(context.Context, *connect.Request[v1.UndoRequest]) (*connect.Response[v1.ReplaceResponse], error)
-	Move(context.Context, *connect.Request[v1.MoveRequest]) (*connect.Response[v1.ReplaceResponse], error)
-	Unpin(context.Context, *connect.Request[v1.UnpinRequest]) (*connect.Response[v1.UnpinResponse], error)
-	Checkpoint(context.Context, *connect.Request[v1.CheckpointRequest]) (*connect.Response[v1.CheckpointResponse], error)
-	Call(context.Context, *connect.Request[v1.CallRequest]) (*connect.Response[v1.CallResponse], error)
-	Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error)
+	Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error)
+	Attr(context.Context, *v1.AttrRequest) (*v1.AttrResponse, error)
+	Bind(context.Context, *v1.BindRequest) (*v1.BindResponse, error)
+	Unbind(context.Context, *v1.UnbindRequest) (*v1.BindResponse, error)
+	Start(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error)
+	Stop(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error)
+	Freeze(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error)
+	Thaw(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error)
+	Swap(context.Context, *v1.SwapRequest) (*v1.ReplaceResponse, error)
+	Undo(context.Context, *v1.UndoRequest) (*v1.ReplaceResponse, error)
+	Move(context.Context, *v1.MoveRequest) (*v1.ReplaceResponse, error)
+	Unpin(context.Context, *v1.UnpinRequest) (*v1.UnpinResponse, error)
+	Checkpoint(context.Context, *v1.CheckpointRequest) (*v1.CheckpointResponse, error)
+	Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error)
+	Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error)
 	// ---- what is known
 	// Logs: what is kept, oldest first, then with follow what is written until the client goes.
-	Logs(context.Context, *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogLine], error)
+	Logs(context.Context, *v1.LogsRequest) (*connect.ServerStreamForClient[v1.LogLine], error)
 	// Events below a channel: the retained ones, oldest first, then with follow the new ones.
-	Events(context.Context, *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.Event], error)
-	Query(context.Context, *connect.Request[v1.QueryRequest]) (*connect.Response[v1.QueryResponse], error)
-	DhtClosest(context.Context, *connect.Request[v1.DhtClosestRequest]) (*connect.Response[v1.DhtClosestResponse], error)
-	DhtGet(context.Context, *connect.Request[v1.DhtGetRequest]) (*connect.Response[v1.DhtGetResponse], error)
+	Events(context.Context, *v1.EventsRequest) (*connect.ServerStreamForClient[v1.Event], error)
+	Query(context.Context, *v1.QueryRequest) (*v1.QueryResponse, error)
+	DhtClosest(context.Context, *v1.DhtClosestRequest) (*v1.DhtClosestResponse, error)
+	DhtGet(context.Context, *v1.DhtGetRequest) (*v1.DhtGetResponse, error)
 }
 
 // NewControlClient constructs a client for the coppice.api.v1.Control service. By default, it uses
@@ -475,248 +475,376 @@ type controlClient struct {
 }
 
 // Token calls coppice.api.v1.Control.Token.
-func (c *controlClient) Token(ctx context.Context, req *connect.Request[v1.TokenRequest]) (*connect.Response[v1.TokenResponse], error) {
-	return c.token.CallUnary(ctx, req)
+func (c *controlClient) Token(ctx context.Context, req *v1.TokenRequest) (*v1.TokenResponse, error) {
+	response, err := c.token.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // RevokeToken calls coppice.api.v1.Control.RevokeToken.
-func (c *controlClient) RevokeToken(ctx context.Context, req *connect.Request[v1.RevokeTokenRequest]) (*connect.Response[v1.RevokeTokenResponse], error) {
-	return c.revokeToken.CallUnary(ctx, req)
+func (c *controlClient) RevokeToken(ctx context.Context, req *v1.RevokeTokenRequest) (*v1.RevokeTokenResponse, error) {
+	response, err := c.revokeToken.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Nodes calls coppice.api.v1.Control.Nodes.
-func (c *controlClient) Nodes(ctx context.Context, req *connect.Request[v1.NodesRequest]) (*connect.Response[v1.NodesResponse], error) {
-	return c.nodes.CallUnary(ctx, req)
+func (c *controlClient) Nodes(ctx context.Context, req *v1.NodesRequest) (*v1.NodesResponse, error) {
+	response, err := c.nodes.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Status calls coppice.api.v1.Control.Status.
-func (c *controlClient) Status(ctx context.Context, req *connect.Request[v1.StatusRequest]) (*connect.Response[v1.StatusResponse], error) {
-	return c.status.CallUnary(ctx, req)
+func (c *controlClient) Status(ctx context.Context, req *v1.StatusRequest) (*v1.StatusResponse, error) {
+	response, err := c.status.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Doctor calls coppice.api.v1.Control.Doctor.
-func (c *controlClient) Doctor(ctx context.Context, req *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error) {
-	return c.doctor.CallUnary(ctx, req)
+func (c *controlClient) Doctor(ctx context.Context, req *v1.DoctorRequest) (*v1.DoctorResponse, error) {
+	response, err := c.doctor.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Drain calls coppice.api.v1.Control.Drain.
-func (c *controlClient) Drain(ctx context.Context, req *connect.Request[v1.DrainRequest]) (*connect.ServerStreamForClient[v1.DrainUpdate], error) {
-	return c.drain.CallServerStream(ctx, req)
+func (c *controlClient) Drain(ctx context.Context, req *v1.DrainRequest) (*connect.ServerStreamForClient[v1.DrainUpdate], error) {
+	return c.drain.CallServerStream(ctx, connect.NewRequest(req))
 }
 
 // Leave calls coppice.api.v1.Control.Leave.
-func (c *controlClient) Leave(ctx context.Context, req *connect.Request[v1.LeaveRequest]) (*connect.ServerStreamForClient[v1.DrainUpdate], error) {
-	return c.leave.CallServerStream(ctx, req)
+func (c *controlClient) Leave(ctx context.Context, req *v1.LeaveRequest) (*connect.ServerStreamForClient[v1.DrainUpdate], error) {
+	return c.leave.CallServerStream(ctx, connect.NewRequest(req))
 }
 
 // Down calls coppice.api.v1.Control.Down.
-func (c *controlClient) Down(ctx context.Context, req *connect.Request[v1.DownRequest]) (*connect.Response[v1.DownResponse], error) {
-	return c.down.CallUnary(ctx, req)
+func (c *controlClient) Down(ctx context.Context, req *v1.DownRequest) (*v1.DownResponse, error) {
+	response, err := c.down.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Revoke calls coppice.api.v1.Control.Revoke.
-func (c *controlClient) Revoke(ctx context.Context, req *connect.Request[v1.RevokeRequest]) (*connect.Response[v1.RevokeResponse], error) {
-	return c.revoke.CallUnary(ctx, req)
+func (c *controlClient) Revoke(ctx context.Context, req *v1.RevokeRequest) (*v1.RevokeResponse, error) {
+	response, err := c.revoke.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Readmit calls coppice.api.v1.Control.Readmit.
-func (c *controlClient) Readmit(ctx context.Context, req *connect.Request[v1.ReadmitRequest]) (*connect.Response[v1.ReadmitResponse], error) {
-	return c.readmit.CallUnary(ctx, req)
+func (c *controlClient) Readmit(ctx context.Context, req *v1.ReadmitRequest) (*v1.ReadmitResponse, error) {
+	response, err := c.readmit.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // RegistryPush calls coppice.api.v1.Control.RegistryPush.
-func (c *controlClient) RegistryPush(ctx context.Context) *connect.ClientStreamForClient[v1.RegistryPushRequest, v1.RegistryPushResponse] {
-	return c.registryPush.CallClientStream(ctx)
+func (c *controlClient) RegistryPush(ctx context.Context) (*connect.ClientStreamForClientSimple[v1.RegistryPushRequest, v1.RegistryPushResponse], error) {
+	return c.registryPush.CallClientStreamSimple(ctx)
 }
 
 // RegistryList calls coppice.api.v1.Control.RegistryList.
-func (c *controlClient) RegistryList(ctx context.Context, req *connect.Request[v1.RegistryListRequest]) (*connect.Response[v1.RegistryListResponse], error) {
-	return c.registryList.CallUnary(ctx, req)
+func (c *controlClient) RegistryList(ctx context.Context, req *v1.RegistryListRequest) (*v1.RegistryListResponse, error) {
+	response, err := c.registryList.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // RegistryShow calls coppice.api.v1.Control.RegistryShow.
-func (c *controlClient) RegistryShow(ctx context.Context, req *connect.Request[v1.RegistryShowRequest]) (*connect.Response[v1.RegistryShowResponse], error) {
-	return c.registryShow.CallUnary(ctx, req)
+func (c *controlClient) RegistryShow(ctx context.Context, req *v1.RegistryShowRequest) (*v1.RegistryShowResponse, error) {
+	response, err := c.registryShow.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Plan calls coppice.api.v1.Control.Plan.
-func (c *controlClient) Plan(ctx context.Context, req *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error) {
-	return c.plan.CallUnary(ctx, req)
+func (c *controlClient) Plan(ctx context.Context, req *v1.PlanRequest) (*v1.PlanResponse, error) {
+	response, err := c.plan.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Deploy calls coppice.api.v1.Control.Deploy.
-func (c *controlClient) Deploy(ctx context.Context, req *connect.Request[v1.DeployRequest]) (*connect.ServerStreamForClient[v1.DeployUpdate], error) {
-	return c.deploy.CallServerStream(ctx, req)
+func (c *controlClient) Deploy(ctx context.Context, req *v1.DeployRequest) (*connect.ServerStreamForClient[v1.DeployUpdate], error) {
+	return c.deploy.CallServerStream(ctx, connect.NewRequest(req))
 }
 
 // Remove calls coppice.api.v1.Control.Remove.
-func (c *controlClient) Remove(ctx context.Context, req *connect.Request[v1.RemoveRequest]) (*connect.Response[v1.RemoveResponse], error) {
-	return c.remove.CallUnary(ctx, req)
+func (c *controlClient) Remove(ctx context.Context, req *v1.RemoveRequest) (*v1.RemoveResponse, error) {
+	response, err := c.remove.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Apps calls coppice.api.v1.Control.Apps.
-func (c *controlClient) Apps(ctx context.Context, req *connect.Request[v1.AppsRequest]) (*connect.Response[v1.AppsResponse], error) {
-	return c.apps.CallUnary(ctx, req)
+func (c *controlClient) Apps(ctx context.Context, req *v1.AppsRequest) (*v1.AppsResponse, error) {
+	response, err := c.apps.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Ps calls coppice.api.v1.Control.Ps.
-func (c *controlClient) Ps(ctx context.Context, req *connect.Request[v1.PsRequest]) (*connect.Response[v1.PsResponse], error) {
-	return c.ps.CallUnary(ctx, req)
+func (c *controlClient) Ps(ctx context.Context, req *v1.PsRequest) (*v1.PsResponse, error) {
+	response, err := c.ps.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Inspect calls coppice.api.v1.Control.Inspect.
-func (c *controlClient) Inspect(ctx context.Context, req *connect.Request[v1.InspectRequest]) (*connect.Response[v1.InspectResponse], error) {
-	return c.inspect.CallUnary(ctx, req)
+func (c *controlClient) Inspect(ctx context.Context, req *v1.InspectRequest) (*v1.InspectResponse, error) {
+	response, err := c.inspect.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Attr calls coppice.api.v1.Control.Attr.
-func (c *controlClient) Attr(ctx context.Context, req *connect.Request[v1.AttrRequest]) (*connect.Response[v1.AttrResponse], error) {
-	return c.attr.CallUnary(ctx, req)
+func (c *controlClient) Attr(ctx context.Context, req *v1.AttrRequest) (*v1.AttrResponse, error) {
+	response, err := c.attr.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Bind calls coppice.api.v1.Control.Bind.
-func (c *controlClient) Bind(ctx context.Context, req *connect.Request[v1.BindRequest]) (*connect.Response[v1.BindResponse], error) {
-	return c.bind.CallUnary(ctx, req)
+func (c *controlClient) Bind(ctx context.Context, req *v1.BindRequest) (*v1.BindResponse, error) {
+	response, err := c.bind.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Unbind calls coppice.api.v1.Control.Unbind.
-func (c *controlClient) Unbind(ctx context.Context, req *connect.Request[v1.UnbindRequest]) (*connect.Response[v1.BindResponse], error) {
-	return c.unbind.CallUnary(ctx, req)
+func (c *controlClient) Unbind(ctx context.Context, req *v1.UnbindRequest) (*v1.BindResponse, error) {
+	response, err := c.unbind.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Start calls coppice.api.v1.Control.Start.
-func (c *controlClient) Start(ctx context.Context, req *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error) {
-	return c.start.CallUnary(ctx, req)
+func (c *controlClient) Start(ctx context.Context, req *v1.LifecycleRequest) (*v1.LifecycleResponse, error) {
+	response, err := c.start.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Stop calls coppice.api.v1.Control.Stop.
-func (c *controlClient) Stop(ctx context.Context, req *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error) {
-	return c.stop.CallUnary(ctx, req)
+func (c *controlClient) Stop(ctx context.Context, req *v1.LifecycleRequest) (*v1.LifecycleResponse, error) {
+	response, err := c.stop.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Freeze calls coppice.api.v1.Control.Freeze.
-func (c *controlClient) Freeze(ctx context.Context, req *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error) {
-	return c.freeze.CallUnary(ctx, req)
+func (c *controlClient) Freeze(ctx context.Context, req *v1.LifecycleRequest) (*v1.LifecycleResponse, error) {
+	response, err := c.freeze.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Thaw calls coppice.api.v1.Control.Thaw.
-func (c *controlClient) Thaw(ctx context.Context, req *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error) {
-	return c.thaw.CallUnary(ctx, req)
+func (c *controlClient) Thaw(ctx context.Context, req *v1.LifecycleRequest) (*v1.LifecycleResponse, error) {
+	response, err := c.thaw.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Swap calls coppice.api.v1.Control.Swap.
-func (c *controlClient) Swap(ctx context.Context, req *connect.Request[v1.SwapRequest]) (*connect.Response[v1.ReplaceResponse], error) {
-	return c.swap.CallUnary(ctx, req)
+func (c *controlClient) Swap(ctx context.Context, req *v1.SwapRequest) (*v1.ReplaceResponse, error) {
+	response, err := c.swap.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Undo calls coppice.api.v1.Control.Undo.
-func (c *controlClient) Undo(ctx context.Context, req *connect.Request[v1.UndoRequest]) (*connect.Response[v1.ReplaceResponse], error) {
-	return c.undo.CallUnary(ctx, req)
+func (c *controlClient) Undo(ctx context.Context, req *v1.UndoRequest) (*v1.ReplaceResponse, error) {
+	response, err := c.undo.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Move calls coppice.api.v1.Control.Move.
-func (c *controlClient) Move(ctx context.Context, req *connect.Request[v1.MoveRequest]) (*connect.Response[v1.ReplaceResponse], error) {
-	return c.move.CallUnary(ctx, req)
+func (c *controlClient) Move(ctx context.Context, req *v1.MoveRequest) (*v1.ReplaceResponse, error) {
+	response, err := c.move.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Unpin calls coppice.api.v1.Control.Unpin.
-func (c *controlClient) Unpin(ctx context.Context, req *connect.Request[v1.UnpinRequest]) (*connect.Response[v1.UnpinResponse], error) {
-	return c.unpin.CallUnary(ctx, req)
+func (c *controlClient) Unpin(ctx context.Context, req *v1.UnpinRequest) (*v1.UnpinResponse, error) {
+	response, err := c.unpin.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Checkpoint calls coppice.api.v1.Control.Checkpoint.
-func (c *controlClient) Checkpoint(ctx context.Context, req *connect.Request[v1.CheckpointRequest]) (*connect.Response[v1.CheckpointResponse], error) {
-	return c.checkpoint.CallUnary(ctx, req)
+func (c *controlClient) Checkpoint(ctx context.Context, req *v1.CheckpointRequest) (*v1.CheckpointResponse, error) {
+	response, err := c.checkpoint.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Call calls coppice.api.v1.Control.Call.
-func (c *controlClient) Call(ctx context.Context, req *connect.Request[v1.CallRequest]) (*connect.Response[v1.CallResponse], error) {
-	return c.call.CallUnary(ctx, req)
+func (c *controlClient) Call(ctx context.Context, req *v1.CallRequest) (*v1.CallResponse, error) {
+	response, err := c.call.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Why calls coppice.api.v1.Control.Why.
-func (c *controlClient) Why(ctx context.Context, req *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error) {
-	return c.why.CallUnary(ctx, req)
+func (c *controlClient) Why(ctx context.Context, req *v1.WhyRequest) (*v1.WhyResponse, error) {
+	response, err := c.why.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Logs calls coppice.api.v1.Control.Logs.
-func (c *controlClient) Logs(ctx context.Context, req *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogLine], error) {
-	return c.logs.CallServerStream(ctx, req)
+func (c *controlClient) Logs(ctx context.Context, req *v1.LogsRequest) (*connect.ServerStreamForClient[v1.LogLine], error) {
+	return c.logs.CallServerStream(ctx, connect.NewRequest(req))
 }
 
 // Events calls coppice.api.v1.Control.Events.
-func (c *controlClient) Events(ctx context.Context, req *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.Event], error) {
-	return c.events.CallServerStream(ctx, req)
+func (c *controlClient) Events(ctx context.Context, req *v1.EventsRequest) (*connect.ServerStreamForClient[v1.Event], error) {
+	return c.events.CallServerStream(ctx, connect.NewRequest(req))
 }
 
 // Query calls coppice.api.v1.Control.Query.
-func (c *controlClient) Query(ctx context.Context, req *connect.Request[v1.QueryRequest]) (*connect.Response[v1.QueryResponse], error) {
-	return c.query.CallUnary(ctx, req)
+func (c *controlClient) Query(ctx context.Context, req *v1.QueryRequest) (*v1.QueryResponse, error) {
+	response, err := c.query.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // DhtClosest calls coppice.api.v1.Control.DhtClosest.
-func (c *controlClient) DhtClosest(ctx context.Context, req *connect.Request[v1.DhtClosestRequest]) (*connect.Response[v1.DhtClosestResponse], error) {
-	return c.dhtClosest.CallUnary(ctx, req)
+func (c *controlClient) DhtClosest(ctx context.Context, req *v1.DhtClosestRequest) (*v1.DhtClosestResponse, error) {
+	response, err := c.dhtClosest.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // DhtGet calls coppice.api.v1.Control.DhtGet.
-func (c *controlClient) DhtGet(ctx context.Context, req *connect.Request[v1.DhtGetRequest]) (*connect.Response[v1.DhtGetResponse], error) {
-	return c.dhtGet.CallUnary(ctx, req)
+func (c *controlClient) DhtGet(ctx context.Context, req *v1.DhtGetRequest) (*v1.DhtGetResponse, error) {
+	response, err := c.dhtGet.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // ControlHandler is an implementation of the coppice.api.v1.Control service.
 type ControlHandler interface {
 	// ---- the cluster and its nodes
-	Token(context.Context, *connect.Request[v1.TokenRequest]) (*connect.Response[v1.TokenResponse], error)
-	RevokeToken(context.Context, *connect.Request[v1.RevokeTokenRequest]) (*connect.Response[v1.RevokeTokenResponse], error)
-	Nodes(context.Context, *connect.Request[v1.NodesRequest]) (*connect.Response[v1.NodesResponse], error)
-	Status(context.Context, *connect.Request[v1.StatusRequest]) (*connect.Response[v1.StatusResponse], error)
-	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
+	Token(context.Context, *v1.TokenRequest) (*v1.TokenResponse, error)
+	RevokeToken(context.Context, *v1.RevokeTokenRequest) (*v1.RevokeTokenResponse, error)
+	Nodes(context.Context, *v1.NodesRequest) (*v1.NodesResponse, error)
+	Status(context.Context, *v1.StatusRequest) (*v1.StatusResponse, error)
+	Doctor(context.Context, *v1.DoctorRequest) (*v1.DoctorResponse, error)
 	// Drain moves every component away from a node with its state; one message per step, the last with done set.
-	Drain(context.Context, *connect.Request[v1.DrainRequest], *connect.ServerStream[v1.DrainUpdate]) error
+	Drain(context.Context, *v1.DrainRequest, *connect.ServerStream[v1.DrainUpdate]) error
 	// Leave drains the node that answers, says goodbye and stops it.
-	Leave(context.Context, *connect.Request[v1.LeaveRequest], *connect.ServerStream[v1.DrainUpdate]) error
+	Leave(context.Context, *v1.LeaveRequest, *connect.ServerStream[v1.DrainUpdate]) error
 	// Down stops the node that answers, or with all the whole cluster: paused is committed, final checkpoints are taken.
-	Down(context.Context, *connect.Request[v1.DownRequest]) (*connect.Response[v1.DownResponse], error)
-	Revoke(context.Context, *connect.Request[v1.RevokeRequest]) (*connect.Response[v1.RevokeResponse], error)
-	Readmit(context.Context, *connect.Request[v1.ReadmitRequest]) (*connect.Response[v1.ReadmitResponse], error)
+	Down(context.Context, *v1.DownRequest) (*v1.DownResponse, error)
+	Revoke(context.Context, *v1.RevokeRequest) (*v1.RevokeResponse, error)
+	Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error)
 	// ---- artifacts
 	// RegistryPush: one header, then the files' bytes in order.
-	RegistryPush(context.Context, *connect.ClientStream[v1.RegistryPushRequest]) (*connect.Response[v1.RegistryPushResponse], error)
-	RegistryList(context.Context, *connect.Request[v1.RegistryListRequest]) (*connect.Response[v1.RegistryListResponse], error)
-	RegistryShow(context.Context, *connect.Request[v1.RegistryShowRequest]) (*connect.Response[v1.RegistryShowResponse], error)
+	RegistryPush(context.Context, *connect.ClientStream[v1.RegistryPushRequest]) (*v1.RegistryPushResponse, error)
+	RegistryList(context.Context, *v1.RegistryListRequest) (*v1.RegistryListResponse, error)
+	RegistryShow(context.Context, *v1.RegistryShowRequest) (*v1.RegistryShowResponse, error)
 	// ---- applications
-	Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error)
+	Plan(context.Context, *v1.PlanRequest) (*v1.PlanResponse, error)
 	// Deploy: the first message when the desired state is committed; with wait one each time what is waited for changes; the last
 	// has done set.
-	Deploy(context.Context, *connect.Request[v1.DeployRequest], *connect.ServerStream[v1.DeployUpdate]) error
-	Remove(context.Context, *connect.Request[v1.RemoveRequest]) (*connect.Response[v1.RemoveResponse], error)
-	Apps(context.Context, *connect.Request[v1.AppsRequest]) (*connect.Response[v1.AppsResponse], error)
-	Ps(context.Context, *connect.Request[v1.PsRequest]) (*connect.Response[v1.PsResponse], error)
+	Deploy(context.Context, *v1.DeployRequest, *connect.ServerStream[v1.DeployUpdate]) error
+	Remove(context.Context, *v1.RemoveRequest) (*v1.RemoveResponse, error)
+	Apps(context.Context, *v1.AppsRequest) (*v1.AppsResponse, error)
+	Ps(context.Context, *v1.PsRequest) (*v1.PsResponse, error)
 	// ---- one component and its membrane
-	Inspect(context.Context, *connect.Request[v1.InspectRequest]) (*connect.Response[v1.InspectResponse], error)
-	Attr(context.Context, *connect.Request[v1.AttrRequest]) (*connect.Response[v1.AttrResponse], error)
-	Bind(context.Context, *connect.Request[v1.BindRequest]) (*connect.Response[v1.BindResponse], error)
-	Unbind(context.Context, *connect.Request[v1.UnbindRequest]) (*connect.Response[v1.BindResponse], error)
-	Start(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error)
-	Stop(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error)
-	Freeze(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error)
-	Thaw(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error)
-	Swap(context.Context, *connect.Request[v1.SwapRequest]) (*connect.Response[v1.ReplaceResponse], error)
-	Undo(context.Context, *connect.Request[v1.UndoRequest]) (*connect.Response[v1.ReplaceResponse], error)
-	Move(context.Context, *connect.Request[v1.MoveRequest]) (*connect.Response[v1.ReplaceResponse], error)
-	Unpin(context.Context, *connect.Request[v1.UnpinRequest]) (*connect.Response[v1.UnpinResponse], error)
-	Checkpoint(context.Context, *connect.Request[v1.CheckpointRequest]) (*connect.Response[v1.CheckpointResponse], error)
-	Call(context.Context, *connect.Request[v1.CallRequest]) (*connect.Response[v1.CallResponse], error)
-	Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error)
+	Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error)
+	Attr(context.Context, *v1.AttrRequest) (*v1.AttrResponse, error)
+	Bind(context.Context, *v1.BindRequest) (*v1.BindResponse, error)
+	Unbind(context.Context, *v1.UnbindRequest) (*v1.BindResponse, error)
+	Start(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error)
+	Stop(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error)
+	Freeze(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error)
+	Thaw(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error)
+	Swap(context.Context, *v1.SwapRequest) (*v1.ReplaceResponse, error)
+	Undo(context.Context, *v1.UndoRequest) (*v1.ReplaceResponse, error)
+	Move(context.Context, *v1.MoveRequest) (*v1.ReplaceResponse, error)
+	Unpin(context.Context, *v1.UnpinRequest) (*v1.UnpinResponse, error)
+	Checkpoint(context.Context, *v1.CheckpointRequest) (*v1.CheckpointResponse, error)
+	Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error)
+	Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error)
 	// ---- what is known
 	// Logs: what is kept, oldest first, then with follow what is written until the client goes.
-	Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogLine]) error
+	Logs(context.Context, *v1.LogsRequest, *connect.ServerStream[v1.LogLine]) error
 	// Events below a channel: the retained ones, oldest first, then with follow the new ones.
-	Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error
-	Query(context.Context, *connect.Request[v1.QueryRequest]) (*connect.Response[v1.QueryResponse], error)
-	DhtClosest(context.Context, *connect.Request[v1.DhtClosestRequest]) (*connect.Response[v1.DhtClosestResponse], error)
-	DhtGet(context.Context, *connect.Request[v1.DhtGetRequest]) (*connect.Response[v1.DhtGetResponse], error)
+	Events(context.Context, *v1.EventsRequest, *connect.ServerStream[v1.Event]) error
+	Query(context.Context, *v1.QueryRequest) (*v1.QueryResponse, error)
+	DhtClosest(context.Context, *v1.DhtClosestRequest) (*v1.DhtClosestResponse, error)
+	DhtGet(context.Context, *v1.DhtGetRequest) (*v1.DhtGetResponse, error)
 }
 
 // NewControlHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -726,243 +854,243 @@ type ControlHandler interface {
 // and JSON codecs. They also support gzip compression.
 func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (string, http.Handler) {
 	controlMethods := v1.File_node_api_v1_api_proto.Services().ByName("Control").Methods()
-	controlTokenHandler := connect.NewUnaryHandler(
+	controlTokenHandler := connect.NewUnaryHandlerSimple(
 		ControlTokenProcedure,
 		svc.Token,
 		connect.WithSchema(controlMethods.ByName("Token")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlRevokeTokenHandler := connect.NewUnaryHandler(
+	controlRevokeTokenHandler := connect.NewUnaryHandlerSimple(
 		ControlRevokeTokenProcedure,
 		svc.RevokeToken,
 		connect.WithSchema(controlMethods.ByName("RevokeToken")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlNodesHandler := connect.NewUnaryHandler(
+	controlNodesHandler := connect.NewUnaryHandlerSimple(
 		ControlNodesProcedure,
 		svc.Nodes,
 		connect.WithSchema(controlMethods.ByName("Nodes")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlStatusHandler := connect.NewUnaryHandler(
+	controlStatusHandler := connect.NewUnaryHandlerSimple(
 		ControlStatusProcedure,
 		svc.Status,
 		connect.WithSchema(controlMethods.ByName("Status")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlDoctorHandler := connect.NewUnaryHandler(
+	controlDoctorHandler := connect.NewUnaryHandlerSimple(
 		ControlDoctorProcedure,
 		svc.Doctor,
 		connect.WithSchema(controlMethods.ByName("Doctor")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlDrainHandler := connect.NewServerStreamHandler(
+	controlDrainHandler := connect.NewServerStreamHandlerSimple(
 		ControlDrainProcedure,
 		svc.Drain,
 		connect.WithSchema(controlMethods.ByName("Drain")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlLeaveHandler := connect.NewServerStreamHandler(
+	controlLeaveHandler := connect.NewServerStreamHandlerSimple(
 		ControlLeaveProcedure,
 		svc.Leave,
 		connect.WithSchema(controlMethods.ByName("Leave")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlDownHandler := connect.NewUnaryHandler(
+	controlDownHandler := connect.NewUnaryHandlerSimple(
 		ControlDownProcedure,
 		svc.Down,
 		connect.WithSchema(controlMethods.ByName("Down")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlRevokeHandler := connect.NewUnaryHandler(
+	controlRevokeHandler := connect.NewUnaryHandlerSimple(
 		ControlRevokeProcedure,
 		svc.Revoke,
 		connect.WithSchema(controlMethods.ByName("Revoke")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlReadmitHandler := connect.NewUnaryHandler(
+	controlReadmitHandler := connect.NewUnaryHandlerSimple(
 		ControlReadmitProcedure,
 		svc.Readmit,
 		connect.WithSchema(controlMethods.ByName("Readmit")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlRegistryPushHandler := connect.NewClientStreamHandler(
+	controlRegistryPushHandler := connect.NewClientStreamHandlerSimple(
 		ControlRegistryPushProcedure,
 		svc.RegistryPush,
 		connect.WithSchema(controlMethods.ByName("RegistryPush")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlRegistryListHandler := connect.NewUnaryHandler(
+	controlRegistryListHandler := connect.NewUnaryHandlerSimple(
 		ControlRegistryListProcedure,
 		svc.RegistryList,
 		connect.WithSchema(controlMethods.ByName("RegistryList")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlRegistryShowHandler := connect.NewUnaryHandler(
+	controlRegistryShowHandler := connect.NewUnaryHandlerSimple(
 		ControlRegistryShowProcedure,
 		svc.RegistryShow,
 		connect.WithSchema(controlMethods.ByName("RegistryShow")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlPlanHandler := connect.NewUnaryHandler(
+	controlPlanHandler := connect.NewUnaryHandlerSimple(
 		ControlPlanProcedure,
 		svc.Plan,
 		connect.WithSchema(controlMethods.ByName("Plan")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlDeployHandler := connect.NewServerStreamHandler(
+	controlDeployHandler := connect.NewServerStreamHandlerSimple(
 		ControlDeployProcedure,
 		svc.Deploy,
 		connect.WithSchema(controlMethods.ByName("Deploy")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlRemoveHandler := connect.NewUnaryHandler(
+	controlRemoveHandler := connect.NewUnaryHandlerSimple(
 		ControlRemoveProcedure,
 		svc.Remove,
 		connect.WithSchema(controlMethods.ByName("Remove")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlAppsHandler := connect.NewUnaryHandler(
+	controlAppsHandler := connect.NewUnaryHandlerSimple(
 		ControlAppsProcedure,
 		svc.Apps,
 		connect.WithSchema(controlMethods.ByName("Apps")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlPsHandler := connect.NewUnaryHandler(
+	controlPsHandler := connect.NewUnaryHandlerSimple(
 		ControlPsProcedure,
 		svc.Ps,
 		connect.WithSchema(controlMethods.ByName("Ps")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlInspectHandler := connect.NewUnaryHandler(
+	controlInspectHandler := connect.NewUnaryHandlerSimple(
 		ControlInspectProcedure,
 		svc.Inspect,
 		connect.WithSchema(controlMethods.ByName("Inspect")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlAttrHandler := connect.NewUnaryHandler(
+	controlAttrHandler := connect.NewUnaryHandlerSimple(
 		ControlAttrProcedure,
 		svc.Attr,
 		connect.WithSchema(controlMethods.ByName("Attr")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlBindHandler := connect.NewUnaryHandler(
+	controlBindHandler := connect.NewUnaryHandlerSimple(
 		ControlBindProcedure,
 		svc.Bind,
 		connect.WithSchema(controlMethods.ByName("Bind")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlUnbindHandler := connect.NewUnaryHandler(
+	controlUnbindHandler := connect.NewUnaryHandlerSimple(
 		ControlUnbindProcedure,
 		svc.Unbind,
 		connect.WithSchema(controlMethods.ByName("Unbind")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlStartHandler := connect.NewUnaryHandler(
+	controlStartHandler := connect.NewUnaryHandlerSimple(
 		ControlStartProcedure,
 		svc.Start,
 		connect.WithSchema(controlMethods.ByName("Start")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlStopHandler := connect.NewUnaryHandler(
+	controlStopHandler := connect.NewUnaryHandlerSimple(
 		ControlStopProcedure,
 		svc.Stop,
 		connect.WithSchema(controlMethods.ByName("Stop")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlFreezeHandler := connect.NewUnaryHandler(
+	controlFreezeHandler := connect.NewUnaryHandlerSimple(
 		ControlFreezeProcedure,
 		svc.Freeze,
 		connect.WithSchema(controlMethods.ByName("Freeze")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlThawHandler := connect.NewUnaryHandler(
+	controlThawHandler := connect.NewUnaryHandlerSimple(
 		ControlThawProcedure,
 		svc.Thaw,
 		connect.WithSchema(controlMethods.ByName("Thaw")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlSwapHandler := connect.NewUnaryHandler(
+	controlSwapHandler := connect.NewUnaryHandlerSimple(
 		ControlSwapProcedure,
 		svc.Swap,
 		connect.WithSchema(controlMethods.ByName("Swap")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlUndoHandler := connect.NewUnaryHandler(
+	controlUndoHandler := connect.NewUnaryHandlerSimple(
 		ControlUndoProcedure,
 		svc.Undo,
 		connect.WithSchema(controlMethods.ByName("Undo")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlMoveHandler := connect.NewUnaryHandler(
+	controlMoveHandler := connect.NewUnaryHandlerSimple(
 		ControlMoveProcedure,
 		svc.Move,
 		connect.WithSchema(controlMethods.ByName("Move")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlUnpinHandler := connect.NewUnaryHandler(
+	controlUnpinHandler := connect.NewUnaryHandlerSimple(
 		ControlUnpinProcedure,
 		svc.Unpin,
 		connect.WithSchema(controlMethods.ByName("Unpin")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlCheckpointHandler := connect.NewUnaryHandler(
+	controlCheckpointHandler := connect.NewUnaryHandlerSimple(
 		ControlCheckpointProcedure,
 		svc.Checkpoint,
 		connect.WithSchema(controlMethods.ByName("Checkpoint")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlCallHandler := connect.NewUnaryHandler(
+	controlCallHandler := connect.NewUnaryHandlerSimple(
 		ControlCallProcedure,
 		svc.Call,
 		connect.WithSchema(controlMethods.ByName("Call")),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlWhyHandler := connect.NewUnaryHandler(
+	controlWhyHandler := connect.NewUnaryHandlerSimple(
 		ControlWhyProcedure,
 		svc.Why,
 		connect.WithSchema(controlMethods.ByName("Why")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlLogsHandler := connect.NewServerStreamHandler(
+	controlLogsHandler := connect.NewServerStreamHandlerSimple(
 		ControlLogsProcedure,
 		svc.Logs,
 		connect.WithSchema(controlMethods.ByName("Logs")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlEventsHandler := connect.NewServerStreamHandler(
+	controlEventsHandler := connect.NewServerStreamHandlerSimple(
 		ControlEventsProcedure,
 		svc.Events,
 		connect.WithSchema(controlMethods.ByName("Events")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlQueryHandler := connect.NewUnaryHandler(
+	controlQueryHandler := connect.NewUnaryHandlerSimple(
 		ControlQueryProcedure,
 		svc.Query,
 		connect.WithSchema(controlMethods.ByName("Query")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlDhtClosestHandler := connect.NewUnaryHandler(
+	controlDhtClosestHandler := connect.NewUnaryHandlerSimple(
 		ControlDhtClosestProcedure,
 		svc.DhtClosest,
 		connect.WithSchema(controlMethods.ByName("DhtClosest")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
-	controlDhtGetHandler := connect.NewUnaryHandler(
+	controlDhtGetHandler := connect.NewUnaryHandlerSimple(
 		ControlDhtGetProcedure,
 		svc.DhtGet,
 		connect.WithSchema(controlMethods.ByName("DhtGet")),
@@ -1056,154 +1184,154 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 // UnimplementedControlHandler returns CodeUnimplemented from all methods.
 type UnimplementedControlHandler struct{}
 
-func (UnimplementedControlHandler) Token(context.Context, *connect.Request[v1.TokenRequest]) (*connect.Response[v1.TokenResponse], error) {
+func (UnimplementedControlHandler) Token(context.Context, *v1.TokenRequest) (*v1.TokenResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Token is not implemented"))
 }
 
-func (UnimplementedControlHandler) RevokeToken(context.Context, *connect.Request[v1.RevokeTokenRequest]) (*connect.Response[v1.RevokeTokenResponse], error) {
+func (UnimplementedControlHandler) RevokeToken(context.Context, *v1.RevokeTokenRequest) (*v1.RevokeTokenResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.RevokeToken is not implemented"))
 }
 
-func (UnimplementedControlHandler) Nodes(context.Context, *connect.Request[v1.NodesRequest]) (*connect.Response[v1.NodesResponse], error) {
+func (UnimplementedControlHandler) Nodes(context.Context, *v1.NodesRequest) (*v1.NodesResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Nodes is not implemented"))
 }
 
-func (UnimplementedControlHandler) Status(context.Context, *connect.Request[v1.StatusRequest]) (*connect.Response[v1.StatusResponse], error) {
+func (UnimplementedControlHandler) Status(context.Context, *v1.StatusRequest) (*v1.StatusResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Status is not implemented"))
 }
 
-func (UnimplementedControlHandler) Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error) {
+func (UnimplementedControlHandler) Doctor(context.Context, *v1.DoctorRequest) (*v1.DoctorResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Doctor is not implemented"))
 }
 
-func (UnimplementedControlHandler) Drain(context.Context, *connect.Request[v1.DrainRequest], *connect.ServerStream[v1.DrainUpdate]) error {
+func (UnimplementedControlHandler) Drain(context.Context, *v1.DrainRequest, *connect.ServerStream[v1.DrainUpdate]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Drain is not implemented"))
 }
 
-func (UnimplementedControlHandler) Leave(context.Context, *connect.Request[v1.LeaveRequest], *connect.ServerStream[v1.DrainUpdate]) error {
+func (UnimplementedControlHandler) Leave(context.Context, *v1.LeaveRequest, *connect.ServerStream[v1.DrainUpdate]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Leave is not implemented"))
 }
 
-func (UnimplementedControlHandler) Down(context.Context, *connect.Request[v1.DownRequest]) (*connect.Response[v1.DownResponse], error) {
+func (UnimplementedControlHandler) Down(context.Context, *v1.DownRequest) (*v1.DownResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Down is not implemented"))
 }
 
-func (UnimplementedControlHandler) Revoke(context.Context, *connect.Request[v1.RevokeRequest]) (*connect.Response[v1.RevokeResponse], error) {
+func (UnimplementedControlHandler) Revoke(context.Context, *v1.RevokeRequest) (*v1.RevokeResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Revoke is not implemented"))
 }
 
-func (UnimplementedControlHandler) Readmit(context.Context, *connect.Request[v1.ReadmitRequest]) (*connect.Response[v1.ReadmitResponse], error) {
+func (UnimplementedControlHandler) Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Readmit is not implemented"))
 }
 
-func (UnimplementedControlHandler) RegistryPush(context.Context, *connect.ClientStream[v1.RegistryPushRequest]) (*connect.Response[v1.RegistryPushResponse], error) {
+func (UnimplementedControlHandler) RegistryPush(context.Context, *connect.ClientStream[v1.RegistryPushRequest]) (*v1.RegistryPushResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.RegistryPush is not implemented"))
 }
 
-func (UnimplementedControlHandler) RegistryList(context.Context, *connect.Request[v1.RegistryListRequest]) (*connect.Response[v1.RegistryListResponse], error) {
+func (UnimplementedControlHandler) RegistryList(context.Context, *v1.RegistryListRequest) (*v1.RegistryListResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.RegistryList is not implemented"))
 }
 
-func (UnimplementedControlHandler) RegistryShow(context.Context, *connect.Request[v1.RegistryShowRequest]) (*connect.Response[v1.RegistryShowResponse], error) {
+func (UnimplementedControlHandler) RegistryShow(context.Context, *v1.RegistryShowRequest) (*v1.RegistryShowResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.RegistryShow is not implemented"))
 }
 
-func (UnimplementedControlHandler) Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error) {
+func (UnimplementedControlHandler) Plan(context.Context, *v1.PlanRequest) (*v1.PlanResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Plan is not implemented"))
 }
 
-func (UnimplementedControlHandler) Deploy(context.Context, *connect.Request[v1.DeployRequest], *connect.ServerStream[v1.DeployUpdate]) error {
+func (UnimplementedControlHandler) Deploy(context.Context, *v1.DeployRequest, *connect.ServerStream[v1.DeployUpdate]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Deploy is not implemented"))
 }
 
-func (UnimplementedControlHandler) Remove(context.Context, *connect.Request[v1.RemoveRequest]) (*connect.Response[v1.RemoveResponse], error) {
+func (UnimplementedControlHandler) Remove(context.Context, *v1.RemoveRequest) (*v1.RemoveResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Remove is not implemented"))
 }
 
-func (UnimplementedControlHandler) Apps(context.Context, *connect.Request[v1.AppsRequest]) (*connect.Response[v1.AppsResponse], error) {
+func (UnimplementedControlHandler) Apps(context.Context, *v1.AppsRequest) (*v1.AppsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Apps is not implemented"))
 }
 
-func (UnimplementedControlHandler) Ps(context.Context, *connect.Request[v1.PsRequest]) (*connect.Response[v1.PsResponse], error) {
+func (UnimplementedControlHandler) Ps(context.Context, *v1.PsRequest) (*v1.PsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Ps is not implemented"))
 }
 
-func (UnimplementedControlHandler) Inspect(context.Context, *connect.Request[v1.InspectRequest]) (*connect.Response[v1.InspectResponse], error) {
+func (UnimplementedControlHandler) Inspect(context.Context, *v1.InspectRequest) (*v1.InspectResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Inspect is not implemented"))
 }
 
-func (UnimplementedControlHandler) Attr(context.Context, *connect.Request[v1.AttrRequest]) (*connect.Response[v1.AttrResponse], error) {
+func (UnimplementedControlHandler) Attr(context.Context, *v1.AttrRequest) (*v1.AttrResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Attr is not implemented"))
 }
 
-func (UnimplementedControlHandler) Bind(context.Context, *connect.Request[v1.BindRequest]) (*connect.Response[v1.BindResponse], error) {
+func (UnimplementedControlHandler) Bind(context.Context, *v1.BindRequest) (*v1.BindResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Bind is not implemented"))
 }
 
-func (UnimplementedControlHandler) Unbind(context.Context, *connect.Request[v1.UnbindRequest]) (*connect.Response[v1.BindResponse], error) {
+func (UnimplementedControlHandler) Unbind(context.Context, *v1.UnbindRequest) (*v1.BindResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Unbind is not implemented"))
 }
 
-func (UnimplementedControlHandler) Start(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error) {
+func (UnimplementedControlHandler) Start(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Start is not implemented"))
 }
 
-func (UnimplementedControlHandler) Stop(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error) {
+func (UnimplementedControlHandler) Stop(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Stop is not implemented"))
 }
 
-func (UnimplementedControlHandler) Freeze(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error) {
+func (UnimplementedControlHandler) Freeze(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Freeze is not implemented"))
 }
 
-func (UnimplementedControlHandler) Thaw(context.Context, *connect.Request[v1.LifecycleRequest]) (*connect.Response[v1.LifecycleResponse], error) {
+func (UnimplementedControlHandler) Thaw(context.Context, *v1.LifecycleRequest) (*v1.LifecycleResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Thaw is not implemented"))
 }
 
-func (UnimplementedControlHandler) Swap(context.Context, *connect.Request[v1.SwapRequest]) (*connect.Response[v1.ReplaceResponse], error) {
+func (UnimplementedControlHandler) Swap(context.Context, *v1.SwapRequest) (*v1.ReplaceResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Swap is not implemented"))
 }
 
-func (UnimplementedControlHandler) Undo(context.Context, *connect.Request[v1.UndoRequest]) (*connect.Response[v1.ReplaceResponse], error) {
+func (UnimplementedControlHandler) Undo(context.Context, *v1.UndoRequest) (*v1.ReplaceResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Undo is not implemented"))
 }
 
-func (UnimplementedControlHandler) Move(context.Context, *connect.Request[v1.MoveRequest]) (*connect.Response[v1.ReplaceResponse], error) {
+func (UnimplementedControlHandler) Move(context.Context, *v1.MoveRequest) (*v1.ReplaceResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Move is not implemented"))
 }
 
-func (UnimplementedControlHandler) Unpin(context.Context, *connect.Request[v1.UnpinRequest]) (*connect.Response[v1.UnpinResponse], error) {
+func (UnimplementedControlHandler) Unpin(context.Context, *v1.UnpinRequest) (*v1.UnpinResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Unpin is not implemented"))
 }
 
-func (UnimplementedControlHandler) Checkpoint(context.Context, *connect.Request[v1.CheckpointRequest]) (*connect.Response[v1.CheckpointResponse], error) {
+func (UnimplementedControlHandler) Checkpoint(context.Context, *v1.CheckpointRequest) (*v1.CheckpointResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Checkpoint is not implemented"))
 }
 
-func (UnimplementedControlHandler) Call(context.Context, *connect.Request[v1.CallRequest]) (*connect.Response[v1.CallResponse], error) {
+func (UnimplementedControlHandler) Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Call is not implemented"))
 }
 
-func (UnimplementedControlHandler) Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error) {
+func (UnimplementedControlHandler) Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Why is not implemented"))
 }
 
-func (UnimplementedControlHandler) Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogLine]) error {
+func (UnimplementedControlHandler) Logs(context.Context, *v1.LogsRequest, *connect.ServerStream[v1.LogLine]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Logs is not implemented"))
 }
 
-func (UnimplementedControlHandler) Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error {
+func (UnimplementedControlHandler) Events(context.Context, *v1.EventsRequest, *connect.ServerStream[v1.Event]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Events is not implemented"))
 }
 
-func (UnimplementedControlHandler) Query(context.Context, *connect.Request[v1.QueryRequest]) (*connect.Response[v1.QueryResponse], error) {
+func (UnimplementedControlHandler) Query(context.Context, *v1.QueryRequest) (*v1.QueryResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Query is not implemented"))
 }
 
-func (UnimplementedControlHandler) DhtClosest(context.Context, *connect.Request[v1.DhtClosestRequest]) (*connect.Response[v1.DhtClosestResponse], error) {
+func (UnimplementedControlHandler) DhtClosest(context.Context, *v1.DhtClosestRequest) (*v1.DhtClosestResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.DhtClosest is not implemented"))
 }
 
-func (UnimplementedControlHandler) DhtGet(context.Context, *connect.Request[v1.DhtGetRequest]) (*connect.Response[v1.DhtGetResponse], error) {
+func (UnimplementedControlHandler) DhtGet(context.Context, *v1.DhtGetRequest) (*v1.DhtGetResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.DhtGet is not implemented"))
 }
