@@ -996,6 +996,8 @@ func (x *StopRequest) GetGraceMs() uint32 {
 	return 0
 }
 
+// info, from Start on and in every Beat: "http_socket" = path of the unix socket that serves the interfaces of KIND_HTTP (the request carries
+// the header X-Coppice-Credential); "mark" = the newest journal mark. More keys may be there, for people.
 type Status struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	State         State                  `protobuf:"varint,1,opt,name=state,proto3,enum=coppice.component.v1.State" json:"state,omitempty"`
@@ -1114,6 +1116,7 @@ type Beat struct {
 	Token         *Token                 `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
 	Inflight      uint32                 `protobuf:"varint,3,opt,name=inflight,proto3" json:"inflight,omitempty"`
 	Status        *Status                `protobuf:"bytes,4,opt,name=status,proto3" json:"status,omitempty"`
+	DurableMark   uint64                 `protobuf:"varint,5,opt,name=durable_mark,json=durableMark,proto3" json:"durable_mark,omitempty"` // from the node: the newest journal mark that is committed; what older marks needed may be let go
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1174,6 +1177,13 @@ func (x *Beat) GetStatus() *Status {
 		return x.Status
 	}
 	return nil
+}
+
+func (x *Beat) GetDurableMark() uint64 {
+	if x != nil {
+		return x.DurableMark
+	}
+	return 0
 }
 
 type AttributeNames struct {
@@ -1469,16 +1479,18 @@ func (x *CheckpointFrom) GetSchema() uint32 {
 }
 
 type StateFrame struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Mark          uint64                 `protobuf:"varint,1,opt,name=mark,proto3" json:"mark,omitempty"`
-	Schema        uint32                 `protobuf:"varint,2,opt,name=schema,proto3" json:"schema,omitempty"`
-	TotalBytes    uint64                 `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"` // header frame only
-	Section       string                 `protobuf:"bytes,4,opt,name=section,proto3" json:"section,omitempty"`
-	Offset        uint64                 `protobuf:"varint,5,opt,name=offset,proto3" json:"offset,omitempty"`
-	Data          []byte                 `protobuf:"bytes,6,opt,name=data,proto3" json:"data,omitempty"`
-	Deleted       bool                   `protobuf:"varint,7,opt,name=deleted,proto3" json:"deleted,omitempty"`
-	Xxh64         uint64                 `protobuf:"fixed64,8,opt,name=xxh64,proto3" json:"xxh64,omitempty"`
-	Last          bool                   `protobuf:"varint,9,opt,name=last,proto3" json:"last,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Mark       uint64                 `protobuf:"varint,1,opt,name=mark,proto3" json:"mark,omitempty"`
+	Schema     uint32                 `protobuf:"varint,2,opt,name=schema,proto3" json:"schema,omitempty"`
+	TotalBytes uint64                 `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"` // header frame only
+	Section    string                 `protobuf:"bytes,4,opt,name=section,proto3" json:"section,omitempty"`
+	Offset     uint64                 `protobuf:"varint,5,opt,name=offset,proto3" json:"offset,omitempty"`
+	Data       []byte                 `protobuf:"bytes,6,opt,name=data,proto3" json:"data,omitempty"`
+	Deleted    bool                   `protobuf:"varint,7,opt,name=deleted,proto3" json:"deleted,omitempty"`
+	// xxh64 (seed 0) of: le64 mark, le32 schema, le64 total_bytes, le64 since_mark, le64 offset, byte deleted, byte last, le32 len(section), section, data
+	Xxh64         uint64 `protobuf:"fixed64,8,opt,name=xxh64,proto3" json:"xxh64,omitempty"`
+	Last          bool   `protobuf:"varint,9,opt,name=last,proto3" json:"last,omitempty"`                             // the closing frame of a checkpoint (section "end"), and the closing frame of each journal entry (section "journal")
+	SinceMark     uint64 `protobuf:"varint,10,opt,name=since_mark,json=sinceMark,proto3" json:"since_mark,omitempty"` // header frame (section "") only: 0 = full, else a delta on top of this mark
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1574,6 +1586,13 @@ func (x *StateFrame) GetLast() bool {
 		return x.Last
 	}
 	return false
+}
+
+func (x *StateFrame) GetSinceMark() uint64 {
+	if x != nil {
+		return x.SinceMark
+	}
+	return 0
 }
 
 type BranchFrame struct {
@@ -2745,12 +2764,13 @@ const file_plugins_contract_component_v1_component_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"?\n" +
 	"\x05Token\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\"\x9d\x01\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\"\xc0\x01\n" +
 	"\x04Beat\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x121\n" +
 	"\x05token\x18\x02 \x01(\v2\x1b.coppice.component.v1.TokenR\x05token\x12\x1a\n" +
 	"\binflight\x18\x03 \x01(\rR\binflight\x124\n" +
-	"\x06status\x18\x04 \x01(\v2\x1c.coppice.component.v1.StatusR\x06status\"&\n" +
+	"\x06status\x18\x04 \x01(\v2\x1c.coppice.component.v1.StatusR\x06status\x12!\n" +
+	"\fdurable_mark\x18\x05 \x01(\x04R\vdurableMark\"&\n" +
 	"\x0eAttributeNames\x12\x14\n" +
 	"\x05names\x18\x01 \x03(\tR\x05names\"\xa1\x01\n" +
 	"\n" +
@@ -2779,7 +2799,7 @@ const file_plugins_contract_component_v1_component_proto_rawDesc = "" +
 	"since_mark\x18\x01 \x01(\x04R\tsinceMark\x12\x1f\n" +
 	"\vchunk_bytes\x18\x02 \x01(\rR\n" +
 	"chunkBytes\x12\x16\n" +
-	"\x06schema\x18\x03 \x01(\rR\x06schema\"\xe3\x01\n" +
+	"\x06schema\x18\x03 \x01(\rR\x06schema\"\x82\x02\n" +
 	"\n" +
 	"StateFrame\x12\x12\n" +
 	"\x04mark\x18\x01 \x01(\x04R\x04mark\x12\x16\n" +
@@ -2791,7 +2811,10 @@ const file_plugins_contract_component_v1_component_proto_rawDesc = "" +
 	"\x04data\x18\x06 \x01(\fR\x04data\x12\x18\n" +
 	"\adeleted\x18\a \x01(\bR\adeleted\x12\x14\n" +
 	"\x05xxh64\x18\b \x01(\x06R\x05xxh64\x12\x12\n" +
-	"\x04last\x18\t \x01(\bR\x04last\"\xb1\x01\n" +
+	"\x04last\x18\t \x01(\bR\x04last\x12\x1d\n" +
+	"\n" +
+	"since_mark\x18\n" +
+	" \x01(\x04R\tsinceMark\"\xb1\x01\n" +
 	"\vBranchFrame\x12@\n" +
 	"\x06branch\x18\x01 \x01(\x0e2(.coppice.component.v1.BranchFrame.BranchR\x06branch\x126\n" +
 	"\x05frame\x18\x02 \x01(\v2 .coppice.component.v1.StateFrameR\x05frame\"(\n" +
