@@ -1,0 +1,48 @@
+package facts
+
+import (
+	"testing"
+	"time"
+)
+
+func TestSampleMeasuresThisMachine(t *testing.T) {
+	s, err := New(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Sample(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := s.Sample(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"cpus", "load5", "free_mib", "free_disk_mib", "node_rss_mib"} {
+		if _, ok := f[name]; !ok {
+			t.Errorf("%s is missing in %v", name, f)
+		}
+	}
+	if s.Static().MemoryBytes == 0 || s.Static().DiskBytes == 0 {
+		t.Errorf("static: %+v", s.Static())
+	}
+}
+
+func TestAveragesFollowSlowly(t *testing.T) {
+	s := &Sensor{avg: map[string]*averages{}}
+	start := time.Now()
+	s.average(Facts{"cpu_percent": 0}, start)
+	f := Facts{"cpu_percent": 100}
+	s.average(f, start.Add(time.Minute))
+	if !(f["cpu_percent_avg1"] > f["cpu_percent_avg5"] && f["cpu_percent_avg5"] > f["cpu_percent_avg15"] && f["cpu_percent_avg15"] > 0) {
+		t.Errorf("averages %v", f)
+	}
+}
+
+func TestChanged(t *testing.T) {
+	if Changed(Facts{"free_mib": 1000, "load1": 0.1}, Facts{"free_mib": 1050, "load1": 0.9}) {
+		t.Error("small changes are told")
+	}
+	if !Changed(Facts{"free_mib": 1000}, Facts{"free_mib": 800}) {
+		t.Error("a change by a fifth is not told")
+	}
+}
