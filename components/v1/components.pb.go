@@ -1547,6 +1547,7 @@ type Artifact struct {
 	PushedUnixMs  uint64                 `protobuf:"varint,8,opt,name=pushed_unix_ms,json=pushedUnixMs,proto3" json:"pushed_unix_ms,omitempty"`
 	PushedBy      string                 `protobuf:"bytes,9,opt,name=pushed_by,json=pushedBy,proto3" json:"pushed_by,omitempty"` // node id
 	Bytes         uint64                 `protobuf:"varint,10,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Root          []byte                 `protobuf:"bytes,11,opt,name=root,proto3" json:"root,omitempty"` // of the artifact's node in the blobs: its description and every platform's pages
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1649,6 +1650,13 @@ func (x *Artifact) GetBytes() uint64 {
 		return x.Bytes
 	}
 	return 0
+}
+
+func (x *Artifact) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
 }
 
 type Platform struct {
@@ -1877,7 +1885,7 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x05Death\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x17\n" +
-	"\aunix_ms\x18\x03 \x01(\x04R\x06unixMs\"\xb6\x02\n" +
+	"\aunix_ms\x18\x03 \x01(\x04R\x06unixMs\"\xca\x02\n" +
 	"\bArtifact\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x12\n" +
@@ -1889,7 +1897,8 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x0epushed_unix_ms\x18\b \x01(\x04R\fpushedUnixMs\x12\x1b\n" +
 	"\tpushed_by\x18\t \x01(\tR\bpushedBy\x12\x14\n" +
 	"\x05bytes\x18\n" +
-	" \x01(\x04R\x05bytes\"e\n" +
+	" \x01(\x04R\x05bytes\x12\x12\n" +
+	"\x04root\x18\v \x01(\fR\x04root\"e\n" +
 	"\bPlatform\x12\x17\n" +
 	"\aos_arch\x18\x01 \x01(\tR\x06osArch\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x14\n" +
