@@ -1077,6 +1077,7 @@ type Overlay struct {
 	Frozen        bool                   `protobuf:"varint,6,opt,name=frozen,proto3" json:"frozen,omitempty"`
 	Attributes    map[string]string      `protobuf:"bytes,7,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Bindings      map[string]string      `protobuf:"bytes,8,rep,name=bindings,proto3" json:"bindings,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Platforms     []string               `protobuf:"bytes,9,rep,name=platforms,proto3" json:"platforms,omitempty"` // of digest; empty: those of the pinned artifact
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1163,6 +1164,13 @@ func (x *Overlay) GetAttributes() map[string]string {
 func (x *Overlay) GetBindings() map[string]string {
 	if x != nil {
 		return x.Bindings
+	}
+	return nil
+}
+
+func (x *Overlay) GetPlatforms() []string {
+	if x != nil {
+		return x.Platforms
 	}
 	return nil
 }
@@ -1829,7 +1837,7 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x04 \x01(\tR\aversion\x12;\n" +
 	"\adurable\x18\x05 \x01(\x0e2!.coppice.components.v1.DurabilityR\adurable\x12\x1c\n" +
-	"\tplatforms\x18\x06 \x03(\tR\tplatforms\"\xa3\x04\n" +
+	"\tplatforms\x18\x06 \x03(\tR\tplatforms\"\xc1\x04\n" +
 	"\aOverlay\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12#\n" +
@@ -1840,7 +1848,8 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\n" +
 	"attributes\x18\a \x03(\v2..coppice.components.v1.Overlay.AttributesEntryR\n" +
 	"attributes\x12H\n" +
-	"\bbindings\x18\b \x03(\v2,.coppice.components.v1.Overlay.BindingsEntryR\bbindings\x1a8\n" +
+	"\bbindings\x18\b \x03(\v2,.coppice.components.v1.Overlay.BindingsEntryR\bbindings\x12\x1c\n" +
+	"\tplatforms\x18\t \x03(\tR\tplatforms\x1a8\n" +
 	"\n" +
 	"NodesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +

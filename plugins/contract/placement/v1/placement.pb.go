@@ -362,24 +362,26 @@ func (x *Link) GetRttMs() float64 {
 }
 
 type Component struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`           // app/name
-	Artifact      string                 `protobuf:"bytes,2,opt,name=artifact,proto3" json:"artifact,omitempty"` // sha256:…
-	Platforms     []string               `protobuf:"bytes,3,rep,name=platforms,proto3" json:"platforms,omitempty"`
-	Count         uint32                 `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
-	EachNode      bool                   `protobuf:"varint,5,opt,name=each_node,json=eachNode,proto3" json:"each_node,omitempty"`
-	CpuMillis     uint64                 `protobuf:"varint,6,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
-	MemoryBytes   uint64                 `protobuf:"varint,7,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
-	DiskBytes     uint64                 `protobuf:"varint,8,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
-	Require       []string               `protobuf:"bytes,9,rep,name=require,proto3" json:"require,omitempty"` // CEL over node, component
-	Objective     []*Term                `protobuf:"bytes,10,rep,name=objective,proto3" json:"objective,omitempty"`
-	Spread        string                 `protobuf:"bytes,11,opt,name=spread,proto3" json:"spread,omitempty"` // "", node, zone or a label
-	Near          string                 `protobuf:"bytes,12,opt,name=near,proto3" json:"near,omitempty"`     // key of the component to be near to
-	NearRttMs     float64                `protobuf:"fixed64,13,opt,name=near_rtt_ms,json=nearRttMs,proto3" json:"near_rtt_ms,omitempty"`
-	Instances     []*Instance            `protobuf:"bytes,14,rep,name=instances,proto3" json:"instances,omitempty"` // sorted by name; those that exist or should
-	System        bool                   `protobuf:"varint,15,opt,name=system,proto3" json:"system,omitempty"`      // lives on the coordinator, not placed by Solve
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Key            string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`           // app/name
+	Artifact       string                 `protobuf:"bytes,2,opt,name=artifact,proto3" json:"artifact,omitempty"` // sha256:…
+	Platforms      []string               `protobuf:"bytes,3,rep,name=platforms,proto3" json:"platforms,omitempty"`
+	Count          uint32                 `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	EachNode       bool                   `protobuf:"varint,5,opt,name=each_node,json=eachNode,proto3" json:"each_node,omitempty"`
+	CpuMillis      uint64                 `protobuf:"varint,6,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
+	MemoryBytes    uint64                 `protobuf:"varint,7,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	DiskBytes      uint64                 `protobuf:"varint,8,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	Require        []string               `protobuf:"bytes,9,rep,name=require,proto3" json:"require,omitempty"` // CEL over node, component
+	Objective      []*Term                `protobuf:"bytes,10,rep,name=objective,proto3" json:"objective,omitempty"`
+	Spread         string                 `protobuf:"bytes,11,opt,name=spread,proto3" json:"spread,omitempty"` // "", node, zone or a label
+	Near           string                 `protobuf:"bytes,12,opt,name=near,proto3" json:"near,omitempty"`     // key of the component to be near to
+	NearRttMs      float64                `protobuf:"fixed64,13,opt,name=near_rtt_ms,json=nearRttMs,proto3" json:"near_rtt_ms,omitempty"`
+	Instances      []*Instance            `protobuf:"bytes,14,rep,name=instances,proto3" json:"instances,omitempty"`                       // sorted by name; those that exist or should
+	System         bool                   `protobuf:"varint,15,opt,name=system,proto3" json:"system,omitempty"`                            // lives on the coordinator, not placed by Solve
+	MoveCost       *float64               `protobuf:"fixed64,16,opt,name=move_cost,json=moveCost,proto3,oneof" json:"move_cost,omitempty"` // the application's own, instead of the policy's
+	MoveCostPerMib *float64               `protobuf:"fixed64,17,opt,name=move_cost_per_mib,json=moveCostPerMib,proto3,oneof" json:"move_cost_per_mib,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Component) Reset() {
@@ -517,6 +519,20 @@ func (x *Component) GetSystem() bool {
 	return false
 }
 
+func (x *Component) GetMoveCost() float64 {
+	if x != nil && x.MoveCost != nil {
+		return *x.MoveCost
+	}
+	return 0
+}
+
+func (x *Component) GetMoveCostPerMib() float64 {
+	if x != nil && x.MoveCostPerMib != nil {
+		return *x.MoveCostPerMib
+	}
+	return 0
+}
+
 type Term struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Value         string                 `protobuf:"bytes,1,opt,name=value,proto3" json:"value,omitempty"`
@@ -603,6 +619,7 @@ type Instance struct {
 	Holders       []string               `protobuf:"bytes,6,rep,name=holders,proto3" json:"holders,omitempty"`                        // node ids that hold its last checkpoint
 	Excluded      []string               `protobuf:"bytes,7,rep,name=excluded,proto3" json:"excluded,omitempty"`                      // node ids it must not go to (failed there lately)
 	SettledMs     float64                `protobuf:"fixed64,8,opt,name=settled_ms,json=settledMs,proto3" json:"settled_ms,omitempty"` // since it last moved
+	Successors    []string               `protobuf:"bytes,9,rep,name=successors,proto3" json:"successors,omitempty"`                  // named now; kept where nothing is clearly better, since naming others copies state
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -693,6 +710,13 @@ func (x *Instance) GetSettledMs() float64 {
 	return 0
 }
 
+func (x *Instance) GetSuccessors() []string {
+	if x != nil {
+		return x.Successors
+	}
+	return nil
+}
+
 // Policy is the knobs of placement; the attributes of system/placement.
 type Policy struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -701,7 +725,7 @@ type Policy struct {
 	MaxMoves       uint32                 `protobuf:"varint,3,opt,name=max_moves,json=maxMoves,proto3" json:"max_moves,omitempty"`                // a round; initial placements are not moves
 	MinSettledMs   float64                `protobuf:"fixed64,4,opt,name=min_settled_ms,json=minSettledMs,proto3" json:"min_settled_ms,omitempty"` // an instance is not moved again earlier
 	Successors     uint32                 `protobuf:"varint,5,opt,name=successors,proto3" json:"successors,omitempty"`                            // how many to name for each instance
-	BudgetMs       uint32                 `protobuf:"varint,6,opt,name=budget_ms,json=budgetMs,proto3" json:"budget_ms,omitempty"`                // time for the search
+	BudgetMs       uint32                 `protobuf:"varint,6,opt,name=budget_ms,json=budgetMs,proto3" json:"budget_ms,omitempty"`                // effort of the search; counted in evaluations, so that the same request gives the same answer
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1058,7 +1082,7 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\x04Link\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x15\n" +
-	"\x06rtt_ms\x18\x03 \x01(\x01R\x05rttMs\"\xe1\x03\n" +
+	"\x06rtt_ms\x18\x03 \x01(\x01R\x05rttMs\"\xd7\x04\n" +
 	"\tComponent\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
 	"\bartifact\x18\x02 \x01(\tR\bartifact\x12\x1c\n" +
@@ -1077,14 +1101,19 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\x04near\x18\f \x01(\tR\x04near\x12\x1e\n" +
 	"\vnear_rtt_ms\x18\r \x01(\x01R\tnearRttMs\x12<\n" +
 	"\tinstances\x18\x0e \x03(\v2\x1e.coppice.placement.v1.InstanceR\tinstances\x12\x16\n" +
-	"\x06system\x18\x0f \x01(\bR\x06system\"y\n" +
+	"\x06system\x18\x0f \x01(\bR\x06system\x12 \n" +
+	"\tmove_cost\x18\x10 \x01(\x01H\x00R\bmoveCost\x88\x01\x01\x12.\n" +
+	"\x11move_cost_per_mib\x18\x11 \x01(\x01H\x01R\x0emoveCostPerMib\x88\x01\x01B\f\n" +
+	"\n" +
+	"_move_costB\x14\n" +
+	"\x12_move_cost_per_mib\"y\n" +
 	"\x04Term\x12\x14\n" +
 	"\x05value\x18\x01 \x01(\tR\x05value\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\x01R\x04from\x12\x0e\n" +
 	"\x02to\x18\x03 \x01(\x01R\x02to\x12\x16\n" +
 	"\x06weight\x18\x04 \x01(\x01R\x06weight\x12\x1f\n" +
 	"\vbetter_high\x18\x05 \x01(\bR\n" +
-	"betterHigh\"\xda\x01\n" +
+	"betterHigh\"\xfa\x01\n" +
 	"\bInstance\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x16\n" +
@@ -1095,7 +1124,10 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\aholders\x18\x06 \x03(\tR\aholders\x12\x1a\n" +
 	"\bexcluded\x18\a \x03(\tR\bexcluded\x12\x1d\n" +
 	"\n" +
-	"settled_ms\x18\b \x01(\x01R\tsettledMs\"\xd0\x01\n" +
+	"settled_ms\x18\b \x01(\x01R\tsettledMs\x12\x1e\n" +
+	"\n" +
+	"successors\x18\t \x03(\tR\n" +
+	"successors\"\xd0\x01\n" +
 	"\x06Policy\x12\x1b\n" +
 	"\tmove_cost\x18\x01 \x01(\x01R\bmoveCost\x12)\n" +
 	"\x11move_cost_per_mib\x18\x02 \x01(\x01R\x0emoveCostPerMib\x12\x1b\n" +
@@ -1186,6 +1218,7 @@ func file_plugins_contract_placement_v1_placement_proto_init() {
 	if File_plugins_contract_placement_v1_placement_proto != nil {
 		return
 	}
+	file_plugins_contract_placement_v1_placement_proto_msgTypes[4].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
