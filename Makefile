@@ -1,13 +1,57 @@
+# One page: what a newcomer needs (build, demo, test) and what a maintainer needs besides.
 GO      ?= go
 BIN     := bin
-PLUGINS := counter kv shop
 LDFLAGS := -s -w
+MODULE  := github.com/coppice-project/coppice
+# Versions of the shipped components; the demo and the tests also use the ones below them.
+PLUGINS := counter kv shop shopweb
+# Packages of this module, without generated code, for the linters.
+GOFILES  = $(shell git ls-files '*.go' | grep -v -E '\.pb\.go$$|\.connect\.go$$')
+PROTOS   = $(shell git ls-files '*.proto')
 export CGO_ENABLED ?= 0
-PROTOS  := $(shell find plugins components dht node -name '*.proto' 2>/dev/null)
 
-.PHONY: build demo test test-long race lint bench gen clean tools help
+.PHONY: build demo test test-long race sim lint bench gen clean help
 
-build: ## the binary and the shipped components, into bin/
-	@[ -d "$$($(GO) env GOCACHE)/00" ] && [ -x $(BIN)/coppice ] || echo "building coppice: a first build takes some minutes"
+build: ## build bin/coppice and the shipped components (the default)
+	@[ -x $(BIN)/coppice ] || echo "building coppice; the first build of its libraries takes some minutes"
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/coppice ./cmd/coppice
-	@for p in $(PLUGINS); do $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/components/$$p ./plugins/$$p || exit 1; done
+	@for p in $(PLUGINS); do $(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=1.0.0' -o $(BIN)/components/$$p ./plugins/$$p || exit 1; done
+
+demo: build ## run a five-node cluster with two applications, kill nodes, swap versions; every figure measured
+	$(BIN)/coppice demo
+
+test: build ## every test that ends within minutes
+	$(GO) vet ./...
+	CGO_ENABLED=$(if $(findstring -race,$(TESTFLAGS)),1,$(CGO_ENABLED)) $(GO) test -timeout 20m $(TESTFLAGS) ./...
+
+race: ## the same with the race detector (needs a C compiler); what CI runs
+	$(MAKE) test TESTFLAGS=-race
+
+test-long: build ## the long runs: simulation schedules, 100 kill -9 cycles under load
+	COPPICE_LONG=1 $(GO) test -timeout 120m -run Long -v ./...
+
+sim: ## replay one simulation schedule: make sim SEED=…
+	COPPICE_SEED=$(SEED) $(GO) test -count=1 -run 'Sim' -v ./dht/...
+
+bench: build ## every benchmark, one JSON document each
+	$(BIN)/coppice bench all
+
+lint: ## gofumpt, vet, staticcheck
+	@out=$$($(GO) tool -modfile=internal/tools/go.mod gofumpt -l $(GOFILES)); [ -z "$$out" ] || { echo "gofumpt: $$out"; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool -modfile=internal/tools/go.mod staticcheck ./...
+
+gen: ## generate code from the .proto files (needs protoc)
+	@command -v protoc >/dev/null || { echo "protoc is missing: apt-get install protobuf-compiler"; exit 1; }
+	@mkdir -p $(BIN)/tools && for t in google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc connectrpc.com/connect/cmd/protoc-gen-connect-go; do \
+		$(GO) build -modfile=internal/tools/go.mod -o $(BIN)/tools/ $$t || exit 1; done
+	PATH=$(CURDIR)/$(BIN)/tools:$$PATH protoc -I . --go_out=. --go_opt=module=$(MODULE) \
+		--go-grpc_out=. --go-grpc_opt=module=$(MODULE) $(filter-out node/api/%,$(PROTOS))
+	PATH=$(CURDIR)/$(BIN)/tools:$$PATH protoc -I . --go_out=. --go_opt=module=$(MODULE) \
+		--connect-go_out=. --connect-go_opt=module=$(MODULE),simple=true $(filter node/api/%,$(PROTOS))
+
+clean: ## remove what build made
+	rm -rf $(BIN)
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

@@ -1,0 +1,216 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/coppice-project/coppice/components"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/dht/blobs"
+)
+
+// fileStamp recognises a cached file that was verified before: same inode, size and change time. The change time moves with every
+// write and every chmod, and cannot be set back by a component's user.
+type fileStamp struct {
+	inode, size uint64
+	ctimeNs     int64
+}
+
+func stampOf(f *os.File) (fileStamp, error) {
+	var st syscall.Stat_t
+	if err := syscall.Fstat(int(f.Fd()), &st); err != nil {
+		return fileStamp{}, fmt.Errorf("stat %s: %w", f.Name(), err)
+	}
+	return fileStamp{inode: st.Ino, size: uint64(st.Size), ctimeNs: st.Ctim.Nano()}, nil
+}
+
+// Open returns the artifact's executable for this platform, open for reading and verified: execute this file, by descriptor. It is
+// fetched from its holders when it is not here. The caller closes it.
+func (r *Registry) Open(ctx context.Context, digest string) (*os.File, *componentsv1.Artifact, error) {
+	art, ok := r.Artifact(digest)
+	if !ok {
+		return nil, nil, fmt.Errorf("artifact %s: not in the registry; try coppice registry list", digest)
+	}
+	var plat *componentsv1.Platform
+	for _, p := range art.GetPlatforms() {
+		if runnable(p.GetOsArch()) {
+			plat = p
+		}
+	}
+	if plat == nil {
+		return nil, nil, fmt.Errorf("artifact %s@%s: built for %s, this node is %s", art.GetName(), art.GetVersion(), platformNames(art.GetPlatforms()), native())
+	}
+	if f, err := r.cached(plat.GetDigest()); err == nil {
+		return f, art, nil
+	} else if !errors.Is(err, os.ErrNotExist) {
+		r.cfg.Log.Warn("cached executable is not what it should be; it is fetched again", "artifact", art.GetName(), "error", err)
+		r.cfg.Notify(Notice{Type: "corrupt", Artifact: art.GetName() + "@" + art.GetVersion(), Digest: plat.GetDigest(), Reason: err.Error()})
+	}
+	if err := r.once(ctx, plat.GetDigest(), func() error { return r.fill(ctx, art, plat) }); err != nil {
+		return nil, nil, err
+	}
+	f, err := r.cached(plat.GetDigest())
+	if err != nil {
+		return nil, nil, fmt.Errorf("artifact %s@%s: %w", art.GetName(), art.GetVersion(), err)
+	}
+	return f, art, nil
+}
+
+// Cached says whether the artifact can start here without fetching anything.
+func (r *Registry) Cached(digest string) bool {
+	art, ok := r.Artifact(digest)
+	if !ok {
+		return false
+	}
+	for _, p := range art.GetPlatforms() {
+		if runnable(p.GetOsArch()) {
+			_, err := os.Stat(r.path(p.GetDigest()))
+			return err == nil
+		}
+	}
+	return false
+}
+
+// Warm brings an artifact here before it is needed.
+func (r *Registry) Warm(ctx context.Context, digest string) error {
+	f, _, err := r.Open(ctx, digest)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func (r *Registry) path(digest string) string {
+	return filepath.Join(r.cfg.Cache, strings.TrimPrefix(digest, "sha256:"))
+}
+
+// cached opens a verified file of the cache. A file whose bytes are not its name is removed and reported.
+func (r *Registry) cached(digest string) (*os.File, error) {
+	f, err := os.Open(r.path(digest))
+	if err != nil {
+		return nil, err
+	}
+	stamp, err := stampOf(f)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	r.mu.Lock()
+	known := r.verified[digest]
+	r.mu.Unlock()
+	if known == stamp {
+		return f, nil
+	}
+	sum, err := hashFile(f)
+	if err == nil && sum != digest {
+		err = fmt.Errorf("its bytes are %s, not %s", sum, digest)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close(), os.Remove(r.path(digest)))
+	}
+	r.mu.Lock()
+	r.verified[digest] = stamp
+	r.mu.Unlock()
+	return f, nil
+}
+
+// once runs fill for one digest at a time; those who wait take its result from the cache.
+func (r *Registry) once(ctx context.Context, digest string, fill func() error) error {
+	r.mu.Lock()
+	if wait, ok := r.fetching[digest]; ok {
+		r.mu.Unlock()
+		select {
+		case <-wait:
+			return nil
+		case <-ctx.Done():
+			return fmt.Errorf("fetch %s: %w", digest, ctx.Err())
+		}
+	}
+	done := make(chan struct{})
+	r.fetching[digest] = done
+	r.mu.Unlock()
+	defer func() {
+		r.mu.Lock()
+		delete(r.fetching, digest)
+		r.mu.Unlock()
+		close(done)
+	}()
+	return fill()
+}
+
+// fill writes the executable from its pages into the cache: to a temporary file, verified, then renamed.
+func (r *Registry) fill(ctx context.Context, art *componentsv1.Artifact, plat *componentsv1.Platform) error {
+	name := art.GetName() + "@" + art.GetVersion()
+	root := blobs.Hash(plat.GetRoot())
+	if err := r.fetch(ctx, root, art); err != nil {
+		return err
+	}
+	src, err := r.cfg.Blobs.OpenStream(root)
+	if err != nil {
+		return fmt.Errorf("artifact %s: %w", name, err)
+	}
+	defer src.Close()
+	tmp, err := os.CreateTemp(r.cfg.Cache, ".incoming-*")
+	if err != nil {
+		return fmt.Errorf("artifact %s: %w", name, err)
+	}
+	err = writeVerified(tmp, src, plat.GetDigest())
+	if err := errors.Join(err, tmp.Close()); err != nil {
+		return errors.Join(fmt.Errorf("artifact %s: %w", name, err), os.Remove(tmp.Name()))
+	}
+	if err := os.Rename(tmp.Name(), r.path(plat.GetDigest())); err != nil {
+		return errors.Join(fmt.Errorf("artifact %s: %w", name, err), os.Remove(tmp.Name()))
+	}
+	return nil
+}
+
+func writeVerified(dst *os.File, src io.Reader, digest string) error {
+	if _, err := io.Copy(dst, src); err != nil {
+		return fmt.Errorf("write the executable: %w", err)
+	}
+	if err := dst.Chmod(0o500); err != nil {
+		return fmt.Errorf("write the executable: %w", err)
+	}
+	if err := dst.Sync(); err != nil {
+		return fmt.Errorf("write the executable: %w", err)
+	}
+	sum, err := hashFile(dst)
+	if err != nil {
+		return fmt.Errorf("verify the executable: %w", err)
+	}
+	if sum != digest {
+		return fmt.Errorf("the pages make %s, not %s: refused", sum, digest)
+	}
+	return nil
+}
+
+// fetch makes a root complete here, from its holders first and from anyone alive after.
+func (r *Registry) fetch(ctx context.Context, root blobs.Hash, art *componentsv1.Artifact) error {
+	if r.cfg.Blobs.Complete(root) {
+		return nil
+	}
+	from := r.cfg.Holders(components.ArtifactRegister(art.GetDigest()), Replicas)
+	if by, err := peer.Decode(art.GetPushedBy()); err == nil {
+		from = append(from, by)
+	}
+	seen := map[peer.ID]bool{r.cfg.Self: true}
+	var ask []peer.ID
+	for _, id := range append(from, r.cfg.Alive()...) {
+		if !seen[id] {
+			seen[id] = true
+			ask = append(ask, id)
+		}
+	}
+	if err := r.cfg.Blobs.Fetch(ctx, root, ask); err != nil {
+		return fmt.Errorf("fetch artifact %s@%s: %w", art.GetName(), art.GetVersion(), err)
+	}
+	r.cfg.Notify(Notice{Type: "fetched", Artifact: art.GetName() + "@" + art.GetVersion(), Digest: art.GetDigest()})
+	return nil
+}
