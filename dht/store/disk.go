@@ -62,8 +62,10 @@ func newDisk(fs vfs.FS, dir string, cfg Disk, log *slog.Logger) *disk {
 	if cfg.Ballast == 0 {
 		cfg.Ballast = 64 << 20
 	}
-	d := &disk{cfg: cfg, fs: fs, path: fs.PathJoin(dir, ballastName), log: log, done: make(chan struct{}),
-		wake: make(chan struct{}, 1)}
+	d := &disk{
+		cfg: cfg, fs: fs, path: fs.PathJoin(dir, ballastName), log: log, done: make(chan struct{}),
+		wake: make(chan struct{}, 1),
+	}
 	if _, err := fs.Stat(d.path); err == nil {
 		d.st.Ballast = true
 	}

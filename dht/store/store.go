@@ -262,4 +262,3 @@ func (l pebbleLog) Errorf(format string, args ...any) {
 }
 
 func (l pebbleLog) Fatalf(format string, args ...any) { l.s.die(fmt.Errorf(format, args...)) }
-
