@@ -170,13 +170,9 @@ func (n *Net) blocked(from, to peer.ID) bool {
 	return n.dark[from] || n.dark[to] || n.cuts[netRoute{from, to}]
 }
 
-// wait unlocks until sig, the time at (none if zero) or ctx's end (none if nil).
+// wait unlocks until sig, the time at (none if zero) or ctx's end.
 func (n *Net) wait(ctx context.Context, sig *netSignal, at time.Time) {
 	changed := sig.wait()
-	var done <-chan struct{}
-	if ctx != nil {
-		done = ctx.Done()
-	}
 	var timer <-chan time.Time
 	if !at.IsZero() {
 		t := time.NewTimer(time.Until(at))
@@ -187,7 +183,7 @@ func (n *Net) wait(ctx context.Context, sig *netSignal, at time.Time) {
 	defer n.mu.Lock()
 	select {
 	case <-changed:
-	case <-done:
+	case <-ctx.Done():
 	case <-timer:
 	}
 }

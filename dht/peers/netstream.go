@@ -1,6 +1,7 @@
 package peers
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -315,7 +316,7 @@ func (s *netStream) accept(proto protocol.ID) {
 			in.pop()
 			break
 		}
-		n.wait(nil, &s.pair.sig, s.wake(time.Time{}))
+		n.wait(context.Background(), &s.pair.sig, s.wake(time.Time{}))
 	}
 	h := s.end().handlers[proto]
 	from := s.pair.conn.ends[1-s.at].id
@@ -373,7 +374,7 @@ func (s *netStream) Read(b []byte) (int, error) {
 		if netExpired(s.rdead) {
 			return 0, fmt.Errorf("read: %w", os.ErrDeadlineExceeded)
 		}
-		n.wait(nil, &s.pair.sig, s.wake(s.rdead))
+		n.wait(context.Background(), &s.pair.sig, s.wake(s.rdead))
 	}
 }
 
@@ -403,7 +404,7 @@ func (s *netStream) Write(b []byte) (int, error) {
 		if netExpired(s.wdead) {
 			return done, fmt.Errorf("write: %w", os.ErrDeadlineExceeded)
 		}
-		n.wait(nil, &s.pair.sig, s.wake(s.wdead))
+		n.wait(context.Background(), &s.pair.sig, s.wake(s.wdead))
 	}
 }
 
