@@ -1,0 +1,45 @@
+package components
+
+// unsupported lists, by message of the schema, the keys of the manifest's language that this version does not carry out. They are
+// refused at their place: a key is never taken and then not heeded. A version that carries a key out puts it into components.proto and
+// takes it from here.
+var unsupported = map[string]map[string]string{
+	"Manifest": {
+		"domain":       "an application answers at the gateway under /app/ and by the cluster's domain",
+		"priority":     "all applications have the same",
+		"budget":       "nodes have no prices yet",
+		"price":        "nodes have no prices yet",
+		"anchors":      "write a constraint over node",
+		"max_diameter": "write near, or a constraint over node",
+		"update":       "a swap replaces an instance at once and returns to the old version when the new one is not healthy",
+		"secrets":      "pass a file readable by the component, or an attribute",
+	},
+	"ComponentSpec": {
+		"secrets":      "pass a file readable by the component, or an attribute",
+		"update":       "a swap replaces an instance at once and returns to the old version when the new one is not healthy",
+		"scale":        "set count and deploy again",
+		"bind_query":   "name the component under bindings",
+		"takeover":     "choose the grade with guarantee",
+		"on_partition": "choose the grade with guarantee",
+		"reconcile":    "choose the grade with guarantee",
+		"domain":       "an application answers at the gateway under /app/ and by the cluster's domain",
+		"priority":     "all components have the same",
+		"budget":       "nodes have no prices yet",
+		"price":        "nodes have no prices yet",
+		"anchors":      "write a constraint over node",
+		"max_diameter": "write near, or a constraint over node",
+		"cost":         "write it for the whole application",
+		"content":      "name the components side by side",
+	},
+}
+
+// unsupportedValues is the same for single values, by key within a component.
+var unsupportedValues = map[string]map[string]string{
+	"state.standby": {
+		"warm": "a successor holds the pages and starts cold",
+		"hot":  "a successor holds the pages and starts cold",
+	},
+}
+
+// stopSignals are the signals run.stop may name.
+var stopSignals = []string{"SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL"}
