@@ -20,7 +20,7 @@ type knowledge struct {
 // recent is a set that forgets: when young is full it becomes old, and the former old ones go.
 type recent struct{ young, old map[Hash]struct{} }
 
-func newKnowledge() *knowledge { 
+func newKnowledge() *knowledge {
 	return &knowledge{peers: map[peer.ID]*recent{}, inflight: map[peer.ID]int{}}
 }
 
