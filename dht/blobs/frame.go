@@ -21,7 +21,10 @@ const (
 	getAnswer = 256 << 10
 )
 
-var errFrame = errors.New("frame too large")
+var (
+	errFrame   = errors.New("frame too large")
+	errGarbage = errors.New("not a message of this protocol")
+)
 
 // appendFrame appends a message led by its length.
 func appendFrame(b []byte, m proto.Message) ([]byte, error) {
@@ -55,5 +58,8 @@ func readFrame(r *bufio.Reader, m proto.Message) error {
 	if err != nil {
 		return err
 	}
-	return proto.Unmarshal(buf, m)
+	if err := proto.Unmarshal(buf, m); err != nil {
+		return fmt.Errorf("%w: %w", errGarbage, err)
+	}
+	return nil
 }

@@ -15,13 +15,25 @@ type knowledge struct {
 	mu       sync.Mutex // guards all below
 	peers    map[peer.ID]*recent
 	inflight map[peer.ID]int
+	blamed   map[peer.ID]struct{}
 }
 
 // recent is a set that forgets: when young is full it becomes old, and the former old ones go.
 type recent struct{ young, old map[Hash]struct{} }
 
 func newKnowledge() *knowledge {
-	return &knowledge{peers: map[peer.ID]*recent{}, inflight: map[peer.ID]int{}}
+	return &knowledge{peers: map[peer.ID]*recent{}, inflight: map[peer.ID]int{}, blamed: map[peer.ID]struct{}{}}
+}
+
+// blame reports whether it is the first time that a peer is blamed for garbage; for at most knownNodes peers.
+func (k *knowledge) blame(id peer.ID) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if _, ok := k.blamed[id]; ok || len(k.blamed) >= knownNodes {
+		return false
+	}
+	k.blamed[id] = struct{}{}
+	return true
 }
 
 // begin counts a push to a peer, unless there are most already; end takes it off.

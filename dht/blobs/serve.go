@@ -37,18 +37,22 @@ func (s *Store) serve(from peer.ID, st peers.Stream) {
 	err := c.read()
 	close(c.answers)
 	<-c.gone
-	if err == nil || errors.Is(err, io.EOF) {
-		err = st.Close()
-	} else {
-		// The stream is over for both; its reset cannot fail in a way that matters.
-		_ = st.Reset()
-		if errors.Is(err, errGarbage) || errors.Is(err, errFrame) || errors.Is(err, ErrInvalid) {
-			s.stats.garbage.Add(1)
+	if errors.Is(err, io.EOF) {
+		if err := st.Close(); err != nil {
+			s.cfg.Log.Debug("blob stream ended", "from", from, "err", err)
 		}
+		return
 	}
-	if err != nil {
-		s.cfg.Log.Debug("blob stream ended", "from", from, "err", err)
+	// The stream is over for both; its reset cannot fail in a way that matters.
+	_ = st.Reset()
+	if errors.Is(err, errGarbage) || errors.Is(err, errFrame) || errors.Is(err, ErrInvalid) {
+		s.stats.garbage.Add(1)
+		if s.known.blame(from) {
+			s.cfg.Log.Warn("a peer sent garbage on its blob stream; further times are only counted", "from", from, "err", err)
+		}
+		return
 	}
+	s.cfg.Log.Debug("blob stream ended", "from", from, "err", err)
 }
 
 // conn is the answering side of one stream.
@@ -58,8 +62,6 @@ type conn struct {
 	answers chan func() *wirev1.BlobAnswer
 	gone    chan struct{}
 }
-
-var errGarbage = errors.New("not a question")
 
 func (c *conn) read() error {
 	r := bufio.NewReaderSize(c.stream, 64<<10)
