@@ -1,0 +1,65 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+// drainTimeout is generous: a drain carries all state of a node away.
+const drainTimeout = 10 * time.Minute
+
+func (c *cli) drainCmd() *cobra.Command {
+	return c.command(spec{
+		group: groupNode, use: "drain NODE", short: "Move everything away from a node, with its state",
+		long: "Move every component of a node to other nodes with its state. No call fails whose deadline exceeds the pause of a move. The node\n" +
+			"stays a member and gets nothing new until it is started again or readmitted.",
+		example: examples("coppice drain n2", "", "coppice drain n2 --timeout 1h", "with much state"),
+		min:     1, max: 1, timeout: drainTimeout + transferSlack, args: c.nodeNames(0),
+		run: func(ctx context.Context, args []string) error {
+			cl, err := c.client()
+			if err != nil {
+				return err
+			}
+			st, err := cl.Drain(ctx, &apiv1.DrainRequest{Node: args[0], TimeoutMs: c.waitMS(drainTimeout)})
+			if err != nil {
+				return err
+			}
+			return c.drained(st, "drain "+args[0])
+		},
+	})
+}
+
+// drained follows a drain to its end.
+func (c *cli) drained(st *connect.ServerStreamForClient[apiv1.DrainUpdate], what string) error {
+	p := c.progress()
+	last := &apiv1.DrainUpdate{}
+	for st.Receive() {
+		last = st.Msg()
+		switch {
+		case last.Done:
+		case last.Instance == "":
+			p.state("%s: %s to move", last.Node, plural(int(last.Remaining), "instance", "instances"))
+		case last.State == "moving":
+			p.state("%s → %s, %d left", last.Instance, last.To, last.Remaining)
+		default:
+			p.step("%s %s %s %s", last.Instance, last.State, last.To, last.Reason)
+		}
+	}
+	p.clear()
+	if err := st.Err(); err != nil {
+		return err
+	}
+	if !last.Done {
+		return &failure{what: what, why: "the node went away before it was done", try: "coppice ps"}
+	}
+	return c.show(last, func(w io.Writer) {
+		fmt.Fprintf(w, "%s: %s moved in %s\n", last.Node, plural(int(last.Moved), "instance", "instances"), msText(last.TookMs))
+	})
+}

@@ -1,0 +1,25 @@
+package main
+
+import (
+	"fmt"
+	"os"
+)
+
+// internalCommand runs what the node starts from its own binary, before anything of the command line is set up: the shim that enters a
+// sandbox and executes a component, and the components that are inside the binary. ok is false for every other command.
+func internalCommand(args []string) (code int, ok bool) {
+	if len(args) == 0 {
+		return 0, false
+	}
+	switch args[0] {
+	case "__exec":
+		return execShim(args[1:]), true
+	case "__component":
+		if len(args) != 2 {
+			fmt.Fprintln(os.Stderr, "coppice: __component: want the name of a component that is inside the binary")
+			return exitUsage, true
+		}
+		return builtinComponent(args[1]), true
+	}
+	return 0, false
+}

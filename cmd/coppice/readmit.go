@@ -1,0 +1,30 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+func (c *cli) readmitCmd() *cobra.Command {
+	return c.command(spec{
+		group: groupNode, use: "readmit NODE", short: "Use a quarantined or drained node again",
+		example: examples("coppice readmit n3", "its bad cable was replaced"),
+		min:     1, max: 1, timeout: actTimeout, args: c.nodeNames(0),
+		run: func(ctx context.Context, args []string) error {
+			cl, err := c.client()
+			if err != nil {
+				return err
+			}
+			res, err := cl.Readmit(ctx, &apiv1.ReadmitRequest{Node: args[0]})
+			if err != nil {
+				return err
+			}
+			return c.show(res, func(w io.Writer) { fmt.Fprintf(w, "%s is %s\n", res.Node, res.State) })
+		},
+	})
+}
