@@ -406,6 +406,10 @@ func TestALyingHolderIsNotBelieved(t *testing.T) {
 				t.Log(err)
 			}
 		})
+		var missing *MissingError
+		if err := n.Fetch(ctx, l.Hash, g.ids(1)); !errors.As(err, &missing) {
+			t.Errorf("from the liar alone: %v", err)
+		}
 		if err := n.Fetch(ctx, l.Hash, g.ids(1, 0)); err != nil {
 			t.Fatal(err)
 		}
