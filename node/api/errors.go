@@ -76,7 +76,9 @@ func asProblem(ctx context.Context, verb string, err error) *connect.Error {
 	}
 	switch code {
 	case connect.CodeDeadlineExceeded:
-		why = "not done in time: " + why
+		if errors.Is(err, context.DeadlineExceeded) {
+			why = "not done in time"
+		}
 	case connect.CodeUnimplemented:
 		why = "this node's version has no such command"
 	}
