@@ -176,7 +176,7 @@ func TestJSONShapesOfTheContract(t *testing.T) {
 		"plan -":                "feasible objective bound components",
 		"token":                 "token expires",
 	} {
-		f.in = "application: shop\n"
+		f.in = "application: shop\ncomponents:\n  - {name: store, artifact: kv}\n"
 		_, out, errs := f.run(append(strings.Fields(line), "-o", "json")...)
 		raw := json.RawMessage(out)
 		var list []json.RawMessage

@@ -73,9 +73,18 @@ func TestDeployDoesNothingByHalves(t *testing.T) {
 	if len(f.fake.pushed) != 0 || f.fake.deployed != nil {
 		t.Errorf("pushed %d files, deployed %v", len(f.fake.pushed), f.fake.deployed)
 	}
-	f.in = "application: [\n"
-	if code, _, errs := f.run("deploy", "-"); code != exitFailed || !strings.Contains(errs, "line 1") && !strings.Contains(errs, ":1:") || f.fake.deployed != nil {
-		t.Errorf("broken YAML: %d %s", code, errs)
+	f.in = "application: shop\ncomponents:\n  - name: store\n    artifact: ./kv\n    count: many\n    durable: perhaps\n"
+	code, _, errs = f.run("deploy", "-")
+	if code != exitFailed || !strings.Contains(errs, "2 errors in the manifest, nothing was changed\n  stdin:5:12: ") || !strings.Contains(errs, "stdin:6:14: ") {
+		t.Errorf("two errors: %d %s", code, errs)
+	}
+	f.in = "application: shop\ncomponents:\n  - name: store\n"
+	code, _, errs = f.run("deploy", "-")
+	if code != exitFailed || strings.Count(errs, "\n") != 1 || !strings.HasPrefix(errs, "coppice: read stdin: stdin:3:5: ") {
+		t.Errorf("one error: %d %s", code, errs)
+	}
+	if f.fake.deployed != nil {
+		t.Error("a broken manifest was deployed")
 	}
 }
 

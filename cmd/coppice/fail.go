@@ -26,6 +26,7 @@ const (
 // failure is how a command ends that did not do what it should: `coppice: <what>: <why>` and `try: <try>`.
 type failure struct {
 	what, why, try string
+	details        []string // lines below the first, one for each of several errors
 	cause          error
 }
 
@@ -133,7 +134,7 @@ func (c *cli) end(cmd *cobra.Command, err error) int {
 	case err == nil:
 		return exitDone
 	case errors.As(err, &f):
-		c.printFailure(f.what, f.why, f.try)
+		c.printFailure(f.what, f.why, f.try, f.details...)
 		return exitFailed
 	case errors.As(err, &u) && u.cmd != nil:
 		cmd = u.cmd
@@ -147,9 +148,12 @@ func (c *cli) end(cmd *cobra.Command, err error) int {
 	return exitUsage
 }
 
-func (c *cli) printFailure(what, why, try string) {
+func (c *cli) printFailure(what, why, try string, details ...string) {
 	red, dim := c.errPaint(red), c.errPaint(dim)
 	fmt.Fprintf(c.err, "%s %s: %s\n", red("coppice:"), oneLine(what), oneLine(why))
+	for _, d := range details {
+		fmt.Fprintln(c.err, " ", oneLine(d))
+	}
 	if try != "" {
 		fmt.Fprintf(c.err, "%s %s\n", dim("try:"), oneLine(try))
 	}

@@ -1,27 +1,24 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
-	"io"
 	"path/filepath"
 	"slices"
-
-	"go.yaml.in/yaml/v3"
+	"strings"
 
 	"github.com/coppice-project/coppice/components"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
 	"github.com/coppice-project/coppice/node/api/v1/apiv1connect"
 )
 
-// maxManifest bounds a manifest file; thousands of components fit.
-const maxManifest = 4 << 20
+// maxManifest bounds what is read of a manifest file.
+const maxManifest = components.MaxManifestBytes
 
 // manifest is a file of desired state and the local artifacts that it names.
 type manifest struct {
-	name  string // for positions in errors; "-" is stdin
+	name  string // for positions in errors
 	dir   string // local artifacts are relative to it
 	data  []byte
 	paths []string // local artifacts as written, each once, in order
@@ -34,38 +31,36 @@ func (c *cli) readManifest(file string) (*manifest, error) {
 		return nil, err
 	}
 	m := &manifest{name: file, dir: ".", data: data}
-	if file != "-" {
+	if file == "-" {
+		m.name = "stdin"
+	} else {
 		m.dir = filepath.Dir(file)
 	}
-	if err := checkManifest(file, data); err != nil {
-		return nil, err
+	apps, err := components.ParseManifests(m.name, data)
+	if err != nil {
+		return nil, badManifest(m.name, err)
 	}
-	m.paths, err = localArtifacts(data)
-	return m, err
-}
-
-// localArtifacts lists the artifacts of a manifest that are paths.
-func localArtifacts(data []byte) ([]string, error) {
-	var paths []string
-	dec := yaml.NewDecoder(bytes.NewReader(data))
-	for {
-		var doc struct {
-			Components []struct {
-				Artifact string `yaml:"artifact"`
-			} `yaml:"components"`
-		}
-		if err := dec.Decode(&doc); errors.Is(err, io.EOF) {
-			return paths, nil
-		} else if err != nil {
-			return nil, &failure{what: "read the manifest", why: oneLine(err.Error()), cause: err}
-		}
-		for _, comp := range doc.Components {
+	for _, app := range apps {
+		for _, comp := range app.Components {
 			ref, err := components.ParseArtifactRef(comp.Artifact)
-			if err == nil && ref.Kind == components.RefPath && !slices.Contains(paths, ref.Path) {
-				paths = append(paths, ref.Path)
+			if err == nil && ref.Kind == components.RefPath && !slices.Contains(m.paths, ref.Path) {
+				m.paths = append(m.paths, ref.Path)
 			}
 		}
 	}
+	return m, nil
+}
+
+// badManifest tells every problem of a manifest: the only one in the line itself, several below it.
+func badManifest(file string, err error) error {
+	f := &failure{what: "read " + file, why: oneLine(err.Error()), cause: err}
+	var me *components.ManifestError
+	if !errors.As(err, &me) || len(me.Problems)+me.More < 2 {
+		return f
+	}
+	f.why = plural(len(me.Problems)+me.More, "error", "errors") + " in the manifest, nothing was changed"
+	f.details = strings.Split(me.Error(), "\n")
+	return f
 }
 
 func (m *manifest) resolve(path string) string {

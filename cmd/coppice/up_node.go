@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+
+	"github.com/coppice-project/coppice/components/runner"
 )
 
 // This file is the seam to package node: everything else of the command line knows only these three functions.
@@ -14,11 +16,8 @@ func runUp(_ context.Context, cfg upConfig, _ *slog.Logger, _ func(readyInfo) er
 	return &failure{what: "start node " + cfg.Name, why: "this build has no node in it"}
 }
 
-// execShim is `coppice __exec`: it enters the sandbox and executes a component.
-func execShim(args []string) int {
-	fmt.Fprintf(os.Stderr, "coppice: __exec %v: this build has no runner in it\n", args)
-	return exitFailed
-}
+// execShim is `coppice __exec`: it enters the sandbox and becomes the component.
+func execShim(args []string) int { return runner.ExecShim(args) }
 
 // builtinComponent is `coppice __component NAME`.
 func builtinComponent(name string) int {
