@@ -1,0 +1,531 @@
+package sdk_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/reflect/protodesc"
+
+	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
+	counterv1 "github.com/coppice-project/coppice/plugins/counter/v1"
+	"github.com/coppice-project/coppice/plugins/sdk"
+	"github.com/coppice-project/coppice/plugins/sdk/sdktest"
+	"github.com/coppice-project/coppice/plugins/sdk/state"
+)
+
+// probe is a counter whose calls a test can look into.
+type probe struct {
+	counterv1.UnimplementedCounterServer
+	add func(ctx context.Context, n int64) error
+	get func(ctx context.Context) error
+	ran atomic.Int64
+}
+
+func (p *probe) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv1.Value, error) {
+	p.ran.Add(1)
+	tx, err := sdk.Tx(ctx)
+	if err != nil {
+		return nil, err
+	}
+	v := tx.Uint64("value") + uint64(req.GetN())
+	tx.PutUint64("value", v)
+	if p.add != nil {
+		if err := p.add(ctx, req.GetN()); err != nil {
+			return nil, err
+		}
+	}
+	return &counterv1.Value{Value: int64(v)}, nil
+}
+
+func (p *probe) Get(ctx context.Context, _ *counterv1.GetRequest) (*counterv1.Value, error) {
+	if p.get != nil {
+		if err := p.get(ctx); err != nil {
+			return nil, err
+		}
+	}
+	tx, err := sdk.Tx(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &counterv1.Value{Value: int64(tx.Uint64("value"))}, nil
+}
+
+func (p *probe) component() *sdk.Component {
+	return &sdk.Component{
+		Type: "probe", Version: "1.0.0", State: &sdk.State{Schema: 1},
+		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, p) },
+	}
+}
+
+// addOnce makes one call and returns the value and the mark in the trailer.
+func addOnce(ctx context.Context, r *sdktest.Running, n int64) (int64, string, error) {
+	var trailer metadata.MD
+	v, err := counterv1.NewCounterClient(r.Conn).Add(ctx, &counterv1.AddRequest{N: n}, grpc.Trailer(&trailer))
+	return v.GetValue(), strings.Join(trailer.Get(componentv1.MetaMark), ","), err
+}
+
+func mustGet(t *testing.T, r *sdktest.Running) int64 {
+	t.Helper()
+	v, err := counterv1.NewCounterClient(r.Conn).Get(t.Context(), &counterv1.GetRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v.GetValue()
+}
+
+func wantCode(t *testing.T, err error, code codes.Code, part string) {
+	t.Helper()
+	if status.Code(err) != code || !strings.Contains(status.Convert(err).Message(), part) {
+		t.Fatalf("got %v, want %v with %q", err, code, part)
+	}
+}
+
+func TestCallIsOneTransactionWithItsReply(t *testing.T) {
+	p := &probe{}
+	r := sdktest.Start(t, p.component())
+	ctx := sdktest.Key(t.Context(), "gate/1", "1")
+	for range 3 {
+		if v, mark, err := addOnce(ctx, r, 5); err != nil || v != 5 || mark != "1" {
+			t.Fatalf("%d mark %s: %v", v, mark, err)
+		}
+	}
+	if p.ran.Load() != 1 {
+		t.Fatalf("ran %d times", p.ran.Load())
+	}
+	var trailer metadata.MD
+	v, err := counterv1.NewCounterClient(r.Conn).Get(t.Context(), &counterv1.GetRequest{}, grpc.Trailer(&trailer))
+	if err != nil || v.GetValue() != 5 || trailer.Get(componentv1.MetaMark)[0] != "1" {
+		t.Fatalf("a read answers the mark it saw: %v %v %v", v, trailer, err)
+	}
+	_, err = counterv1.NewCounterClient(r.Conn).Add(ctx, &counterv1.AddRequest{N: 6}, grpc.Trailer(&trailer))
+	wantCode(t, err, codes.Aborted, "different request")
+	if len(trailer.Get(componentv1.MetaKeyReused)) != 1 {
+		t.Fatalf("trailer %v", trailer)
+	}
+}
+
+func TestFailedCallLeavesNoTrace(t *testing.T) {
+	p := &probe{add: func(context.Context, int64) error { return status.Error(codes.NotFound, "not today") }}
+	r := sdktest.Start(t, p.component())
+	ctx := sdktest.Key(t.Context(), "gate/1", "")
+	_, _, err := addOnce(ctx, r, 1)
+	wantCode(t, err, codes.NotFound, "not today")
+	p.add = func(context.Context, int64) error { panic("ouch") }
+	_, _, err = addOnce(ctx, r, 1)
+	wantCode(t, err, codes.Internal, "ouch")
+	if v := mustGet(t, r); v != 0 {
+		t.Fatalf("value %d", v)
+	}
+	p.add = nil
+	if v, _, err := addOnce(ctx, r, 1); err != nil || v != 1 {
+		t.Fatalf("an error is not remembered: %d %v", v, err)
+	}
+	p.get = func(ctx context.Context) error {
+		tx, err := sdk.Tx(ctx)
+		if err == nil {
+			tx.Put("x", nil)
+		}
+		return err
+	}
+	_, err = counterv1.NewCounterClient(r.Conn).Get(t.Context(), &counterv1.GetRequest{})
+	wantCode(t, err, codes.Internal, "read-only")
+}
+
+func TestRestoredInstanceAnswersRetries(t *testing.T) {
+	p := &probe{}
+	first := sdktest.Start(t, p.component())
+	ctx := sdktest.Key(t.Context(), "gate/1", "")
+	if _, _, err := addOnce(ctx, first, 5); err != nil {
+		t.Fatal(err)
+	}
+	full := first.Checkpoint(0)
+	if _, _, err := addOnce(sdktest.Key(t.Context(), "gate/2", ""), first, 7); err != nil {
+		t.Fatal(err)
+	}
+	delta := first.Checkpoint(1)
+	p2 := &probe{}
+	second := sdktest.Start(t, p2.component(), sdktest.From(append(full, delta...)))
+	if v, mark, err := addOnce(ctx, second, 5); err != nil || v != 5 || mark != "1" {
+		t.Fatalf("%d mark %s: %v", v, mark, err)
+	}
+	if v, mark, err := addOnce(sdktest.Key(t.Context(), "gate/2", ""), second, 7); err != nil || v != 12 || mark != "2" {
+		t.Fatalf("%d mark %s: %v", v, mark, err)
+	}
+	if p2.ran.Load() != 0 || mustGet(t, second) != 12 {
+		t.Fatalf("ran %d, value %d", p2.ran.Load(), mustGet(t, second))
+	}
+}
+
+func TestLifecycle(t *testing.T) {
+	synced := make(chan struct{})
+	release := make(chan struct{})
+	p := &probe{add: func(_ context.Context, n int64) error {
+		if n == 9 {
+			close(synced)
+			<-release
+		}
+		return nil
+	}}
+	runs := make(chan string, 10)
+	c := p.component()
+	c.Run = func(ctx context.Context, in *sdk.Instance) error {
+		runs <- "runs " + in.Name()
+		<-ctx.Done()
+		runs <- "stops"
+		return ctx.Err()
+	}
+	r := sdktest.Start(t, c, sdktest.Request(nil))
+	ctx := t.Context()
+	_, _, err := addOnce(ctx, r, 1)
+	wantCode(t, err, codes.FailedPrecondition, "Start first")
+	st, err := r.Control.Start(ctx, &componentv1.StartRequest{Instance: "app/p-3", Version: "7.7.7"})
+	if err != nil || st.GetState() != componentv1.State_STARTED || <-runs != "runs app/p-3" {
+		t.Fatal(st, err)
+	}
+	if r.Instance.Version() != "7.7.7" || r.Instance.ComponentName() != "app/p" {
+		t.Fatal(r.Instance.Version(), r.Instance.ComponentName())
+	}
+	slow := make(chan error, 1)
+	go func() { _, _, err := addOnce(ctx, r, 9); slow <- err }()
+	<-synced
+	_, err = r.Control.Quiesce(ctx, &componentv1.QuiesceRequest{DeadlineMs: 20})
+	wantCode(t, err, codes.DeadlineExceeded, "1 calls did not end")
+	if <-runs != "stops" || <-runs != "runs app/p-3" {
+		t.Fatal("background work goes on after a freeze that failed")
+	}
+	close(release)
+	if err := <-slow; err != nil {
+		t.Fatal(err)
+	}
+	if st, err = r.Control.Quiesce(ctx, &componentv1.QuiesceRequest{}); err != nil || st.GetState() != componentv1.State_FROZEN || <-runs != "stops" {
+		t.Fatal(st, err)
+	}
+	if st.GetInfo()[componentv1.InfoMark] != "1" {
+		t.Fatal(st)
+	}
+	_, _, err = addOnce(ctx, r, 1)
+	wantCode(t, err, codes.Unavailable, "frozen")
+	if st, err = r.Control.Resume(ctx, &componentv1.ResumeRequest{}); err != nil || <-runs != "runs app/p-3" {
+		t.Fatal(st, err)
+	}
+	if v, _, err := addOnce(ctx, r, 1); err != nil || v != 10 {
+		t.Fatal(v, err)
+	}
+	if st, err = r.Control.Stop(ctx, &componentv1.StopRequest{}); err != nil || st.GetState() != componentv1.State_STOPPED || st.GetDetail() != "" {
+		t.Fatal(st, err)
+	}
+}
+
+func TestDeltasFollowTheWriter(t *testing.T) {
+	p := &probe{}
+	r := sdktest.Start(t, p.component())
+	stream, err := r.Control.Deltas(t.Context(), &componentv1.CheckpointFrom{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var frames []*componentv1.StateFrame
+	for i := range 20 {
+		if _, _, err := addOnce(sdktest.Key(t.Context(), fmt.Sprintf("g/%d", i+1), ""), r, 1); err != nil {
+			t.Fatal(err)
+		}
+		f, err := stream.Recv()
+		if err != nil || f.GetMark() != uint64(i+1) || !f.GetLast() {
+			t.Fatal(f, err)
+		}
+		frames = append(frames, f)
+	}
+	standby := sdktest.Start(t, (&probe{}).component(), sdktest.From(frames))
+	if v := mustGet(t, standby); v != 20 {
+		t.Fatalf("value %d", v)
+	}
+	if _, err := r.Control.Stop(t.Context(), &componentv1.StopRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); !errors.Is(err, io.EOF) {
+		t.Fatalf("the stream ends with the instance: %v", err)
+	}
+}
+
+func TestBackpressure(t *testing.T) {
+	p := &probe{}
+	c := p.component()
+	c.State.Limits = state.Limits{JournalBytes: 1, BacklogBytes: 64 << 10}
+	p.add = func(ctx context.Context, _ int64) error {
+		tx, err := sdk.Tx(ctx)
+		if err == nil {
+			tx.Put("blob", make([]byte, 32<<10))
+		}
+		return err
+	}
+	r := sdktest.Start(t, c)
+	ctx, cancel := context.WithCancel(t.Context())
+	if _, err := r.Control.Deltas(ctx, &componentv1.CheckpointFrom{}); err != nil {
+		t.Fatal(err)
+	}
+	refused := waitFor(t, func() bool { _, _, err := addOnce(t.Context(), r, 1); return status.Code(err) == codes.Unavailable })
+	if !refused {
+		t.Fatal("a consumer that does not read never made a write be refused")
+	}
+	mustGet(t, r) // reading goes on
+	cancel()
+	if !waitFor(t, func() bool { _, _, err := addOnce(t.Context(), r, 1); return err == nil }) {
+		t.Fatal("writes stay refused after the consumer has gone")
+	}
+}
+
+// waitFor polls a condition; it is for what another goroutine does without telling.
+func waitFor(t *testing.T, cond func() bool) bool {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if cond() {
+			return true
+		}
+	}
+	return false
+}
+
+func TestSchemasAndMigration(t *testing.T) {
+	old := sdktest.Start(t, (&probe{}).component())
+	if _, _, err := addOnce(t.Context(), old, 5); err != nil {
+		t.Fatal(err)
+	}
+	frames := old.Checkpoint(0)
+	newer := (&probe{}).component()
+	newer.State = &sdk.State{Schema: 2}
+	r := sdktest.Start(t, newer, sdktest.Request(nil))
+	stream, err := r.Control.Restore(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(frames[0]); err != nil {
+		t.Fatal(err)
+	}
+	_, err = stream.CloseAndRecv()
+	wantCode(t, err, codes.DataLoss, "reads [2]")
+
+	reads := (&probe{}).component()
+	reads.State = &sdk.State{Schema: 2, Reads: []uint32{1}, Migrate: func(from uint32, tx *sdk.Txn) error {
+		tx.PutUint64("value", 100*uint64(from)+tx.Uint64("value"))
+		return nil
+	}}
+	m := sdktest.Start(t, reads, sdktest.From(frames))
+	if v := mustGet(t, m); v != 105 {
+		t.Fatalf("value %d", v)
+	}
+	if h := m.Checkpoint(0)[0]; h.GetSchema() != 2 || h.GetMark() != 2 {
+		t.Fatal(h)
+	}
+	aside, err := m.Control.Migrate(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range frames {
+		if err := aside.Send(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := aside.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := aside.Recv(); err != nil || h.GetSchema() != 2 {
+		t.Fatal(h, err)
+	}
+	older := (&probe{}).component()
+	older.State.Migrate = nil
+	back := sdktest.Start(t, older, sdktest.Request(nil))
+	stream, err = back.Control.Restore(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range m.Checkpoint(0) {
+		if err := stream.Send(f); err != nil {
+			break
+		}
+	}
+	_, err = stream.CloseAndRecv()
+	wantCode(t, err, codes.DataLoss, "schema 2")
+}
+
+func TestAttributes(t *testing.T) {
+	capacity := sdk.NewAttribute("capacity", 100, sdk.Check(func(n int) error {
+		if n < 1 {
+			return errors.New("must be at least 1")
+		}
+		return nil
+	}))
+	size := sdk.NewAttribute("size", "small", sdk.RestartToApply[string]())
+	load := sdk.NewAttribute("load", 0.5, sdk.ReadOnly[float64]())
+	c := (&probe{}).component()
+	c.Attributes = []sdk.Attr{capacity, size, load}
+	r := sdktest.Start(t, c, sdktest.Request(&componentv1.StartRequest{
+		Attributes: &componentv1.Attributes{Revision: 4, Json: map[string][]byte{"capacity": []byte(`"250"`), "size": []byte("big")}},
+	}))
+	ctx := t.Context()
+	if capacity.Get() != 250 || size.Get() != "big" {
+		t.Fatal(capacity.Get(), size.Get())
+	}
+	set := func(name, value string, revision uint64, dry bool) (*componentv1.Attributes, error) {
+		return r.Control.SetAttributes(ctx, &componentv1.SetAttributesRequest{Json: map[string][]byte{name: []byte(value)}, IfRevision: revision, DryRun: dry})
+	}
+	if a, err := set("capacity", "7", 4, true); err != nil || string(a.GetJson()["capacity"]) != "7" || capacity.Get() != 250 {
+		t.Fatal(a, err)
+	}
+	if a, err := set("capacity", "7", 4, false); err != nil || a.GetRevision() != 5 || capacity.Get() != 7 {
+		t.Fatal(a, err)
+	}
+	_, err := set("capacity", "8", 4, false)
+	wantCode(t, err, codes.Aborted, "revision 5")
+	_, err = set("capacity", "0", 0, false)
+	wantCode(t, err, codes.InvalidArgument, "at least 1")
+	_, err = set("capacity", `{"a":1}`, 0, false)
+	wantCode(t, err, codes.InvalidArgument, "Int64Value")
+	_, err = set("colour", "1", 0, false)
+	wantCode(t, err, codes.InvalidArgument, "capacity, size, load")
+	_, err = set("load", "1", 0, false)
+	wantCode(t, err, codes.FailedPrecondition, "read-only")
+	if a, err := set("size", `"huge"`, 0, false); err != nil || size.Get() != "big" || string(a.GetJson()["size"]) != `"huge"` {
+		t.Fatal("restart to apply", a, err)
+	}
+	bad := (&probe{}).component()
+	bad.Attributes = []sdk.Attr{sdk.NewAttribute("n", 1)}
+	b := sdktest.Start(t, bad, sdktest.Request(nil))
+	_, err = b.Control.Start(ctx, &componentv1.StartRequest{Attributes: &componentv1.Attributes{Json: map[string][]byte{"n": []byte("x")}}})
+	wantCode(t, err, codes.InvalidArgument, "Int64Value")
+	if beat, err := b.Control.Heartbeat(ctx, &componentv1.Beat{Seq: 3}); err != nil || beat.GetStatus().GetState() != componentv1.State_FAILED || beat.GetSeq() != 3 {
+		t.Fatal(beat, err)
+	}
+}
+
+func TestDescribe(t *testing.T) {
+	c := (&probe{}).component()
+	c.HTTP = http.NotFoundHandler()
+	c.Requires = []*sdk.Binding{sdk.Require("next", "counter.v1.Counter"), sdk.Wants("spare", "counter.v1.Counter")}
+	c.Attributes = []sdk.Attr{sdk.NewAttribute("n", 1)}
+	r := sdktest.Start(t, c, sdktest.Request(nil))
+	d, err := r.Control.Describe(t.Context(), &componentv1.DescribeRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(d.GetProvides()) != 2 || d.GetProvides()[0].GetName() != "counter" || d.GetProvides()[1].GetKind() != componentv1.Kind_KIND_HTTP {
+		t.Fatal(d.GetProvides())
+	}
+	if len(d.GetRequires()) != 2 || !d.GetRequires()[1].GetOptional() || d.GetState().GetWritesSchema() != 1 || len(d.GetFeatures()) != 3 {
+		t.Fatal(d)
+	}
+	files, err := protodesc.NewFiles(d.GetServices())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := files.FindDescriptorByName("counter.v1.Counter.Get"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := sdk.New(&sdk.Component{State: &sdk.State{}}, sdk.Env{}); err == nil || strings.Count(err.Error(), "\n") != 2 {
+		t.Fatalf("all problems at once: %v", err)
+	}
+}
+
+func TestCredential(t *testing.T) {
+	c := (&probe{}).component()
+	c.HTTP = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, r.Header.Get(componentv1.HeaderCredential))
+	})
+	in, err := sdk.New(c, sdk.Env{Credential: "right"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := httptest.NewRequest(http.MethodGet, "/", nil)
+	w := httptest.NewRecorder()
+	in.Handler().ServeHTTP(w, request)
+	if w.Code != http.StatusUnauthorized {
+		t.Fatal(w.Code)
+	}
+	r := sdktest.Start(t, (&probe{}).component(), sdktest.Env(sdk.Env{Credential: "right"}))
+	mustGet(t, r)
+	wrong := metadata.AppendToOutgoingContext(t.Context(), componentv1.MetaCredential, "wrong") // two are as bad as none
+	_, err = r.Control.Heartbeat(wrong, &componentv1.Beat{})
+	wantCode(t, err, codes.Unauthenticated, componentv1.MetaCredential)
+}
+
+func TestHTTPRequestIsOneTransaction(t *testing.T) {
+	c := (&probe{}).component()
+	var ran atomic.Int64
+	c.HTTP = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		tx, err := sdk.Tx(r.Context())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		if r.Method != http.MethodGet {
+			ran.Add(1)
+			body, err := io.ReadAll(r.Body)
+			if err != nil {
+				panic(err)
+			}
+			tx.PutUint64("value", tx.Uint64("value")+uint64(len(body)))
+			if string(body) == "panic" {
+				panic("ouch")
+			}
+			if string(body) == "bad" {
+				w.WriteHeader(http.StatusTeapot)
+			} else {
+				w.Header().Set("Location", "/there")
+				w.WriteHeader(http.StatusCreated)
+			}
+		}
+		fmt.Fprint(w, tx.Uint64("value"))
+	})
+	r := sdktest.Start(t, c)
+	do := func(method, body, key string) *httptest.ResponseRecorder {
+		req := httptest.NewRequest(method, "/x", strings.NewReader(body))
+		if key != "" {
+			req.Header.Set(componentv1.HeaderKey, key)
+		}
+		w := httptest.NewRecorder()
+		r.HTTP.ServeHTTP(w, req)
+		return w
+	}
+	for range 3 {
+		w := do(http.MethodPost, "four", "k1")
+		if w.Code != http.StatusCreated || w.Body.String() != "4" || w.Header().Get("Location") != "/there" || w.Header().Get(componentv1.HeaderMark) != "1" {
+			t.Fatal(w.Code, w.Body, w.Header())
+		}
+	}
+	if ran.Load() != 1 {
+		t.Fatal(ran.Load())
+	}
+	for _, tc := range []struct {
+		method, body, key string
+		code              int
+		want              string
+	}{
+		{http.MethodPost, "other", "k1", http.StatusUnprocessableEntity, "different request"},
+		{http.MethodPut, "bad", "k2", http.StatusTeapot, "7"},
+		{http.MethodPost, "panic", "k2", http.StatusInternalServerError, "ouch"},
+		{http.MethodGet, "", "", http.StatusOK, "4"},
+		{http.MethodPost, "ok", "k2", http.StatusCreated, "6"},
+		{http.MethodGet, "", "", http.StatusOK, "6"},
+	} {
+		if w := do(tc.method, tc.body, tc.key); w.Code != tc.code || !strings.Contains(w.Body.String(), tc.want) {
+			t.Fatalf("%v: %d %s", tc, w.Code, w.Body)
+		}
+	}
+	second := sdktest.Start(t, (&probe{}).component(), sdktest.From(r.Checkpoint(0)))
+	if v := mustGet(t, second); v != 6 {
+		t.Fatal(v)
+	}
+	if _, _, err := addOnce(sdktest.Key(t.Context(), "k1", ""), second, 1); status.Code(err) != codes.Aborted {
+		t.Fatalf("an HTTP key used by gRPC: %v", err)
+	}
+}
