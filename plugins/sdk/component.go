@@ -81,16 +81,16 @@ type Txn = state.Txn
 func (c *Component) validate() error {
 	var errs []error
 	if c.Type == "" {
-		errs = append(errs, errors.New("Type is empty: name the component"))
+		errs = append(errs, errors.New("type is empty: name the component"))
 	}
 	if c.Version == "" {
 		errs = append(errs, errors.New("version is empty: give a semver, for example with -ldflags \"-X main.version=1.0.0\""))
 	}
 	if c.State != nil && c.State.Schema == 0 {
-		errs = append(errs, errors.New("State.Schema is 0: start with 1"))
+		errs = append(errs, errors.New("schema of State is 0: start with 1"))
 	}
 	if c.State != nil && slices.Contains(c.State.Reads, 0) {
-		errs = append(errs, errors.New("State.Reads holds 0: schemas start with 1"))
+		errs = append(errs, errors.New("reads of State holds 0: schemas start with 1"))
 	}
 	seen := map[string]bool{}
 	for _, b := range c.Requires {

@@ -193,7 +193,7 @@ func TestReadersSeeOneVersion(t *testing.T) {
 
 func TestRangesAndPrefixes(t *testing.T) {
 	s := New(1, Limits{})
-	keys := []string{"", "a", "a\xff", "a\xff\xff", "ab", "b", "b/1", "b/2", "c", "\xff", "\xff\xff"}
+	keys := []string{"", "a", "a\xff", "a\xff\xff", "ab", "b", "b/1", "b/2", "c", "\xfe", "\xfe1", "\xff", "\xff\xff"}
 	if _, _, err := do(t.Context(), s, Call{}, func(tx *Txn) (string, error) {
 		for _, k := range keys {
 			tx.Put(k, []byte(k))
@@ -216,6 +216,12 @@ func TestRangesAndPrefixes(t *testing.T) {
 		if got := slices.Sorted(maps.Keys(maps.Collect(tx.All(prefix)))); !slices.Equal(got, want) {
 			t.Errorf("prefix %q: %q, want %q", prefix, got, want)
 		}
+	}
+	for range tx.From("a", "b") {
+		t.Error("a start beyond the prefix")
+	}
+	if got := maps.Collect(tx.From("b/", "b/2")); len(got) != 1 {
+		t.Errorf("from: %q", got)
 	}
 	if got := slices.Collect(maps.Keys(maps.Collect(tx.Range("b", "c")))); len(got) != 3 {
 		t.Errorf("range: %q", got)

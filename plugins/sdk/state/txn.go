@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"strings"
 	"sync"
 	"time"
 
@@ -213,6 +212,11 @@ func (t *Txn) All(prefix string) iter.Seq2[string, []byte] {
 	return t.Range(prefix, prefixEnd(prefix))
 }
 
+// From iterates over the keys that begin with prefix and are not below from, in order: a page after another.
+func (t *Txn) From(prefix, from string) iter.Seq2[string, []byte] {
+	return t.Range(max(prefix, from), prefixEnd(prefix))
+}
+
 // Range iterates over from <= key < to, in order; to "" means no end. It shows the map as it was when the iteration started, so the loop may write.
 func (t *Txn) Range(from, to string) iter.Seq2[string, []byte] {
 	return func(yield func(string, []byte) bool) {
@@ -247,11 +251,15 @@ func (t *Txn) view() *btreemap.BTreeMap[string, []byte] {
 
 // prefixEnd returns the smallest string above all that begin with prefix; "" when there is none.
 func prefixEnd(prefix string) string {
-	end := strings.TrimRight(prefix, "\xff")
-	if end == "" {
+	end := []byte(prefix)
+	for len(end) > 0 && end[len(end)-1] == 0xff {
+		end = end[:len(end)-1]
+	}
+	if len(end) == 0 {
 		return ""
 	}
-	return end[:len(end)-1] + string([]byte{end[len(end)-1] + 1})
+	end[len(end)-1]++
+	return string(end)
 }
 
 // Uint64 returns the number that PutUint64 stored under key, 0 if there is none. Something else there makes the call fail.
