@@ -1,0 +1,410 @@
+package members
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+)
+
+func TestOneNodeAlone(t *testing.T) {
+	simulate(t, seedOf(t, 1), 1, func(c *cluster) {
+		n := c.nodes["n1"]
+		if got := n.Closest("/system/placement", 3, nil); len(got) != 1 || got[0].ID != "n1" {
+			t.Errorf("closest: %v", got)
+		}
+		if !n.IsMember("n1") || n.IsMember("n2") || n.Self().State != Alive {
+			t.Error("a node alone is its cluster's only member")
+		}
+		time.Sleep(time.Hour)
+		if w, b := n.end.Sent(); w != 0 || b != 0 {
+			t.Errorf("a node alone sent %d bytes", b)
+		}
+	})
+}
+
+func TestKillIsSeenByAllInMilliseconds(t *testing.T) {
+	for _, size := range []int{2, 3, 5, 30} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			simulate(t, seedOf(t, 2), size, func(c *cluster) {
+				c.kill("n2")
+				d := c.eventually(100*time.Millisecond, "all see the death", func() error { return c.holds("n2", Dead) })
+				t.Logf("%d nodes: %v", size, d)
+				m, _ := c.nodes["n1"].Member("n2")
+				if m.Evidence == "" || !c.nodes["n1"].IsMember("n2") {
+					t.Errorf("a dead member stays a member, with a reason: %+v", m)
+				}
+			})
+		})
+	}
+}
+
+func TestSilenceIsConfirmedInTime(t *testing.T) {
+	for _, size := range []int{2, 3, 5, 12} {
+		for what, hit := range map[string]func(c *cluster){
+			"freeze": func(c *cluster) { c.freeze("n2") }, "blackhole": func(c *cluster) { c.net.Isolate("n2") },
+		} {
+			t.Run(fmt.Sprint(what, size), func(t *testing.T) {
+				simulate(t, seedOf(t, 3), size, func(c *cluster) {
+					time.Sleep(time.Duration(c.rng.Int64N(int64(time.Second))))
+					others := slices.DeleteFunc(slices.Clone(c.ids), func(id peer.ID) bool { return id == "n2" })
+					check := func() {}
+					if what == "freeze" || size > 2 {
+						delete2 := c.nodes["n2"]
+						delete(c.nodes, "n2")
+						check = c.never(others...)
+						c.nodes["n2"] = delete2
+					}
+					hit(c)
+					start := time.Now()
+					dead := func() error {
+						for _, id := range others {
+							if m, _ := c.nodes[id].Member("n2"); m.State != Dead {
+								return fmt.Errorf("%s holds it to be %v", id, m.State)
+							}
+						}
+						return nil
+					}
+					c.eventually(2*time.Second, "confirmed", dead)
+					if d := time.Since(start); d < time.Second {
+						t.Errorf("called dead after %v of silence already", d)
+					} else {
+						t.Logf("%d nodes: %v", size, d)
+					}
+					time.Sleep(5 * time.Second)
+					check()
+					if what == "freeze" {
+						c.thaw("n2")
+					} else {
+						c.net.Heal()
+					}
+					c.eventually(10*time.Second, "it is taken back", func() error { return c.agree(c.ids) })
+				})
+			})
+		}
+	}
+}
+
+func TestAsymmetricCutOfOneWatcherKillsNobody(t *testing.T) {
+	for _, both := range []bool{false, true} {
+		simulate(t, seedOf(t, 4), 6, func(c *cluster) {
+			check := c.never(c.ids...)
+			watcher := c.nodes["n3"].Self().Watchers[0]
+			c.net.Cut("n3", watcher, both)
+			time.Sleep(time.Minute)
+			c.net.Heal()
+			time.Sleep(5 * time.Second)
+			check()
+			if err := c.agree(c.ids); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestStarvedNodeDoesNotVote(t *testing.T) {
+	simulate(t, seedOf(t, 5), 3, func(c *cluster) {
+		n1, n3 := c.nodes["n1"], c.nodes["n3"]
+		starve := func() { n1.clock.jump(600 * time.Millisecond) }
+		starve()
+		time.Sleep(tickEvery)
+		if n1.Lag() < 500*time.Millisecond {
+			t.Fatalf("lag %v", n1.Lag())
+		}
+		c.freeze("n2")
+		for range 9 { // both n1 and n2 are of no use as witnesses: n3 alone cannot call n2 dead
+			time.Sleep(500 * time.Millisecond)
+			starve()
+		}
+		for _, n := range []*node{n1, n3} {
+			if m, _ := n.Member("n2"); m.State == Dead {
+				t.Errorf("%s: %v (%s)", n.id, m.State, m.Evidence)
+			}
+		}
+		if m, _ := n3.Member("n2"); m.State != Suspect {
+			t.Errorf("n3 holds n2 to be %v", m.State)
+		}
+		c.eventually(15*time.Second, "confirmed once n1 is well again", func() error { return c.holds("n2", Dead) })
+	})
+}
+
+func TestSuspendedNodeCallsNobodyDead(t *testing.T) {
+	simulate(t, seedOf(t, 6), 5, func(c *cluster) {
+		check := c.never("n1", "n3", "n4", "n5")
+		c.freeze("n2")
+		time.Sleep(10 * time.Second)
+		if err := c.holds("n2", Dead); err != nil {
+			t.Fatal(err)
+		}
+		c.thaw("n2")
+		d := c.eventually(3*time.Second, "it is taken back", func() error { return c.agree(c.ids) })
+		t.Logf("back after %v", d)
+		time.Sleep(10 * time.Second)
+		check()
+		n2 := c.nodes["n2"]
+		n2.mu.Lock()
+		defer n2.mu.Unlock()
+		if len(n2.suspended) != 1 || n2.suspended[0] < 9*time.Second {
+			t.Errorf("suspended: %v", n2.suspended)
+		}
+	})
+}
+
+func TestRebootReplacesTheOldLifeAtOnce(t *testing.T) {
+	simulate(t, seedOf(t, 7), 5, func(c *cluster) {
+		old := c.nodes["n2"].Self().Boot
+		c.kill("n2")
+		c.start("n2") // before anybody could have found it gone
+		d := c.eventually(500*time.Millisecond, "all know the new life", func() error { return c.agree(c.ids) })
+		t.Logf("after %v", d)
+		for id, n := range c.nodes {
+			told := n.saw(func(ch Change) bool {
+				return ch.New.ID == "n2" && ch.Old.Boot == old && (ch.New.Boot != old || ch.New.State == Dead)
+			})
+			if id != "n2" && len(told) == 0 {
+				t.Errorf("%s was not told that the old life is over", id)
+			}
+		}
+		c.kill("n3")
+		time.Sleep(5 * time.Second)
+		c.start("n3")
+		c.eventually(time.Second, "a dead node returns", func() error { return c.agree(c.ids) })
+		if got := c.nodes["n1"].saw(func(ch Change) bool { return ch.New.ID == "n3" && ch.Trigger == "reboot" }); len(got) != 1 {
+			t.Errorf("reboots told: %+v", got)
+		}
+	})
+}
+
+func TestGoodbye(t *testing.T) {
+	simulate(t, seedOf(t, 8), 5, func(c *cluster) {
+		n2 := c.nodes["n2"]
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		start := time.Now()
+		n2.Goodbye(ctx)
+		if d := time.Since(start); d > 100*time.Millisecond {
+			t.Errorf("goodbye took %v", d)
+		}
+		if err := c.holds("n2", Left); err != nil {
+			t.Error(err)
+		}
+		c.kill("n2")
+		time.Sleep(10 * time.Second)
+		if err := c.holds("n2", Left); err != nil {
+			t.Error(err)
+		}
+		c.start("n2")
+		c.eventually(time.Second, "it returns", func() error { return c.agree(c.ids) })
+	})
+}
+
+func TestPartitionHealsAndViewsMerge(t *testing.T) {
+	for _, cut := range []int{1, 2, 5} {
+		t.Run(fmt.Sprint(cut), func(t *testing.T) {
+			simulate(t, seedOf(t, 9), 10, func(c *cluster) {
+				left, right := c.ids[:cut], c.ids[cut:]
+				for _, a := range left {
+					for _, b := range right {
+						c.net.Cut(a, b, true)
+					}
+				}
+				c.eventually(time.Minute, "each side holds itself alone to be alive", func() error {
+					if err := c.agree(left); err != nil {
+						return err
+					}
+					return c.agree(right)
+				})
+				c.nodes[left[0]].UpdateSelf(func(i *Info) { i.Labels = map[string]string{"disk": "ssd"} })
+				check := c.never(right...)
+				if cut > 1 {
+					check = func() {}
+				}
+				time.Sleep(20 * time.Second)
+				c.net.Heal()
+				d := c.eventually(90*time.Second, "the views merge", func() error { return c.agree(c.ids) })
+				t.Logf("merged after %v", d)
+				time.Sleep(5 * time.Second)
+				check()
+				c.eventually(15*time.Second, "what was said meanwhile arrives", func() error {
+					for _, id := range right {
+						if m, _ := c.nodes[id].Member(left[0]); m.Labels["disk"] != "ssd" {
+							return fmt.Errorf("%s does not know", id)
+						}
+					}
+					return nil
+				})
+			})
+		})
+	}
+}
+
+func TestAllDownAndUpAgainFromTheBooksAlone(t *testing.T) {
+	simulate(t, seedOf(t, 10), 5, func(c *cluster) {
+		for _, id := range c.ids {
+			c.kill(id)
+		}
+		time.Sleep(time.Hour)
+		c.fresh = true
+		for _, id := range c.ids {
+			c.start(id)
+			time.Sleep(time.Duration(c.rng.Int64N(int64(300 * time.Millisecond))))
+		}
+		d := c.eventually(time.Second, "they find each other", func() error { return c.agree(c.ids) })
+		t.Logf("found after %v", d)
+		c.kill("n4")
+		c.kill("n5")
+		for _, id := range c.ids[:3] {
+			c.kill(id)
+		}
+		for _, id := range c.ids[:3] {
+			c.start(id)
+		}
+		c.eventually(time.Second, "those that return find each other", func() error { return c.agree(c.ids[:3]) })
+		time.Sleep(10 * time.Minute)
+		c.start("n4")
+		c.eventually(time.Second, "the late one finds them", func() error { return c.agree(c.ids[:4]) })
+	})
+}
+
+func TestUpdatesAndAdmissions(t *testing.T) {
+	simulate(t, seedOf(t, 11), 5, func(c *cluster) {
+		c.nodes["n1"].UpdateSelf(func(i *Info) { i.Draining = true; i.Addrs = []string{"/mem/elsewhere"}; i.Boot = 7 })
+		c.eventually(100*time.Millisecond, "the update arrives", func() error {
+			for _, n := range c.nodes {
+				if m, _ := n.ByName("n1"); !m.Draining || m.Addrs[0] != "/mem/elsewhere" || m.Boot == 7 {
+					return fmt.Errorf("%s: %+v", n.id, m.Info)
+				}
+			}
+			return nil
+		})
+		// A newcomer that only n1 has admitted so far is nobody's member elsewhere.
+		c.fresh = true
+		n6 := c.start("n6")
+		for _, id := range c.ids {
+			n6.Admit(Info{ID: id, Name: string(id)})
+		}
+		c.nodes["n1"].Admit(Info{ID: "n6", Name: "n6"})
+		time.Sleep(time.Second)
+		if m, ok := c.nodes["n1"].Member("n6"); !ok || m.State != Alive || m.Boot == 0 {
+			t.Errorf("n1 holds %+v", m)
+		}
+		if c.nodes["n2"].IsMember("n6") {
+			t.Error("gossip admitted a node")
+		}
+		for _, id := range c.ids[1:] {
+			c.nodes[id].Admit(Info{ID: "n6", Name: "n6"})
+		}
+		c.ids = append(c.ids, "n6")
+		c.eventually(time.Second, "all know it", func() error { return c.agree(c.ids) })
+		for _, n := range c.nodes {
+			n.Expel("n6")
+		}
+		time.Sleep(15 * time.Second)
+		for _, id := range c.ids[:5] {
+			if _, ok := c.nodes[id].Member("n6"); ok || c.nodes[id].IsMember("n6") {
+				t.Errorf("%s still has the expelled", id)
+			}
+		}
+		if err := c.agree(c.ids[:5]); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAnAdmittedNodeThatNeverComesIsFoundDead(t *testing.T) {
+	simulate(t, seedOf(t, 12), 3, func(c *cluster) {
+		c.net.Join("n9")
+		c.net.Isolate("n9")
+		for _, n := range c.nodes {
+			n.Admit(Info{ID: "n9", Name: "n9"})
+		}
+		if m, ok := c.nodes["n1"].Member("n9"); !ok || m.State != Alive {
+			t.Errorf("admitted: %+v", m)
+		}
+		c.eventually(30*time.Second, "found dead", func() error { return c.holds("n9", Dead) })
+	})
+}
+
+func TestFlappingNodeIsQuarantined(t *testing.T) {
+	simulateWith(t, seedOf(t, 13), 3, func(cfg *Config) { cfg.FlapDeaths = 3 }, func(c *cluster) {
+		for range 4 {
+			c.kill("n2")
+			time.Sleep(3 * time.Second)
+			c.start("n2")
+			time.Sleep(3 * time.Second)
+		}
+		n1 := c.nodes["n1"]
+		m, _ := n1.Member("n2")
+		if m.State != Quarantined || len(n1.Alive()) != 2 || len(n1.Closest("x", 9, nil)) != 2 {
+			t.Fatalf("after four deaths: %v (%s)", m.State, m.Evidence)
+		}
+		n1.Readmit("n2")
+		if m, _ := n1.Member("n2"); m.State != Alive {
+			t.Errorf("readmitted: %v", m.State)
+		}
+		if m, _ := c.nodes["n3"].Member("n2"); m.State != Quarantined {
+			t.Errorf("on n3: %v", m.State)
+		}
+		c.eventually(flapBackoff+time.Second, "the back-off ends", func() error { return c.agree(c.ids) })
+	})
+}
+
+func TestClosestAndWatchersFollowDistanceAndZones(t *testing.T) {
+	simulateWith(t, seedOf(t, 14), 12, func(cfg *Config) {
+		cfg.Self.Zone = map[bool]string{true: "west", false: "east"}[cfg.Self.ID < "n4"] // n1 n10 n11 n12 n2 n3
+	}, func(c *cluster) {
+		want := c.nodes["n1"].Closest("/app/x", 12, nil)
+		for _, n := range c.nodes {
+			if got := n.Closest("/app/x", 12, nil); !slices.EqualFunc(got, want, func(a, b Member) bool { return a.ID == b.ID }) {
+				t.Errorf("%s orders otherwise", n.id)
+			}
+			zones := map[string]int{}
+			for _, id := range n.Self().Watchers {
+				m, _ := n.Member(id)
+				zones[m.Zone]++
+			}
+			if len(n.Self().Watchers) != 5 || zones["west"] > 3 || zones["east"] > 3 {
+				t.Errorf("%s is watched by %v of %v", n.id, n.Self().Watchers, zones)
+			}
+			for _, id := range n.Self().Watchers {
+				if m, _ := n.Member(id); m.RTT <= 0 || m.Connection != "direct" {
+					t.Errorf("%s knows no round trip to its watcher %s", n.id, id)
+				}
+			}
+		}
+		some := c.nodes["n1"].Closest("/app/x", 2, func(m Member) bool { return m.ID != want[0].ID })
+		if len(some) != 2 || some[0].ID != want[1].ID {
+			t.Errorf("filtered: %v", some)
+		}
+	})
+}
+
+func TestIdleTrafficIsSmall(t *testing.T) {
+	for _, p := range []Profile{LAN, WAN} {
+		simulateWith(t, seedOf(t, 15), 25, func(cfg *Config) { cfg.Profile = p }, func(c *cluster) {
+			time.Sleep(20 * time.Second)
+			before := map[peer.ID][2]uint64{}
+			for id, n := range c.nodes {
+				w, b := n.end.Sent()
+				before[id] = [2]uint64{w, b}
+			}
+			time.Sleep(time.Minute)
+			var writes, bytes uint64
+			for id, n := range c.nodes {
+				w, b := n.end.Sent()
+				writes += w - before[id][0]
+				bytes += b - before[id][1]
+			}
+			const perWrite = 12 + 22 + 52 // yamux, TLS, TCP/IP; a bare TCP ACK for at most every write comes back
+			rate := float64(bytes+writes*(perWrite+52)) / 25 / 60
+			limit := map[string]float64{"lan": 6000, "wan": 1500}[p.Name]
+			t.Logf("%s: %.1f writes/s, %.0f B/s of payload, about %.0f B/s on the wire per node", p.Name, float64(writes)/25/60, float64(bytes)/25/60, rate)
+			if rate > limit {
+				t.Errorf("%s: %.0f B/s, limit %.0f", p.Name, rate, limit)
+			}
+		})
+	}
+}

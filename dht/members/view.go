@@ -1,0 +1,405 @@
+package members
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/coppice-project/coppice/dht/keys"
+)
+
+// entry is what this node holds of one node.
+type entry struct {
+	id       peer.ID
+	point    keys.Point
+	info     Info
+	verdict  verdict
+	admitted bool // by a committed record
+	expelled bool // by a committed record; sticks until admitted again
+	unheard  bool // known from the book only
+	met      bool // heard, or told of by one who heard it, since this node started
+	suspect  string
+	since    time.Time // in its state
+	seen     time.Time // last known to run
+	evidence string    // while alive
+	shown    Member    // as subscribers know it
+
+	deaths      []time.Time
+	quarantined time.Time // until then
+	level       int       // quarantines in a row
+
+	connected bool
+	lastByte  time.Duration // boot time of its last sign of life to this node itself
+	rtt       rttStats
+
+	dialing  bool // a contact is under way
+	nextDial time.Time
+	backoff  time.Duration
+	reported time.Time // last look because of somebody's report
+	asking   bool      // an inquiry is under way
+	lonely   int       // inquiries in a row that nobody answered
+	shunned  time.Time // not to be chosen as watcher until then
+}
+
+func (e *entry) member() bool { return e.admitted && !e.expelled }
+
+func (e *entry) state(now time.Time) State {
+	switch {
+	case e.expelled:
+		return Left
+	case e.verdict.covers(e.info.version()):
+		return e.verdict.kind
+	case e.unheard:
+		return Dead
+	case e.suspect != "":
+		return Suspect
+	case now.Before(e.quarantined):
+		return Quarantined
+	}
+	return Alive
+}
+
+// running reports whether the node is a member and taken to run.
+func (e *entry) running() bool { return e.member() && e.state(time.Now()).Running() }
+
+func (e *entry) why(s State) string {
+	switch {
+	case e.expelled:
+		return "expelled: its membership was revoked"
+	case s == Left || (s == Dead && e.verdict.covers(e.info.version())):
+		return e.verdict.evidence
+	case s == Dead:
+		return "not heard since this node started"
+	case s == Suspect:
+		return e.suspect
+	case s == Quarantined:
+		return fmt.Sprintf("%d deaths within %v; not used until %s", len(e.deaths), flapWindow, e.quarantined.UTC().Format(time.TimeOnly))
+	}
+	return e.evidence
+}
+
+// told returns what messages say of the node.
+func (e *entry) told() state {
+	s := state{info: e.info, unheard: e.unheard}
+	if e.verdict.covers(e.info.version()) {
+		s.verdict = e.verdict
+	}
+	return s
+}
+
+// name returns a node's name for logs and evidence. Locked.
+func (m *Members) name(id peer.ID) string {
+	if e := m.entries[id]; e != nil && e.info.Name != "" {
+		return e.info.Name
+	}
+	return id.ShortString()
+}
+
+// touch brings what follows from an entry up to date after a change: its member, its subscribers, its flapping. Locked.
+func (m *Members) touch(e *entry, trigger string) {
+	now := time.Now()
+	old := e.shown
+	m.countDeath(e, old, now)
+	s := e.state(now)
+	if !e.admitted && !e.expelled {
+		return // nobody's business before it is admitted
+	}
+	if s != old.State || old.ID == "" {
+		e.since = now
+	}
+	if s.Running() {
+		e.seen = now
+	}
+	next := m.memberOf(e, s)
+	m.refresh, m.unsaved = true, true
+	m.snap.Store(nil)
+	e.shown = next
+	if old.ID == next.ID && old.State == next.State && old.sameFor(next.Info) && trigger != "refuted" {
+		return
+	}
+	if old.Boot != 0 && next.Boot != old.Boot {
+		trigger = "reboot"
+	}
+	m.changes.add(Change{Old: old, New: next, Trigger: trigger})
+}
+
+func (m *Members) memberOf(e *entry, s State) Member {
+	out := Member{Info: e.info, State: s, Since: e.since, Evidence: e.why(s), RTT: e.rtt.mean}
+	switch {
+	case e == m.self:
+		out.Connection = "self"
+	case e.connected && m.cfg.Connection != nil:
+		out.Connection = m.cfg.Connection(e.id)
+	case e.connected:
+		out.Connection = "direct"
+	}
+	return out
+}
+
+// countDeath notes a death, by verdict or by reboot, and quarantines who dies too often. Locked.
+func (m *Members) countDeath(e *entry, old Member, now time.Time) {
+	if e == m.self || old.ID == "" || !old.State.Running() {
+		return
+	}
+	died := e.verdict.kind == Dead && e.verdict.covers(e.info.version())
+	if !died && (old.Boot == 0 || old.Boot == e.info.Boot) {
+		return
+	}
+	if n := len(e.deaths); n > 0 && now.Sub(e.deaths[n-1]) > flapForget {
+		e.level = 0
+	}
+	e.deaths = append(e.deaths, now)
+	for len(e.deaths) > 0 && now.Sub(e.deaths[0]) > flapWindow {
+		e.deaths = e.deaths[1:]
+	}
+	if m.cfg.FlapDeaths > 0 && len(e.deaths) > m.cfg.FlapDeaths {
+		e.quarantined = now.Add(min(flapMost, flapBackoff<<min(e.level, 8)))
+		e.level++
+		m.log.Warn("node dies too often and is not used for a while", "node", m.name(e.id), "deaths", len(e.deaths), "until", e.quarantined)
+	}
+}
+
+func (m *Members) endQuarantines(now time.Time) {
+	for _, e := range m.entries {
+		if e.shown.State == Quarantined && !now.Before(e.quarantined) {
+			e.deaths = nil
+			m.touch(e, "quarantine")
+		}
+	}
+}
+
+// add returns the entry of a node, made if need be; nil when there are too many strangers. Locked.
+func (m *Members) add(id peer.ID) *entry {
+	if e := m.entries[id]; e != nil {
+		return e
+	}
+	if m.unknown >= maxUnknown {
+		m.badMessages.Add(1)
+		return nil
+	}
+	m.unknown++
+	e := &entry{id: id, point: keys.OfPeer(id), info: Info{ID: id}, since: time.Now()}
+	m.entries[id] = e
+	return e
+}
+
+// merge takes in what from says of a node. direct: the node says it itself. Locked.
+func (m *Members) merge(from peer.ID, s state) {
+	if s.info.ID == m.id {
+		m.hearOfSelf(s)
+		return
+	}
+	e := m.add(s.info.ID)
+	if e == nil || e.expelled {
+		return
+	}
+	direct := from == e.id
+	wasCovered := e.verdict.covers(e.info.version())
+	trigger := m.mergeInfo(e, s, direct)
+	if s.verdict.kind != Alive && s.verdict.newer(e.verdict) && s.verdict.covers(e.info.version()) {
+		if t := m.mergeVerdict(from, e, s.verdict); t != "" {
+			trigger = t
+		}
+	}
+	if trigger != "" {
+		if wasCovered && !e.verdict.covers(e.info.version()) && trigger != "reboot" {
+			trigger = "refuted"
+		}
+		m.dirty[e.id] = true
+		m.touch(e, trigger)
+		if trigger != "update" {
+			m.flushGossip() // the rest can wait for the tick
+		}
+	}
+	if e.verdict.covers(e.info.version()) && !s.unheard && !s.verdict.covers(e.info.version()) {
+		m.reportedAlive(e)
+	}
+}
+
+// mergeInfo takes over what is newer and says what that is to be called; "" for nothing new.
+func (m *Members) mergeInfo(e *entry, s state, direct bool) string {
+	c := s.info.version().compare(e.info.version())
+	e.met = e.met || (c >= 0 && !s.unheard)
+	if c < 0 || (c == 0 && (!e.unheard || s.unheard)) {
+		return ""
+	}
+	trigger := "update"
+	if e.unheard || e.shown.ID == "" || e.info.Boot == 0 {
+		trigger = "heard"
+	}
+	e.unheard = s.unheard && (e.unheard || !e.admitted)
+	if c > 0 {
+		if e.info.Boot != 0 && e.info.Boot != s.info.Boot {
+			trigger = "reboot"
+			e.suspect, e.lonely = "", 0
+			e.rtt = rttStats{}
+		}
+		e.info = s.info
+		if m.cfg.Learned != nil && len(s.info.Addrs) > 0 {
+			m.cfg.Learned(e.id, s.info.Addrs)
+		}
+	}
+	e.evidence = "told of by another member"
+	if direct {
+		e.evidence = "heard"
+	}
+	if !e.unheard {
+		e.backoff, e.nextDial = 0, time.Time{}
+	}
+	return trigger
+}
+
+// mergeVerdict takes over a verdict on a node that this node holds to run only if it has reason to; "" if not.
+func (m *Members) mergeVerdict(from peer.ID, e *entry, v verdict) string {
+	trigger := "goodbye"
+	if v.kind == Dead {
+		trigger = "silence"
+		if v.proof {
+			trigger = "refused"
+		}
+		if e.running() && !e.unheard && !m.believe(from, e, v) {
+			m.rejected.Add(1)
+			m.hint(from, e, v)
+			return ""
+		}
+	}
+	e.verdict = v
+	e.suspect, e.lonely = "", 0
+	m.lostNow(e)
+	return trigger
+}
+
+// believe: fresh, and a proof, or agreed on by most of the node's own watchers; and not against what this node hears itself.
+func (m *Members) believe(from peer.ID, e *entry, v verdict) bool {
+	if time.Since(v.since) > freshVerdict || m.hears(e.id) {
+		return false
+	}
+	if v.proof {
+		return m.deciders(from, v, nil) > 0
+	}
+	if len(e.info.Watchers) == 0 {
+		return m.deciders(from, v, nil) >= 2
+	}
+	return m.deciders(from, v, e.info.Watchers) > len(e.info.Watchers)/2
+}
+
+// deciders counts who agreed on a verdict and is taken to run: of the given ones, or of all when nil.
+func (m *Members) deciders(from peer.ID, v verdict, of []peer.ID) int {
+	n := 0
+	for _, id := range v.by {
+		e := m.entries[id]
+		if id != from && id != m.id && (e == nil || !e.running()) {
+			continue
+		}
+		if of == nil || contains(of, id) {
+			n++
+		}
+	}
+	return n
+}
+
+// hint has this node look for itself, unless the report has too little behind it: a node that was cut off calls everybody dead.
+func (m *Members) hint(from peer.ID, e *entry, v verdict) {
+	need := 2
+	if v.proof || m.runningCount() <= 3 {
+		need = 1
+	}
+	if m.deciders(from, v, nil) < need || m.hears(e.id) || time.Since(e.reported) < reportPause {
+		return
+	}
+	e.reported = time.Now()
+	m.inquire(e, causeHint, "reported dead by "+m.name(from))
+}
+
+// reportedAlive has a node that this one holds for dead or left dialled soon, because another member holds it to run.
+func (m *Members) reportedAlive(e *entry) {
+	if !e.member() || time.Since(e.reported) < reportPause {
+		return
+	}
+	e.reported = time.Now()
+	if soon := time.Now().Add(m.jitter(min(time.Second, time.Duration(len(m.entries))*10*time.Millisecond))); soon.Before(e.nextDial) {
+		e.nextDial = soon
+	}
+}
+
+// hearOfSelf refutes what is said against this node, and outranks an earlier life whose clock was ahead. Locked.
+func (m *Members) hearOfSelf(s state) {
+	if s.verdict.kind != Alive {
+		m.refute(s.verdict.at, s.verdict.evidence)
+	}
+	if v := s.info.version(); !s.unheard && v.compare(m.self.info.version()) > 0 {
+		m.refute(v, "an earlier life of this node, by a clock that was ahead")
+	}
+}
+
+func (m *Members) refute(at version, evidence string) {
+	mine := m.self.info.version()
+	if m.leaving || at.compare(mine) < 0 {
+		return
+	}
+	info := m.self.info.clone()
+	if at.sameBoot(mine) {
+		info.Counter = at.counter + 1
+	} else {
+		info.StartedUnixMs = at.started + 1
+		info.Counter++
+	}
+	m.self.info = info
+	m.log.Info("refuting what others hold against this node", "evidence", evidence)
+	m.touch(m.self, "refuted")
+	m.announce(m.id)
+}
+
+func (m *Members) runningCount() int {
+	n := 0
+	for _, e := range m.entries {
+		if e.running() {
+			n++
+		}
+	}
+	return n
+}
+
+func contains(ids []peer.ID, id peer.ID) bool {
+	for _, o := range ids {
+		if o == id {
+			return true
+		}
+	}
+	return false
+}
+
+// sane clips what would not fit on the wire.
+func sane(i Info) Info {
+	for _, s := range []*string{&i.Name, &i.Zone, &i.Role, &i.Version, &i.Platform} {
+		*s = clip(*s)
+	}
+	for k := range i.Addrs {
+		i.Addrs[k] = clip(i.Addrs[k])
+	}
+	i.Addrs = i.Addrs[:min(len(i.Addrs), maxAddrs)]
+	for k, v := range i.Labels {
+		if c := clip(k); c != k {
+			delete(i.Labels, k)
+			i.Labels[c] = clip(v)
+		} else {
+			i.Labels[k] = clip(v)
+		}
+	}
+	for k := range i.Labels {
+		if len(i.Labels) <= maxPairs {
+			break
+		}
+		delete(i.Labels, k)
+	}
+	return i
+}
+
+func clip(s string) string {
+	if len(s) > maxText {
+		s = s[:maxText]
+	}
+	return strings.ToValidUTF8(s, "")
+}

@@ -1,0 +1,171 @@
+package members
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+)
+
+// Limits of what a node may say of itself.
+const (
+	maxID    = 128
+	maxText  = 512
+	maxAddrs = 64
+	maxPairs = 128
+	maxPeers = 64
+)
+
+func infoToWire(i Info) *wirev1.MemberInfo {
+	return &wirev1.MemberInfo{
+		Id: []byte(i.ID), Name: i.Name, Addrs: i.Addrs, Zone: i.Zone, Role: i.Role, Labels: i.Labels, CpuMillis: i.CPUMillis,
+		MemoryBytes: i.MemoryBytes, DiskBytes: i.DiskBytes, Version: i.Version, Platform: i.Platform, Boot: i.Boot, Counter: i.Counter,
+		StartedUnixMs: i.StartedUnixMs, Draining: i.Draining, NoVoter: i.NoVoter, NoHolder: i.NoHolder, MaxFormat: i.MaxFormat,
+		Watchers: idsToWire(i.Watchers),
+	}
+}
+
+func infoFromWire(w *wirev1.MemberInfo) (Info, error) {
+	id, err := idFromWire(w.GetId())
+	if err != nil {
+		return Info{}, err
+	}
+	texts := append([]string{w.GetName(), w.GetZone(), w.GetRole(), w.GetVersion(), w.GetPlatform()}, w.GetAddrs()...)
+	for k, v := range w.GetLabels() {
+		texts = append(texts, k, v)
+	}
+	if slices.ContainsFunc(texts, func(s string) bool { return len(s) > maxText }) ||
+		len(w.GetAddrs()) > maxAddrs || len(w.GetLabels()) > maxPairs || len(w.GetWatchers()) > maxPeers {
+		return Info{}, fmt.Errorf("what %s says of itself is too large", id)
+	}
+	watchers, err := idsFromWire(w.GetWatchers())
+	if err != nil {
+		return Info{}, err
+	}
+	return Info{
+		ID: id, Name: w.GetName(), Addrs: w.GetAddrs(), Zone: w.GetZone(), Role: w.GetRole(), Labels: w.GetLabels(),
+		CPUMillis: w.GetCpuMillis(), MemoryBytes: w.GetMemoryBytes(), DiskBytes: w.GetDiskBytes(), Version: w.GetVersion(),
+		Platform: w.GetPlatform(), Boot: w.GetBoot(), Counter: w.GetCounter(), StartedUnixMs: w.GetStartedUnixMs(),
+		Draining: w.GetDraining(), NoVoter: w.GetNoVoter(), NoHolder: w.GetNoHolder(), MaxFormat: w.GetMaxFormat(), Watchers: watchers,
+	}, nil
+}
+
+func idFromWire(b []byte) (peer.ID, error) {
+	if len(b) == 0 || len(b) > maxID {
+		return "", fmt.Errorf("a node id of %d bytes", len(b))
+	}
+	return peer.ID(b), nil
+}
+
+func idsToWire(ids []peer.ID) [][]byte {
+	var out [][]byte
+	for _, id := range ids {
+		out = append(out, []byte(id))
+	}
+	return out
+}
+
+func idsFromWire(bs [][]byte) ([]peer.ID, error) {
+	var out []peer.ID
+	for _, b := range bs {
+		id, err := idFromWire(b)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, id)
+	}
+	return out, nil
+}
+
+func verdictToWire(v verdict) *wirev1.Verdict {
+	if v.kind == Alive {
+		return nil
+	}
+	kind := wirev1.Verdict_DEAD
+	if v.kind == Left {
+		kind = wirev1.Verdict_LEFT
+	}
+	return &wirev1.Verdict{
+		Kind: kind, StartedUnixMs: v.at.started, Boot: v.at.boot, Counter: v.at.counter, Evidence: v.evidence, By: idsToWire(v.by),
+		Proof: v.proof, AgeMs: uint64(max(0, time.Since(v.since).Milliseconds())),
+	}
+}
+
+func verdictFromWire(w *wirev1.Verdict) (verdict, error) {
+	if w == nil {
+		return verdict{}, nil
+	}
+	v := verdict{
+		at: version{w.GetStartedUnixMs(), w.GetBoot(), w.GetCounter()}, evidence: w.GetEvidence(), proof: w.GetProof(),
+	}
+	switch w.GetKind() {
+	case wirev1.Verdict_NONE:
+		return verdict{}, nil
+	case wirev1.Verdict_DEAD:
+		v.kind = Dead
+	case wirev1.Verdict_LEFT:
+		v.kind = Left
+	default:
+		return verdict{}, fmt.Errorf("a verdict of kind %d, unknown here", w.GetKind())
+	}
+	if len(w.GetBy()) > maxPeers || len(v.evidence) > maxText {
+		return verdict{}, errors.New("a verdict too large")
+	}
+	var err error
+	v.by, err = idsFromWire(w.GetBy())
+	v.since = time.Now().Add(-time.Duration(min(w.GetAgeMs(), uint64(keepLost.Milliseconds()))) * time.Millisecond)
+	return v, err
+}
+
+// state is one node as a message tells of it.
+type state struct {
+	info    Info
+	verdict verdict
+	unheard bool
+}
+
+func stateFromWire(w *wirev1.MemberState) (state, error) {
+	info, err := infoFromWire(w.GetInfo())
+	if err != nil {
+		return state{}, err
+	}
+	v, err := verdictFromWire(w.GetVerdict())
+	return state{info, v, w.GetUnheard()}, err
+}
+
+func (s state) toWire() *wirev1.MemberState {
+	return &wirev1.MemberState{Info: infoToWire(s.info), Verdict: verdictToWire(s.verdict), Unheard: s.unheard}
+}
+
+// hash is equal on two nodes that hold the same of a node.
+func (s state) hash() uint64 {
+	h := fnv.New64a()
+	var b []byte
+	b = append(b, s.info.ID...)
+	if !s.unheard {
+		for _, v := range []version{s.info.version(), s.verdict.at} {
+			b = binary.LittleEndian.AppendUint64(b, uint64(v.started))
+			b = binary.LittleEndian.AppendUint64(b, v.boot)
+			b = binary.LittleEndian.AppendUint64(b, v.counter)
+		}
+		b = append(b, byte(s.verdict.kind))
+	}
+	_, _ = h.Write(b) // never fails
+	return h.Sum64()
+}
+
+// names joins ids' short forms for evidence.
+func names(of func(peer.ID) string, ids []peer.ID) string {
+	var out []string
+	for _, id := range ids {
+		out = append(out, of(id))
+	}
+	return strings.Join(out, ", ")
+}
