@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 )
 
 // The time that a command may take when --timeout does not say otherwise.
@@ -245,10 +244,4 @@ func version() string {
 		}
 	}
 	return v
-}
-
-// flagChanged says whether the user gave a flag.
-func flagChanged(f *pflag.FlagSet, name string) bool {
-	fl := f.Lookup(name)
-	return fl != nil && fl.Changed
 }

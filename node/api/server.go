@@ -140,10 +140,10 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logge
 	})
 	err := srv.Serve(ln)
 	if stop() { // nobody asked it to end
-		return fmt.Errorf("serve the control API on %s: %w", ln.Addr(), err)
+		return fmt.Errorf("serve on %s: %w", ln.Addr(), err)
 	}
 	if err = <-done; err != nil && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("end the control API on %s: %w", ln.Addr(), err)
+		return fmt.Errorf("stop serving on %s: %w", ln.Addr(), err)
 	}
 	return nil
 }
