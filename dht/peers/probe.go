@@ -196,7 +196,7 @@ func (l *Libp2p) closeProbe(c net.Conn) {
 // authenticate runs libp2p's security handshake and offers no muxer, so that the other side never counts this as a connection: nobody
 // there is told of a link that comes and goes.
 func (l *Libp2p) authenticate(ctx context.Context, id peer.ID, c net.Conn) error {
-	tls, err := libp2ptls.New(libp2ptls.ID, l.h.Peerstore().PrivKey(l.h.ID()), nil)
+	tls, err := l.tls()
 	if err != nil {
 		return err
 	}
