@@ -1,0 +1,298 @@
+package solver
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+
+	"github.com/coppice-project/coppice/components"
+	placementv1 "github.com/coppice-project/coppice/plugins/contract/placement/v1"
+)
+
+// problem is the request, indexed and with everything evaluated that does not depend on where instances are. Immutable once built.
+type problem struct {
+	policy *placementv1.Policy
+	nodes  []node // by id
+	comps  []comp // by key
+	insts  []inst // by name
+	nodeOf map[string]int
+	instOf map[string]int
+	rtt    map[[2]int]float64 // ms, both directions
+	active int                // instances that want a node: N of the mean
+	crowd  float64            // K: a node shared by more than this many others is worth nothing for balance
+	scale  float64            // of the cost of moves
+}
+
+type node struct {
+	*placementv1.Node
+	name  string
+	facts *components.NodeFacts
+	// receives: it may be given instances. keeps: what runs there may stay. Neither: what ran there is lost.
+	receives, keeps bool
+	refusal         refusal // why it does not receive
+}
+
+// refusal is why a node is not for an instance.
+type refusal struct{ constraint, detail string }
+
+type comp struct {
+	*placementv1.Component
+	insts    []int
+	static   []refusal // by node; zero: none
+	utility  []float64 // by node, in [0,1]: the part that does not depend on where instances are
+	balance  float64   // share of the balance term in the utility
+	value    []int     // by node: the number of its spread value
+	limit    int       // instances in one spread value; 0: no spread
+	running  int       // instances that want a node
+	usable   []int     // by spread value: nodes that are for it
+	nearTo   int       // component to be near to, -1: none
+	nearOf   []int     // components that are to be near this one
+	moveCost float64
+	mibCost  float64
+}
+
+type inst struct {
+	*placementv1.Instance
+	comp    int
+	current int // node that owns it and is not lost, -1: none
+	pin     int // node it is pinned to, where that node is feasible; -1: none
+	fixed   bool
+	free    bool // it has no owner to be moved from: choosing a node is no move
+	locked  bool // it may not be moved for a better objective
+	must    bool // it must leave current now
+	why     string
+	mib     float64
+	holders map[int]bool
+	avoid   map[int]bool
+	pinNote string
+}
+
+func newProblem(req *placementv1.SolveRequest) (*problem, error) {
+	snap := req.GetSnapshot()
+	if snap == nil {
+		return nil, errors.New("the request has no snapshot")
+	}
+	p := &problem{policy: req.GetPolicy(), nodeOf: map[string]int{}, instOf: map[string]int{}, rtt: map[[2]int]float64{}}
+	if p.policy == nil {
+		p.policy = DefaultPolicy()
+	}
+	if len(snap.GetNodes()) > MaxNodes {
+		return nil, fmt.Errorf("%d nodes, at most %d", len(snap.GetNodes()), MaxNodes)
+	}
+	if err := p.addNodes(snap.GetNodes()); err != nil {
+		return nil, err
+	}
+	for _, l := range snap.GetLinks() {
+		a, okA := p.nodeOf[l.GetFrom()]
+		b, okB := p.nodeOf[l.GetTo()]
+		if okA && okB && l.GetRttMs() >= 0 { // the worse of what both ends measured
+			v := math.Max(l.GetRttMs(), p.rtt[[2]int{a, b}])
+			p.rtt[[2]int{a, b}], p.rtt[[2]int{b, a}] = v, v
+		}
+	}
+	if err := p.addComponents(snap.GetComponents()); err != nil {
+		return nil, err
+	}
+	p.measure()
+	for i := range p.insts {
+		p.classify(&p.insts[i])
+	}
+	return p, nil
+}
+
+func (p *problem) addNodes(in []*placementv1.Node) error {
+	sorted := slices.Clone(in)
+	slices.SortFunc(sorted, func(a, b *placementv1.Node) int { return cmp.Compare(a.GetId(), b.GetId()) })
+	for _, n := range sorted {
+		if _, twice := p.nodeOf[n.GetId()]; twice || n.GetId() == "" {
+			return fmt.Errorf("node id %q is empty or there twice", n.GetId())
+		}
+		p.nodeOf[n.GetId()] = len(p.nodes)
+		p.nodes = append(p.nodes, newNode(n))
+	}
+	return nil
+}
+
+const mib = 1 << 20
+
+func newNode(n *placementv1.Node) node {
+	out := node{Node: n, name: cmp.Or(n.GetName(), n.GetId())}
+	out.facts = &components.NodeFacts{
+		ID: n.GetId(), Name: n.GetName(), Zone: n.GetZone(), Role: n.GetRole(), Platform: n.GetPlatform(), State: n.GetState(),
+		Draining: n.GetDraining(), Labels: n.GetLabels(), Facts: n.GetFacts(),
+		CPU: float64(n.GetCpuMillis()) / 1000, MemoryMiB: float64(n.GetMemoryBytes()) / mib, DiskMiB: float64(n.GetDiskBytes()) / mib,
+	}
+	switch {
+	case n.GetState() == "dead" || n.GetState() == "left":
+		out.refusal = refusal{"alive", "it is " + n.GetState()}
+	case n.GetState() != "alive":
+		out.keeps = true
+		out.refusal = refusal{"alive", "it is " + cmp.Or(n.GetState(), "of unknown state")}
+	case n.GetRole() == components.RoleVoter:
+		out.refusal = refusal{"role", "it votes only and runs no components"}
+		out.keeps = true
+	case n.GetDraining():
+		out.refusal = refusal{"draining", "it is being drained"}
+		out.keeps = true
+	default:
+		out.keeps, out.receives = true, true
+	}
+	return out
+}
+
+func (p *problem) addComponents(in []*placementv1.Component) error {
+	sorted := slices.Clone(in)
+	slices.SortFunc(sorted, func(a, b *placementv1.Component) int { return cmp.Compare(a.GetKey(), b.GetKey()) })
+	byKey := map[string]int{}
+	var all []inst
+	for _, c := range sorted {
+		if _, twice := byKey[c.GetKey()]; twice || c.GetKey() == "" {
+			return fmt.Errorf("component key %q is empty or there twice", c.GetKey())
+		}
+		at := len(p.comps)
+		byKey[c.GetKey()] = at
+		p.comps = append(p.comps, p.newComp(c))
+		for _, i := range c.GetInstances() {
+			all = append(all, inst{Instance: i, comp: at})
+		}
+	}
+	if len(all) > MaxInstances {
+		return fmt.Errorf("%d instances, at most %d", len(all), MaxInstances)
+	}
+	slices.SortFunc(all, func(a, b inst) int { return cmp.Compare(a.GetName(), b.GetName()) })
+	for i := range all {
+		name := all[i].GetName()
+		if _, twice := p.instOf[name]; twice || name == "" {
+			return fmt.Errorf("instance name %q is empty or there twice", name)
+		}
+		p.instOf[name] = i
+		c := &p.comps[all[i].comp]
+		c.insts = append(c.insts, i)
+	}
+	p.insts = all
+	for i := range p.comps {
+		c := &p.comps[i]
+		c.nearTo = -1
+		if to, ok := byKey[c.GetNear()]; ok && to != i {
+			c.nearTo = to
+			p.comps[to].nearOf = append(p.comps[to].nearOf, i)
+		}
+	}
+	return nil
+}
+
+// measure fixes the numbers that depend on how many instances and nodes there are.
+func (p *problem) measure() {
+	receiving := 0
+	for i := range p.nodes {
+		if p.nodes[i].receives {
+			receiving++
+		}
+	}
+	for i := range p.comps {
+		c := &p.comps[i]
+		if c.GetSystem() {
+			continue
+		}
+		running := 0
+		for _, j := range c.insts {
+			if !p.insts[j].GetStopped() && !p.apart(&p.insts[j]) {
+				running++
+			}
+		}
+		p.active += running
+		p.spread(c, running)
+	}
+	p.crowd = float64(2*((p.active+max(receiving, 1)-1)/max(receiving, 1)) + 2)
+	p.scale = CostScale / math.Max(float64(p.active), 1)
+}
+
+// CostScale is the number of instances for which the cost of a move is meant: what Rhizoma's groups had (6 to 10).
+const CostScale = 8
+
+// classify says what may be done with an instance.
+func (p *problem) classify(i *inst) {
+	c := &p.comps[i.comp]
+	i.mib = float64(i.GetStateBytes()) / mib
+	i.current, i.pin = -1, -1
+	i.holders, i.avoid = p.set(i.GetHolders()), p.set(i.GetExcluded())
+	if n, ok := p.nodeOf[i.GetNode()]; ok && p.nodes[n].keeps {
+		i.current = n
+	}
+	i.free = i.current < 0
+	if c.GetSystem() || i.GetStopped() || p.apart(i) {
+		i.fixed = true
+		return
+	}
+	p.pin(i, c)
+	if i.current < 0 {
+		return
+	}
+	n := &p.nodes[i.current]
+	kept := c.static[i.current]
+	switch {
+	case i.pin >= 0 && i.pin != i.current:
+		i.must, i.why = true, "it is pinned to "+p.nodes[i.pin].name
+	case c.GetEachNode() && i.GetPinned() != "" && i.GetPinned() != i.GetNode():
+		i.must, i.why = true, "it belongs to another node"
+	case i.avoid[i.current]:
+		i.must, i.why = true, "it failed there lately"
+	case n.refusal.constraint == "draining" || n.refusal.constraint == "role":
+		i.must, i.why = true, n.name+": "+n.refusal.detail
+	case kept.constraint != "" && !n.receives: // suspect or quarantined: may keep
+	case kept.constraint != "":
+		i.why = kept.constraint + ": " + kept.detail
+	}
+	settled := i.GetSettledMs() >= p.policy.GetMinSettledMs()
+	if i.why != "" && settled {
+		i.must = true
+	}
+	i.locked = !settled || i.pin >= 0 || c.GetEachNode() || !n.receives
+}
+
+// apart tells whether i belongs to a node that is not for it now: it waits for that node, and no other is asked.
+func (p *problem) apart(i *inst) bool {
+	c := &p.comps[i.comp]
+	if !c.GetEachNode() {
+		return false
+	}
+	n, ok := p.nodeOf[i.GetPinned()]
+	return !ok || c.static[n].constraint != "" && !(p.nodes[n].keeps && i.GetNode() == i.GetPinned())
+}
+
+// pin settles where an instance is pinned to. A pin that cannot be kept is reported and does not keep the instance from running.
+func (p *problem) pin(i *inst, c *comp) {
+	if i.GetPinned() == "" {
+		return
+	}
+	n, ok := p.nodeOf[i.GetPinned()]
+	switch {
+	case !ok:
+		i.pinNote = "pinned to " + i.GetPinned() + ", which is no member"
+	case c.GetEachNode():
+		i.pin = n
+	case n == i.current && p.nodes[n].keeps && !p.nodes[n].receives && p.nodes[n].refusal.constraint == "alive":
+		i.pin = n
+	case c.static[n].constraint != "":
+		i.pinNote = fmt.Sprintf("pinned to %s, which is refused: %s: %s", p.nodes[n].name, c.static[n].constraint, c.static[n].detail)
+	case i.avoid[n]:
+		i.pinNote = "pinned to " + p.nodes[n].name + ", where it failed lately"
+	default:
+		i.pin = n
+	}
+}
+
+func (p *problem) set(ids []string) map[int]bool {
+	if len(ids) == 0 {
+		return nil
+	}
+	out := make(map[int]bool, len(ids))
+	for _, id := range ids {
+		if n, ok := p.nodeOf[id]; ok {
+			out[n] = true
+		}
+	}
+	return out
+}

@@ -1,0 +1,347 @@
+package solver
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+)
+
+// state is one arrangement of the instances, with sums kept as it changes.
+type state struct {
+	p              *problem
+	at             []int    // by instance: its node, -1: none
+	bad            []string // by instance: why where it runs now is not acceptable; "" = it is
+	must           []bool   // by instance: it should leave where it runs now
+	cpu, mem, disk []uint64 // by node: taken
+	count          []int    // by node: instances
+	weight         []float64
+	values         [][]int // by component: instances by spread value
+	moves          int
+	evals, budget  int
+}
+
+// newState is the current plan: each instance where it runs, and which of them may not stay.
+func newState(p *problem) *state {
+	n := len(p.nodes)
+	s := &state{
+		p: p, at: make([]int, len(p.insts)), bad: make([]string, len(p.insts)), must: make([]bool, len(p.insts)),
+		cpu: make([]uint64, n), mem: make([]uint64, n), disk: make([]uint64, n), count: make([]int, n), weight: make([]float64, n),
+		values: make([][]int, len(p.comps)),
+	}
+	budget := uint64(p.policy.GetBudgetMs())
+	if budget == 0 {
+		budget = uint64(DefaultPolicy().GetBudgetMs())
+	}
+	s.budget = int(min(budget, 60_000) * evaluationsPerMs)
+	for c := range p.comps {
+		if p.comps[c].limit > 0 {
+			s.values[c] = make([]int, slices.Max(append([]int{0}, p.comps[c].value...))+1)
+		}
+	}
+	for i := range p.insts {
+		in := &p.insts[i]
+		s.at[i] = -1
+		switch {
+		case in.fixed && in.current >= 0 && p.comps[in.comp].GetSystem() && !in.GetStopped():
+			s.take(i, in.current, 1)
+		case !in.fixed && in.current >= 0:
+			s.bad[i], s.must[i] = in.why, in.must
+			s.put(i, in.current)
+		}
+	}
+	s.findOvercommitted()
+	s.findCrowded()
+	s.findFar()
+	return s
+}
+
+// take adds (or with sign -1 gives back) an instance's demand.
+func (s *state) take(i, n, sign int) {
+	c := &s.p.comps[s.p.insts[i].comp]
+	if sign > 0 {
+		s.cpu[n] += c.GetCpuMillis()
+		s.mem[n] += c.GetMemoryBytes()
+		s.disk[n] += c.GetDiskBytes()
+		return
+	}
+	s.cpu[n] -= c.GetCpuMillis()
+	s.mem[n] -= c.GetMemoryBytes()
+	s.disk[n] -= c.GetDiskBytes()
+}
+
+// put moves an instance to a node, -1: to none.
+func (s *state) put(i, n int) {
+	in := &s.p.insts[i]
+	c := &s.p.comps[in.comp]
+	if a := s.at[i]; a >= 0 {
+		s.take(i, a, -1)
+		s.count[a]--
+		if !s.isBad(i) {
+			s.weight[a] -= c.balance
+		}
+		if c.limit > 0 {
+			s.values[in.comp][c.value[a]]--
+		}
+		if s.isMove(i, a) {
+			s.moves--
+		}
+	}
+	s.at[i] = n
+	if n < 0 {
+		return
+	}
+	s.take(i, n, 1)
+	s.count[n]++
+	if !s.isBad(i) {
+		s.weight[n] += c.balance
+	}
+	if c.limit > 0 {
+		s.values[in.comp][c.value[n]]++
+	}
+	if s.isMove(i, n) {
+		s.moves++
+	}
+}
+
+// isBad tells whether an instance is still where it may not stay.
+func (s *state) isBad(i int) bool {
+	return s.bad[i] != "" && s.at[i] == s.p.insts[i].current
+}
+
+func (s *state) isMove(i, n int) bool {
+	in := &s.p.insts[i]
+	return !in.free && n != in.current
+}
+
+// mark says that an instance may not stay where it runs. It has to leave when it has settled; else it waits.
+func (s *state) mark(i int, why string) {
+	n := s.at[i]
+	s.put(i, -1)
+	s.bad[i] = why
+	s.must[i] = s.must[i] || s.p.insts[i].GetSettledMs() >= s.p.policy.GetMinSettledMs()
+	s.put(i, n)
+}
+
+// victims lists instances in the order in which they have to give way: the smallest state first, then the last by name. Pinned ones and
+// those that belong to their node never do.
+func (s *state) victims(keep func(i int) bool) []int {
+	var out []int
+	for i := range s.p.insts {
+		in := &s.p.insts[i]
+		if s.at[i] >= 0 && !s.isBad(i) && in.pin < 0 && !s.p.comps[in.comp].GetEachNode() && keep(i) {
+			out = append(out, i)
+		}
+	}
+	slices.SortFunc(out, func(a, b int) int {
+		return cmp.Or(cmp.Compare(s.p.insts[a].mib, s.p.insts[b].mib), cmp.Compare(b, a))
+	})
+	return out
+}
+
+func (s *state) findOvercommitted() {
+	for n := range s.p.nodes {
+		node := &s.p.nodes[n]
+		over := func(cpu, mem, disk uint64) bool {
+			return cpu > node.GetCpuMillis() || mem > node.GetMemoryBytes() || disk > node.GetDiskBytes()
+		}
+		cpu, mem, disk := s.cpu[n], s.mem[n], s.disk[n]
+		if !over(cpu, mem, disk) {
+			continue
+		}
+		for i := range s.p.insts { // those that leave anyhow
+			if c := &s.p.comps[s.p.insts[i].comp]; s.at[i] == n && s.isBad(i) {
+				cpu, mem, disk = cpu-c.GetCpuMillis(), mem-c.GetMemoryBytes(), disk-c.GetDiskBytes()
+			}
+		}
+		for _, i := range s.victims(func(i int) bool { return s.at[i] == n }) {
+			c := &s.p.comps[s.p.insts[i].comp]
+			if !over(cpu, mem, disk) {
+				break
+			}
+			if c.GetCpuMillis() == 0 && c.GetMemoryBytes() == 0 && c.GetDiskBytes() == 0 {
+				continue
+			}
+			cpu, mem, disk = cpu-c.GetCpuMillis(), mem-c.GetMemoryBytes(), disk-c.GetDiskBytes()
+			s.mark(i, "capacity: "+node.name+" no longer has room for all that runs there")
+		}
+	}
+}
+
+func (s *state) findCrowded() {
+	for ci := range s.p.comps {
+		c := &s.p.comps[ci]
+		if c.limit == 0 {
+			continue
+		}
+		good := make([]int, len(s.values[ci]))
+		for _, i := range c.insts {
+			if s.at[i] >= 0 && !s.isBad(i) {
+				good[c.value[s.at[i]]]++
+			}
+		}
+		for _, i := range s.victims(func(i int) bool { return s.p.insts[i].comp == ci }) {
+			if v := c.value[s.at[i]]; good[v] > c.limit {
+				good[v]--
+				s.mark(i, fmt.Sprintf("spread: more than %d of %s share a %s", c.limit, c.GetKey(), c.GetSpread()))
+			}
+		}
+	}
+}
+
+func (s *state) findFar() {
+	for ci := range s.p.comps {
+		c := &s.p.comps[ci]
+		if c.nearTo < 0 {
+			continue
+		}
+		for _, i := range c.insts {
+			if s.at[i] >= 0 && !s.isBad(i) && s.p.insts[i].pin < 0 && !c.GetEachNode() && s.distance(c.nearTo, s.at[i], -1) > c.GetNearRttMs() {
+				s.mark(i, "near: "+s.p.comps[c.nearTo].GetKey()+" is farther than "+millis(c.GetNearRttMs()))
+			}
+		}
+	}
+}
+
+func millis(v float64) string { return fmt.Sprintf("%g ms", math.Round(v*100)/100) }
+
+// distance is from a node to the nearest instance of a component (without instance but), in ms: 0 where there is no instance at all,
+// infinite where no round trip is known.
+func (s *state) distance(comp, n, but int) float64 {
+	best, any := math.Inf(1), false
+	for _, j := range s.p.comps[comp].insts {
+		m := s.at[j]
+		if m < 0 || j == but {
+			continue
+		}
+		any = true
+		best = math.Min(best, s.p.between(n, m))
+	}
+	if !any {
+		return 0
+	}
+	return best
+}
+
+func (p *problem) between(a, b int) float64 {
+	if a == b {
+		return 0
+	}
+	if v, ok := p.rtt[[2]int{a, b}]; ok {
+		return v
+	}
+	return math.Inf(1)
+}
+
+// block is why an instance may not go to a node; allowed: it may.
+type block uint8
+
+const (
+	allowed block = iota
+	byStatic
+	byAvoid
+	byPin
+	byNode // belongs to another node
+	byCPU
+	byMemory
+	byDisk
+	bySpread
+	byNear
+	byNearOf
+)
+
+// blocked checks the hard constraints of instance i on node n. i must be nowhere in the state.
+func (s *state) blocked(i, n int) block {
+	s.evals++
+	in := &s.p.insts[i]
+	c := &s.p.comps[in.comp]
+	node := &s.p.nodes[n]
+	switch {
+	case in.pin >= 0 && in.pin != n:
+		return byPin
+	case c.GetEachNode() && in.GetPinned() != "" && in.GetPinned() != node.GetId():
+		return byNode
+	case c.static[n].constraint != "":
+		return byStatic
+	case in.avoid[n]:
+		return byAvoid
+	case s.cpu[n]+c.GetCpuMillis() > node.GetCpuMillis() && c.GetCpuMillis() > 0:
+		return byCPU
+	case s.mem[n]+c.GetMemoryBytes() > node.GetMemoryBytes() && c.GetMemoryBytes() > 0:
+		return byMemory
+	case s.disk[n]+c.GetDiskBytes() > node.GetDiskBytes() && c.GetDiskBytes() > 0:
+		return byDisk
+	case c.limit > 0 && s.values[in.comp][c.value[n]] >= c.limit:
+		return bySpread
+	case c.nearTo >= 0 && s.distance(c.nearTo, n, -1) > c.GetNearRttMs():
+		return byNear
+	}
+	for _, d := range c.nearOf {
+		if !s.nearHolds(d, in.comp, n) {
+			return byNearOf
+		}
+	}
+	return allowed
+}
+
+// nearHolds tells whether each instance of component d still has one of component to near it, once another one runs on node n.
+func (s *state) nearHolds(d, to, n int) bool {
+	c := &s.p.comps[d]
+	for _, x := range c.insts {
+		m := s.at[x]
+		if m < 0 || s.isBad(x) || s.p.between(m, n) <= c.GetNearRttMs() {
+			continue
+		}
+		others := false
+		for _, j := range s.p.comps[to].insts {
+			if s.at[j] >= 0 && s.p.between(m, s.at[j]) <= c.GetNearRttMs() {
+				others = true
+				break
+			}
+		}
+		if !others {
+			return false
+		}
+	}
+	return true
+}
+
+// feasible is blocked with words.
+func (s *state) feasible(i, n int) (refusal, bool) {
+	in := &s.p.insts[i]
+	c := &s.p.comps[in.comp]
+	node := &s.p.nodes[n]
+	left := func(offered, taken uint64) uint64 {
+		if taken > offered {
+			return 0
+		}
+		return offered - taken
+	}
+	switch s.blocked(i, n) {
+	case allowed:
+		return refusal{}, true
+	case byStatic:
+		return c.static[n], false
+	case byAvoid:
+		return refusal{"excluded", "it failed there lately"}, false
+	case byPin:
+		return refusal{"pinned", "it is pinned to " + s.p.nodes[in.pin].name}, false
+	case byNode:
+		return refusal{"each-node", "it belongs to another node"}, false
+	case byCPU:
+		return refusal{"capacity", fmt.Sprintf("cpu: %s wanted, %s left", cores(c.GetCpuMillis()), cores(left(node.GetCpuMillis(), s.cpu[n])))}, false
+	case byMemory:
+		return refusal{"capacity", fmt.Sprintf("memory: %s wanted, %s left", mibs(c.GetMemoryBytes()), mibs(left(node.GetMemoryBytes(), s.mem[n])))}, false
+	case byDisk:
+		return refusal{"capacity", fmt.Sprintf("disk: %s wanted, %s left", mibs(c.GetDiskBytes()), mibs(left(node.GetDiskBytes(), s.disk[n])))}, false
+	case bySpread:
+		return refusal{"spread", fmt.Sprintf("%d of %s on the same %s already", c.limit, c.GetKey(), c.GetSpread())}, false
+	case byNear:
+		d := s.distance(c.nearTo, n, -1)
+		if math.IsInf(d, 1) {
+			return refusal{"near", "no round trip to " + s.p.comps[c.nearTo].GetKey() + " is known"}, false
+		}
+		return refusal{"near", fmt.Sprintf("%s to %s, at most %s wanted", millis(d), s.p.comps[c.nearTo].GetKey(), millis(c.GetNearRttMs()))}, false
+	}
+	return refusal{"near", "a component that wants to be near would be too far"}, false
+}
