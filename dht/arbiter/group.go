@@ -1,0 +1,353 @@
+package arbiter
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/coppice-project/coppice/dht/keys"
+	"github.com/coppice-project/coppice/dht/peers"
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+)
+
+// configuration returns the group as this node's raft has it.
+func configuration(r *raft.Raft) (voters, learners []peer.ID) {
+	f := r.GetConfiguration()
+	if f.Error() != nil {
+		return nil, nil
+	}
+	for _, s := range f.Configuration().Servers {
+		id, err := peer.Decode(string(s.ID))
+		if err != nil {
+			continue
+		}
+		if s.Suffrage == raft.Voter {
+			voters = append(voters, id)
+		} else {
+			learners = append(learners, id)
+		}
+	}
+	return voters, learners
+}
+
+func leaderOf(r *raft.Raft) peer.ID {
+	addr, _ := r.LeaderWithID()
+	id, err := peer.Decode(string(addr))
+	if err != nil {
+		return ""
+	}
+	return id
+}
+
+// inGroup says whether this node's raft is part of the group, as far as it knows.
+func (a *Arbiter) inGroup() (r *raft.Raft, member bool) {
+	r = a.raft.Load()
+	if r == nil || a.halted.Load() {
+		return nil, false
+	}
+	voters, learners := configuration(r)
+	return r, slices.Contains(voters, a.cfg.Self) || slices.Contains(learners, a.cfg.Self)
+}
+
+// machineCurrent says whether the node's own machine is what the local view should show: it is in the group and hears the leader, or
+// did so a moment ago.
+func (a *Arbiter) machineCurrent() bool {
+	r, member := a.inGroup()
+	if !member {
+		return false
+	}
+	return r.State() == raft.Leader || time.Since(r.LastContact()) < 4*a.t.Heartbeat
+}
+
+// leaderAge is how long ago this node's raft heard the leader; < 0: never.
+func (a *Arbiter) leaderAge() time.Duration {
+	r := a.raft.Load()
+	if r == nil {
+		return -1
+	}
+	if r.State() == raft.Leader {
+		return 0
+	}
+	if last := r.LastContact(); !last.IsZero() {
+		return time.Since(last)
+	}
+	return -1
+}
+
+// observe keeps whereabouts up to date with raft, and marks how far the log is committed.
+func (a *Arbiter) observe(ctx context.Context, r *raft.Raft) {
+	events := make(chan raft.Observation, 64)
+	o := raft.NewObserver(events, false, func(o *raft.Observation) bool {
+		switch o.Data.(type) {
+		case raft.LeaderObservation, raft.RaftState, raft.PeerObservation:
+			return true
+		}
+		return false
+	})
+	r.RegisterObserver(o)
+	defer r.DeregisterObserver(o)
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var marked uint64
+	for {
+		a.refreshWhere(r)
+		select {
+		case <-events:
+		case <-a.fsm.progress.next(): // a configuration may have come with it
+		case <-tick.C:
+			if c := r.CommitIndex(); c != marked && !a.halted.Load() {
+				marked = c
+				if err := a.disk.markCommitted(c); err != nil {
+					a.failures.note("mark the committed index", err)
+				}
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (a *Arbiter) refreshWhere(r *raft.Raft) {
+	_, member := a.inGroup()
+	if !member {
+		return
+	}
+	voters, learners := configuration(r)
+	term := r.CurrentTerm()
+	leader := leaderOf(r)
+	if r.CurrentTerm() != term {
+		return // it changes right now; raft will tell again
+	}
+	before, _ := a.where.current()
+	a.where.own(leader, term, voters, learners)
+	if leader != before {
+		a.keeper.kick()
+	}
+}
+
+// whereNow tells what this node knows about the group.
+func (a *Arbiter) whereNow() *wirev1.ArbiterWhere {
+	leader, _ := a.where.current()
+	voters, learners, term := a.where.group()
+	st := a.view.now()
+	return &wirev1.ArbiterWhere{
+		Leader: []byte(leader), Voters: idsToWire(voters), Learners: idsToWire(learners), Term: term,
+		Incarnation: st.at.inc, Index: st.at.index, Meta: metaToWire(st.meta),
+	}
+}
+
+// seek asks others who leads: the voters known, then the members closest to the placement key, who are the voters as a rule.
+func (a *Arbiter) seek(ctx context.Context) {
+	ask := a.likely(3)
+	ctx, cancel := context.WithTimeout(ctx, a.t.RPC)
+	defer cancel()
+	done := make(chan struct{}, len(ask))
+	for _, id := range ask {
+		go func() {
+			defer func() { done <- struct{}{} }()
+			resp := new(wirev1.ArbiterResponse)
+			req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Status{Status: true}}
+			if err := a.caller.Call(ctx, id, protoCall, req, resp); err == nil {
+				a.where.hint(resp.GetWhere())
+			}
+		}()
+	}
+	for range ask {
+		select {
+		case <-done:
+			if leader, _ := a.where.current(); leader != "" {
+				return
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// likely returns up to n others that may know the leader, best first, with one drawn from all so that no wrong belief lasts.
+func (a *Arbiter) likely(n int) []peer.ID {
+	voters, _, _ := a.where.group()
+	var alive []peer.ID
+	for _, m := range a.cfg.Members.List() {
+		if m.Alive && m.ID != a.cfg.Self {
+			alive = append(alive, m.ID)
+		}
+	}
+	voters = slices.DeleteFunc(slices.Clone(voters), func(id peer.ID) bool { return id == a.cfg.Self })
+	shuffle(voters, a.cfg.Rand)
+	out := voters[:min(len(voters), n-1)]
+	for _, id := range keys.Sort(keys.Of(PlacementKey), slices.Clone(alive)) {
+		if len(out) < n && !slices.Contains(out, id) {
+			out = append(out, id)
+		}
+	}
+	if len(alive) > 0 {
+		if id := alive[a.cfg.Rand()%uint64(len(alive))]; !slices.Contains(out, id) {
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+func shuffle(ids []peer.ID, rand func() uint64) {
+	for i := len(ids) - 1; i > 0; i-- {
+		j := int(rand() % uint64(i+1))
+		ids[i], ids[j] = ids[j], ids[i]
+	}
+}
+
+// tellCommits tells followers what was committed at once, where raft would wait for the next entry or for CommitTimeout. The message
+// is one that a leader may send at any time: an append without entries behind the last committed one, with the commit index.
+func (a *Arbiter) tellCommits(ctx context.Context, r *raft.Raft) {
+	busy := map[peer.ID]chan struct{}{}
+	defer func() {
+		for _, done := range busy {
+			<-done
+		}
+	}()
+	for {
+		next := a.notice.next()
+		again := false
+		if a.lagging.CompareAndSwap(true, false) {
+			again = a.tellOnce(r, busy)
+		}
+		var retry <-chan time.Time
+		if again {
+			a.lagging.Store(true)
+			retry = time.After(5 * time.Millisecond)
+		}
+		select {
+		case <-next:
+			// The next entry tells it, too: let it go first.
+			if !sleep(ctx, time.Millisecond) {
+				return
+			}
+		case <-retry:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// tellOnce sends to each follower that needs it and is not being sent to; true: some were.
+func (a *Arbiter) tellOnce(r *raft.Raft, busy map[peer.ID]chan struct{}) (again bool) {
+	term := r.CurrentTerm()
+	commit := r.CommitIndex()
+	var last raft.Log
+	if r.State() != raft.Leader || commit == 0 || a.disk.GetLog(commit, &last) != nil || last.Term != term || r.CurrentTerm() != term {
+		return false
+	}
+	voters, learners := configuration(r)
+	for _, id := range append(voters, learners...) {
+		p := a.trans.of(id)
+		if id == a.cfg.Self || p.told >= commit || time.Since(p.heard) > 2*a.t.Heartbeat {
+			continue
+		}
+		if done := busy[id]; done != nil {
+			select {
+			case <-done:
+			default:
+				again = true
+				continue
+			}
+		}
+		done := make(chan struct{})
+		busy[id] = done
+		go func() {
+			defer close(done)
+			req := &raft.AppendEntriesRequest{
+				RPCHeader: a.trans.header(), Term: term, PrevLogEntry: commit, PrevLogTerm: last.Term, LeaderCommitIndex: commit,
+			}
+			var resp raft.AppendEntriesResponse
+			if err := a.trans.AppendEntries(raft.ServerID(id.String()), raft.ServerAddress(id.String()), req, &resp); err != nil {
+				a.log.Debug("commit notice", "node", id, "err", err)
+			}
+		}()
+	}
+	return again
+}
+
+// ===== a proven death of the leader =====
+
+// memberChanged is told by the members' view.
+func (a *Arbiter) memberChanged(_, now Member) {
+	a.keeper.kick()
+	if now.Dead {
+		a.leaderDied(now.ID)
+	}
+}
+
+// linkChanged is told by the links. A reset alone proves nothing; a refused redial does.
+func (a *Arbiter) linkChanged(id peer.ID, up bool) {
+	if up {
+		return
+	}
+	a.trans.layer.drop(id)
+	if leader, _ := a.where.current(); leader != id {
+		return
+	}
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), a.t.RPC)
+		defer cancel()
+		if a.cfg.Links.Probe(ctx, id) == peers.Refused {
+			a.leaderDied(id)
+		}
+	}()
+}
+
+// leaderDied starts an election here, after those voters that are closer to the placement key had their chance.
+func (a *Arbiter) leaderDied(id peer.ID) {
+	r, _ := a.inGroup()
+	if r == nil || leaderOf(r) != id {
+		return
+	}
+	voters, _ := configuration(r)
+	if !slices.Contains(voters, a.cfg.Self) {
+		return
+	}
+	keys.Sort(keys.Of(PlacementKey), voters)
+	voters = slices.DeleteFunc(voters, func(v peer.ID) bool { return v == id })
+	rank := slices.Index(voters, a.cfg.Self)
+	term := r.CurrentTerm()
+	go a.standForElection(r, id, term, rank, len(voters))
+}
+
+// standForElection waits its turn and stands, as long as nobody leads; three rounds, then raft's own time-outs have it.
+func (a *Arbiter) standForElection(r *raft.Raft, dead peer.ID, term uint64, rank, of int) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		select {
+		case <-a.closing:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	wait := time.Duration(rank) * a.t.Stagger
+	for range 3 {
+		if wait > 0 && !sleep(ctx, wait) {
+			return
+		}
+		if l := leaderOf(r); ctx.Err() != nil || l != "" && l != dead || r.CurrentTerm() > term && l != "" {
+			return
+		}
+		a.voted.Add(1)
+		a.log.Info("the arbiter's leader is dead: standing for election", "node", dead, "rank", rank)
+		a.trans.electSelf()
+		wait = time.Duration(of) * a.t.Stagger
+	}
+}

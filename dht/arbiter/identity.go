@@ -1,0 +1,192 @@
+package arbiter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/coppice-project/coppice/dht/keys"
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+)
+
+// ErrRolledBack is wrapped when this node's raft database is not what the group knows of this node: emptied, restored from an old
+// copy, or another node's. Taking part with it could undo what was promised. The node needs a new identity.
+var ErrRolledBack = errors.New("the raft database went back in time or is not this node's")
+
+var keyTerm = []byte("CurrentTerm") // raft's own name for it
+
+// sightings remembers what this node saw of others' disks. It is lost with the process: then the group's own record of former voters
+// and what other members saw remain.
+type sightings struct {
+	mu sync.Mutex // guards by
+	by map[peer.ID]*wirev1.ArbiterHello
+}
+
+func newSightings() *sightings { return &sightings{by: map[peer.ID]*wirev1.ArbiterHello{}} }
+
+// check compares a hello with what was seen before, and remembers it.
+func (s *sightings) check(from peer.ID, h *wirev1.ArbiterHello) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.by[from]
+	switch {
+	case old == nil:
+	case h.GetBoots() < old.GetBoots():
+		return fmt.Sprintf("it counts %d starts, %d were seen", h.GetBoots(), old.GetBoots())
+	case h.GetBoots() == old.GetBoots() && h.GetBoot() != old.GetBoot():
+		return fmt.Sprintf("two processes claim to be start %d of this disk", h.GetBoots())
+	case h.GetTerm() < old.GetTerm():
+		return fmt.Sprintf("it is in term %d, term %d was seen", h.GetTerm(), old.GetTerm())
+	}
+	s.by[from] = h
+	return ""
+}
+
+// vouch says why a starting node must not take part; "" when nothing speaks against it.
+func (a *Arbiter) vouch(from peer.ID, h *wirev1.ArbiterHello) string {
+	if why := a.seen.check(from, h); why != "" {
+		return why
+	}
+	p := a.trans.of(from)
+	switch {
+	case h.GetTerm() < p.term:
+		return fmt.Sprintf("its log is in term %d, it acknowledged entries in term %d", h.GetTerm(), p.term)
+	case h.GetTerm() == p.term && h.GetLast() < p.matched:
+		return fmt.Sprintf("its log ends at %d, it acknowledged %d", h.GetLast(), p.matched)
+	}
+	if !h.GetEmpty() {
+		return ""
+	}
+	voters, _, _ := a.where.group()
+	if slices.Contains(voters, from) || slices.Contains(a.fsm.former(), from) {
+		return "its log is empty, and it has voted before"
+	}
+	return ""
+}
+
+// verify asks others whether this node's disk is what they know of it. A node with an empty disk needs the word of a voter. One that
+// has a log needs no answer: when everybody was down nobody knows, and waiting for ever would help no one.
+func (a *Arbiter) verify(ctx context.Context) error {
+	h, ask, err := a.hello()
+	if err != nil {
+		return err
+	}
+	if !h.GetEmpty() && len(ask) == 0 {
+		return nil // the only voter, or bootstrapped just now
+	}
+	limit := time.Now().Add(a.t.Verify)
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
+		if h.GetEmpty() {
+			ask = a.likely(5)
+		}
+		answered, why := a.vouchers(ctx, h, ask)
+		if why != nil {
+			return why
+		}
+		if answered > 0 && (h.GetEmpty() || answered > len(ask)/2) || !h.GetEmpty() && !time.Now().Add(pause).Before(limit) {
+			return nil
+		}
+		if !sleep(ctx, pause) {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// hello describes the disk, and names the other servers of the group as it has them.
+func (a *Arbiter) hello() (*wirev1.ArbiterHello, []peer.ID, error) {
+	exists, err := raft.HasExistingState(a.disk, a.disk, a.disk)
+	if err != nil {
+		return nil, nil, fmt.Errorf("raft database: %w", err)
+	}
+	h := &wirev1.ArbiterHello{Boots: a.disk.label.GetBoots(), Boot: a.cfg.Boot, Empty: !exists}
+	if !exists {
+		return h, nil, nil
+	}
+	if h.Term, err = a.disk.GetUint64(keyTerm); err != nil && !errors.Is(err, errNoKey) {
+		return nil, nil, fmt.Errorf("raft database: %w", err)
+	}
+	conf, last, err := a.disk.configuration()
+	if err != nil {
+		return nil, nil, fmt.Errorf("raft database: %w", err)
+	}
+	h.Last = last
+	var others []peer.ID
+	for _, s := range conf.Servers {
+		if id, err := peer.Decode(string(s.ID)); err == nil && id != a.cfg.Self {
+			others = append(others, id)
+		}
+	}
+	return h, keys.Sort(keys.Of(PlacementKey), others), nil
+}
+
+// configuration returns the latest group on disk and the last index.
+func (d *disk) configuration() (raft.Configuration, uint64, error) {
+	var conf raft.Configuration
+	snaps, err := d.List()
+	if err != nil {
+		return conf, 0, err
+	}
+	last := d.last
+	from := d.first
+	if len(snaps) > 0 {
+		conf = snaps[0].Configuration
+		last = max(last, snaps[0].Index)
+		from = max(from, snaps[0].Index+1)
+	}
+	for i := from; i <= d.last && d.last > 0; i++ {
+		var l raft.Log
+		if err := d.GetLog(i, &l); err != nil {
+			return conf, last, err
+		}
+		if l.Type == raft.LogConfiguration {
+			if conf, err = decodeConfiguration(l.Data); err != nil {
+				return conf, last, err
+			}
+		}
+	}
+	return conf, last, nil
+}
+
+// vouchers asks them all at once. Of an empty disk's answers only those of voters count.
+func (a *Arbiter) vouchers(ctx context.Context, h *wirev1.ArbiterHello, ask []peer.ID) (answered int, why error) {
+	ctx, cancel := context.WithTimeout(ctx, a.t.Verify)
+	defer cancel()
+	answers := make(chan *wirev1.ArbiterResponse, len(ask))
+	for _, id := range ask {
+		go func() {
+			resp := new(wirev1.ArbiterResponse)
+			if err := a.caller.Call(ctx, id, protoCall, &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Hello{Hello: h}}, resp); err != nil {
+				a.log.Debug("nobody to vouch for the disk", "node", id, "err", err)
+				answers <- nil
+				return
+			}
+			if why := resp.GetRolledBack(); why != "" {
+				resp.RolledBack = fmt.Sprintf("node %s says: %s", id, why)
+			}
+			if h.GetEmpty() && !slices.Contains(idsFromWire(resp.GetWhere().GetVoters()), id) {
+				a.where.hint(resp.GetWhere()) // no voter, but it may know them
+				answers <- nil
+				return
+			}
+			answers <- resp
+		}()
+	}
+	for range ask {
+		resp := <-answers
+		if resp == nil {
+			continue
+		}
+		if resp.GetRolledBack() != "" {
+			return answered, fmt.Errorf("%w: %s; remove the data directory and join with a new identity", ErrRolledBack, resp.GetRolledBack())
+		}
+		answered++
+		a.where.hint(resp.GetWhere())
+	}
+	return answered, nil
+}

@@ -1,0 +1,243 @@
+package arbiter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+)
+
+// keeper keeps the voters what they should be, while this node leads.
+type keeper struct {
+	a     *Arbiter
+	kicks chan struct{}
+
+	// Only its own goroutine uses these.
+	since    time.Time // leading since
+	leads    bool
+	swapped  time.Time
+	firstMet map[peer.ID]time.Time // servers that the view does not name: since when
+
+	mu      sync.Mutex // guards the rest
+	leaving map[peer.ID]time.Time
+	word    string
+}
+
+// leaveTime is how long a wish to stop voting holds.
+const leaveTime = time.Minute
+
+func newKeeper(a *Arbiter) *keeper {
+	return &keeper{a: a, kicks: make(chan struct{}, 1), leaving: map[peer.ID]time.Time{}, firstMet: map[peer.ID]time.Time{}}
+}
+
+// kick has the keeper look now.
+func (k *keeper) kick() {
+	select {
+	case k.kicks <- struct{}{}:
+	default:
+	}
+}
+
+// leave notes that a node wants to stop voting.
+func (k *keeper) leave(id peer.ID) {
+	k.mu.Lock()
+	k.leaving[id] = time.Now()
+	k.mu.Unlock()
+	k.kick()
+}
+
+func (k *keeper) say(s string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.word = s
+}
+
+func (k *keeper) last() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.word
+}
+
+// run looks every Timings.Keeper and when kicked.
+func (k *keeper) run(ctx context.Context, r *raft.Raft) {
+	for {
+		pause := k.a.t.Keeper
+		if r.State() != raft.Leader || k.a.halted.Load() {
+			k.leads = false
+		} else {
+			if !k.leads {
+				k.leads, k.since, k.swapped = true, time.Now(), time.Time{}
+				clear(k.firstMet)
+			}
+			pause = k.look(ctx, r)
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-k.kicks:
+		case <-ctx.Done():
+			t.Stop()
+			return
+		}
+		t.Stop()
+	}
+}
+
+// look takes one step and says when to look again.
+func (k *keeper) look(ctx context.Context, r *raft.Raft) time.Duration {
+	s := k.situation(ctx, r)
+	st := s.next()
+	switch st.kind {
+	case stepNone:
+		return k.a.t.Keeper
+	case stepWait:
+		return min(k.a.t.Keeper, 50*time.Millisecond)
+	}
+	err := k.do(ctx, r, st)
+	word := fmt.Sprintf("%s %s: %s", st.kind, st.id, st.why)
+	if err != nil {
+		word += fmt.Sprintf(" (failed: %v)", err)
+		k.a.failures.note("keeper: "+st.kind.String(), err)
+	}
+	k.say(word)
+	k.a.log.Info("arbiter keeper", "step", st.kind.String(), "node", st.id, "why", st.why, "err", err)
+	if err != nil {
+		return k.a.t.Keeper
+	}
+	return 0
+}
+
+func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
+	a := k.a
+	s := &situation{self: a.cfg.Self, max: a.cfg.MaxVoters, members: map[peer.ID]standing{}}
+	s.voters, s.learners = configuration(r)
+	if st := a.fsm.shown.Load(); st != nil {
+		s.coordinator = st.meta.Coordinator
+	}
+	list := a.cfg.Members.List()
+	young := true
+	for _, m := range list {
+		young = young && (!m.Alive || m.For < a.t.Settle)
+	}
+	former := a.fsm.former()
+	for _, m := range list {
+		can := eligible(m, slices.Contains(former, m.ID), young, a.t.Settle) && !k.isLeaving(m.ID)
+		s.members[m.ID] = standing{alive: m.Alive, dead: m.Dead && m.For >= a.t.DeadFor, eligible: can, zone: m.Zone}
+	}
+	for _, id := range append(slices.Clone(s.voters), s.learners...) {
+		if _, known := s.members[id]; known {
+			delete(k.firstMet, id)
+			continue
+		}
+		if _, met := k.firstMet[id]; !met {
+			k.firstMet[id] = time.Now()
+		}
+		s.members[id] = standing{dead: time.Since(k.firstMet[id]) >= a.t.Unknown}
+	}
+	s.maySwap = young || time.Since(k.swapped) >= a.t.Swap && time.Since(k.since) >= a.t.Swap
+	s.mayHand = young || time.Since(k.since) < 2*a.t.Keeper+a.t.RPC || time.Since(k.since) >= a.t.Transfer
+	s.ready = func(id peer.ID) bool { return k.caughtUp(ctx, r, id) }
+	return s
+}
+
+func (k *keeper) isLeaving(id peer.ID) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	at, is := k.leaving[id]
+	if is && time.Since(at) > leaveTime {
+		delete(k.leaving, id)
+		return false
+	}
+	return is
+}
+
+// caughtUp asks a server whether it has nearly all of the log and would take part.
+func (k *keeper) caughtUp(ctx context.Context, r *raft.Raft, id peer.ID) bool {
+	const near = 100
+	ctx, cancel := context.WithTimeout(ctx, k.a.t.RPC)
+	defer cancel()
+	resp := new(wirev1.ArbiterResponse)
+	req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Status{Status: true}}
+	if err := k.a.caller.Call(ctx, id, protoCall, req, resp); err != nil {
+		return false
+	}
+	l := resp.GetLog()
+	format := uint32(1)
+	if st := k.a.fsm.shown.Load(); st != nil {
+		format = st.meta.Format
+	}
+	return l.GetOpen() && l.GetHalted() == "" && l.GetMaxFormat() >= format && l.GetApplied()+near >= k.a.fsm.applied.Load()
+}
+
+// do carries a step out. It returns when the change is committed, or can no longer be by this leader.
+func (k *keeper) do(ctx context.Context, r *raft.Raft, st step) error {
+	if !k.a.serving.enter() {
+		return ErrClosed
+	}
+	defer k.a.serving.leave()
+	id, addr := raft.ServerID(st.id.String()), raft.ServerAddress(st.id.String())
+	switch st.kind {
+	case stepLearner:
+		return r.AddNonvoter(id, addr, 0, enqueueTime).Error()
+	case stepVoter:
+		err := r.AddVoter(id, addr, 0, enqueueTime).Error()
+		if err == nil {
+			k.swapped = time.Now()
+		}
+		return err
+	case stepDemote:
+		return r.DemoteVoter(id, 0, enqueueTime).Error()
+	case stepRemove:
+		return r.RemoveServer(id, 0, enqueueTime).Error()
+	case stepHand:
+		return r.LeadershipTransferToServer(id, addr).Error()
+	case stepName:
+		return k.name(ctx, st.id)
+	case stepNone, stepWait:
+	}
+	return nil
+}
+
+// name commits who is coordinator.
+func (k *keeper) name(ctx context.Context, id peer.ID) error {
+	ctx, cancel := context.WithTimeout(ctx, k.a.t.RPC)
+	defer cancel()
+	c := &wirev1.ArbiterCommand{Kind: &wirev1.ArbiterCommand_SetMeta{SetMeta: &wirev1.ArbiterSetMeta{Coordinator: []byte(id)}}}
+	_, _, err := k.a.do(ctx, c)
+	return err
+}
+
+// StepDown hands this node's leadership and vote over and returns when it votes no more; learners and followers return at once. The
+// only voter of a cluster without another eligible member cannot step down: the context ends the waiting. A node that goes on living
+// should also be draining (or NoVoter) in the view, or it is called back after a minute.
+func (a *Arbiter) StepDown(ctx context.Context) error {
+	for pause := newPause(); ; pause.wait(ctx) {
+		r, member := a.inGroup()
+		voters, _, _ := a.where.group()
+		if !member || !slices.Contains(voters, a.cfg.Self) {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("step down: this node still votes: %w", context.Cause(ctx))
+		}
+		leader, changed := a.where.current()
+		if leader == "" {
+			a.findLeader(ctx, changed)
+			continue
+		}
+		req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_StepDown{StepDown: true}}
+		if _, err := a.attempt(ctx, leader, changed, req); err != nil && !errors.Is(err, context.Canceled) {
+			a.log.Debug("step down", "leader", leader, "err", err)
+		}
+		if leader == a.cfg.Self && r.State() == raft.Leader {
+			a.keeper.kick()
+		}
+	}
+}

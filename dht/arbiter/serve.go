@@ -1,0 +1,102 @@
+package arbiter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+)
+
+// enqueueTime bounds how long raft may take to accept a proposal.
+const enqueueTime = 500 * time.Millisecond
+
+// serveCall answers /coppice/arbiter/1. Everything that can be wrong stands in the answer, so that an error is one of the connection.
+func (a *Arbiter) serveCall(ctx context.Context, from peer.ID, req *wirev1.ArbiterRequest) (*wirev1.ArbiterResponse, error) {
+	return a.serve(ctx, from, req), nil
+}
+
+func (a *Arbiter) serve(ctx context.Context, from peer.ID, req *wirev1.ArbiterRequest) *wirev1.ArbiterResponse {
+	resp := a.answer(ctx, from, req)
+	resp.Where = a.whereNow()
+	return resp
+}
+
+func (a *Arbiter) answer(ctx context.Context, from peer.ID, req *wirev1.ArbiterRequest) *wirev1.ArbiterResponse {
+	switch k := req.GetKind().(type) {
+	case *wirev1.ArbiterRequest_Propose:
+		return a.propose(k.Propose)
+	case *wirev1.ArbiterRequest_Read:
+		resp := a.serveReadIndex(ctx)
+		if resp.GetCode() == wirev1.ArbiterResponse_OK {
+			st := a.fsm.shown.Load()
+			resp.Register, resp.Index = toWire(treeGet(st.tree, k.Read)), st.at.index
+		}
+		return resp
+	case *wirev1.ArbiterRequest_ReadIndex:
+		return a.serveReadIndex(ctx)
+	case *wirev1.ArbiterRequest_Hello:
+		return &wirev1.ArbiterResponse{RolledBack: a.vouch(from, k.Hello)}
+	case *wirev1.ArbiterRequest_Status:
+		return &wirev1.ArbiterResponse{Log: a.logState()}
+	case *wirev1.ArbiterRequest_StepDown:
+		a.keeper.leave(from)
+		return &wirev1.ArbiterResponse{}
+	}
+	return invalid("unknown request")
+}
+
+func notLeader() *wirev1.ArbiterResponse {
+	return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_NOT_LEADER, Reason: "this node does not lead the arbiter"}
+}
+
+func invalid(format string, args ...any) *wirev1.ArbiterResponse {
+	return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_INVALID, Reason: fmt.Sprintf(format, args...)}
+}
+
+// propose has an entry committed, if this node leads.
+func (a *Arbiter) propose(entry []byte) *wirev1.ArbiterResponse {
+	r := a.raft.Load()
+	if r == nil || a.halted.Load() || r.State() != raft.Leader || !a.serving.enter() {
+		return notLeader()
+	}
+	defer a.serving.leave()
+	e, err := decodeEntry(entry)
+	if err != nil {
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_FORMAT, Reason: fmt.Sprintf("the leader does not know what is proposed: %v; finish the upgrade first", err)}
+	}
+	if st := a.fsm.shown.Load(); st != nil && e.GetFormat() > max(1, st.meta.Format) {
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_FORMAT, Reason: fmt.Sprintf("entries of format %d are not agreed on yet", e.GetFormat())}
+	}
+	if err := checkEntry(e, len(entry)); err != nil {
+		return invalid("%v", err)
+	}
+	f := r.Apply(entry, enqueueTime)
+	switch err := f.Error(); {
+	case err == nil:
+	case errors.Is(err, raft.ErrNotLeader):
+		return notLeader()
+	case errors.Is(err, raft.ErrEnqueueTimeout), errors.Is(err, raft.ErrLeadershipTransferInProgress):
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: err.Error()}
+	default: // leadership lost, disk failed, shut down: the entry may be in the log
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_DOUBT, Reason: err.Error()}
+	}
+	results, ok := f.Response().([]*wirev1.ArbiterResult)
+	if !ok {
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_DOUBT, Reason: fmt.Sprint(f.Response())}
+	}
+	return &wirev1.ArbiterResponse{Results: results, Index: f.Index()}
+}
+
+func (a *Arbiter) logState() *wirev1.ArbiterLog {
+	_, halted := a.failures.get()
+	l := &wirev1.ArbiterLog{Halted: halted, MaxFormat: MaxFormat, Open: a.trans.layer.isOpen(), Applied: a.fsm.applied.Load()}
+	if r := a.raft.Load(); r != nil {
+		l.Term, l.Last = r.CurrentTerm(), r.LastIndex()
+	}
+	return l
+}

@@ -1,0 +1,91 @@
+package arbiter
+
+import (
+	"slices"
+	"sync"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/coppice-project/coppice/dht/keys"
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+)
+
+// whereabouts is who leads and who votes, as far as this node knows, from its own raft or from others' hints.
+type whereabouts struct {
+	pulse pulse
+
+	mu       sync.Mutex // guards the rest
+	leader   peer.ID
+	term     uint64 // of the last leader known
+	voters   []peer.ID
+	learners []peer.ID
+}
+
+// current returns the leader, "" when unknown, and a channel that closes when that changes.
+func (w *whereabouts) current() (peer.ID, <-chan struct{}) {
+	next := w.pulse.next()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.leader, next
+}
+
+func (w *whereabouts) group() (voters, learners []peer.ID, term uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.voters, w.learners, w.term
+}
+
+// own takes what this node's raft knows: the truth while the node is in the group, unless others told of a later leader.
+func (w *whereabouts) own(leader peer.ID, term uint64, voters, learners []peer.ID) {
+	w.mu.Lock()
+	known := w.term
+	w.mu.Unlock()
+	if leader == "" {
+		term = known
+	}
+	if term >= known {
+		w.set(leader, term, voters, learners)
+	}
+}
+
+// hint takes what another node knows. A term counts only with its leader: a candidate that is cut off raises its term for nothing.
+func (w *whereabouts) hint(h *wirev1.ArbiterWhere) {
+	leader := peer.ID(h.GetLeader())
+	w.mu.Lock()
+	voters, term := w.voters, w.term
+	w.mu.Unlock()
+	switch {
+	case len(h.GetVoters()) == 0:
+		return
+	case leader == "" && len(voters) == 0:
+		w.set("", term, idsFromWire(h.GetVoters()), idsFromWire(h.GetLearners()))
+	case leader != "" && h.GetTerm() >= term:
+		w.set(leader, h.GetTerm(), idsFromWire(h.GetVoters()), idsFromWire(h.GetLearners()))
+	}
+}
+
+func (w *whereabouts) set(leader peer.ID, term uint64, voters, learners []peer.ID) {
+	target := keys.Of(PlacementKey)
+	voters = keys.Sort(target, slices.Clone(voters))
+	learners = keys.Sort(target, slices.Clone(learners))
+	w.mu.Lock()
+	same := w.leader == leader && w.term == term && slices.Equal(w.voters, voters) && slices.Equal(w.learners, learners)
+	w.leader, w.term, w.voters, w.learners = leader, term, voters, learners
+	w.mu.Unlock()
+	if !same {
+		w.pulse.beat()
+	}
+}
+
+// lost forgets the leader after it could not be reached.
+func (w *whereabouts) lost(leader peer.ID) {
+	w.mu.Lock()
+	was := w.leader == leader && leader != ""
+	if was {
+		w.leader = ""
+	}
+	w.mu.Unlock()
+	if was {
+		w.pulse.beat()
+	}
+}
