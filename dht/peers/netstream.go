@@ -170,11 +170,13 @@ func (c *netConn) openStream(side int, proto protocol.ID) *netStream {
 	p := &netPair{conn: c}
 	for i := range 2 {
 		p.half[i] = &netHalf{pair: p, from: i}
-		p.side[i] = &netStream{pair: p, at: i}
+		p.side[i] = &netStream{pair: p, at: i, broken: !c.open[i]}
 	}
 	c.streams = append(c.streams, p)
 	p.half[side].push(netChunk{kind: netOpen})
-	go p.side[1-side].accept(proto)
+	if c.open[1-side] { // else a reset of the connection is on its way here
+		go p.side[1-side].accept(proto)
+	}
 	return p.side[side]
 }
 
