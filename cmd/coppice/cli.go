@@ -124,6 +124,7 @@ type spec struct {
 	min     int                                               // number of arguments
 	max     int                                               // -1: any
 	timeout time.Duration                                     // 0: as long as it takes
+	bounds  bool                                              // it applies --timeout itself, to a part of its work
 	args    func(ctx context.Context, args []string) []string // completions of the next argument
 	run     func(ctx context.Context, args []string) error
 }
@@ -140,7 +141,10 @@ func (c *cli) command(s spec) *cobra.Command {
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx, cancel := c.bounded(cmd.Context(), s.timeout)
+			ctx, cancel := cmd.Context(), context.CancelFunc(func() {})
+			if !s.bounds {
+				ctx, cancel = c.bounded(ctx, s.timeout)
+			}
 			defer cancel()
 			if err := s.run(ctx, args); err != nil {
 				return c.failed(cmd, args, err)

@@ -23,6 +23,9 @@ import (
 var update = flag.Bool("update", false, "write the golden files and docs/commands.md")
 
 func TestMain(m *testing.M) {
+	if os.Getenv(asCommand) != "" {
+		os.Exit(start())
+	}
 	time.Local = time.UTC
 	os.Exit(m.Run())
 }
@@ -39,8 +42,13 @@ type fixture struct {
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
+	return fixtureWith(t, &fake{pushed: map[string][]byte{}})
+}
+
+func fixtureWith(t *testing.T, ctl *fake) *fixture {
+	t.Helper()
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
-	f := &fixture{t: t, fake: &fake{pushed: map[string][]byte{}}, env: map[string]string{}}
+	f := &fixture{t: t, fake: ctl, env: map[string]string{}}
 	f.data, f.addr = f.node("n1", f.fake)
 	return f
 }

@@ -22,7 +22,7 @@ func (c *cli) deployCmd() *cobra.Command {
 			"coppice deploy app.yaml --wait", "",
 			"coppice deploy app.yaml --wait --timeout 5m", "a slow start",
 			"coppice deploy - < app.yaml", "from stdin"),
-		min: 1, max: 1, // the time of a push is not bounded here, that of the wait by the server
+		min: 1, max: 1, bounds: true, // of a push the time is not bounded
 		run: func(ctx context.Context, args []string) error { return c.deploy(ctx, args[0], wait) },
 	})
 	cmd.Flags().BoolVar(&wait, "wait", false, "until every instance is healthy, at most --timeout (1m)")

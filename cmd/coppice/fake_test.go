@@ -28,7 +28,8 @@ type fake struct {
 	deployed *apiv1.DeployRequest
 	asked    proto.Message // the last request of a simple verb
 	unwell   bool          // nothing becomes healthy
-	hang     bool          // unary verbs do not answer
+	hang     bool          // nodes is not answered
+	asking   chan struct{} // closed when it hangs
 }
 
 func (f *fake) Token(_ context.Context, r *apiv1.TokenRequest) (*apiv1.TokenResponse, error) {
@@ -38,6 +39,9 @@ func (f *fake) Token(_ context.Context, r *apiv1.TokenRequest) (*apiv1.TokenResp
 
 func (f *fake) Nodes(ctx context.Context, _ *apiv1.NodesRequest) (*apiv1.NodesResponse, error) {
 	if f.hang {
+		if f.asking != nil {
+			close(f.asking)
+		}
 		<-ctx.Done()
 		return nil, ctx.Err()
 	}

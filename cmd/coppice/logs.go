@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -75,7 +76,7 @@ func follows[T any, M interface {
 		}
 	}
 	err := st.Err()
-	if endless && err != nil && context.Cause(ctx) == context.Canceled {
+	if endless && errors.Is(ctx.Err(), context.Canceled) {
 		return nil
 	}
 	return err
