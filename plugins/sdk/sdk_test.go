@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -342,10 +341,16 @@ func TestSchemasAndMigration(t *testing.T) {
 	if h, err := aside.Recv(); err != nil || h.GetSchema() != 2 {
 		t.Fatal(h, err)
 	}
+}
+
+// TestOlderVersionRefusesNewerState: going back needs a version that can read what was written since.
+func TestOlderVersionRefusesNewerState(t *testing.T) {
+	newer := (&probe{}).component()
+	newer.State = &sdk.State{Schema: 2}
+	m := sdktest.Start(t, newer)
 	older := (&probe{}).component()
-	older.State.Migrate = nil
 	back := sdktest.Start(t, older, sdktest.Request(nil))
-	stream, err = back.Control.Restore(t.Context())
+	stream, err := back.Control.Restore(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -356,56 +361,6 @@ func TestSchemasAndMigration(t *testing.T) {
 	}
 	_, err = stream.CloseAndRecv()
 	wantCode(t, err, codes.DataLoss, "schema 2")
-}
-
-func TestAttributes(t *testing.T) {
-	capacity := sdk.NewAttribute("capacity", 100, sdk.Check(func(n int) error {
-		if n < 1 {
-			return errors.New("must be at least 1")
-		}
-		return nil
-	}))
-	size := sdk.NewAttribute("size", "small", sdk.RestartToApply[string]())
-	load := sdk.NewAttribute("load", 0.5, sdk.ReadOnly[float64]())
-	c := (&probe{}).component()
-	c.Attributes = []sdk.Attr{capacity, size, load}
-	r := sdktest.Start(t, c, sdktest.Request(&componentv1.StartRequest{
-		Attributes: &componentv1.Attributes{Revision: 4, Json: map[string][]byte{"capacity": []byte(`"250"`), "size": []byte("big")}},
-	}))
-	ctx := t.Context()
-	if capacity.Get() != 250 || size.Get() != "big" {
-		t.Fatal(capacity.Get(), size.Get())
-	}
-	set := func(name, value string, revision uint64, dry bool) (*componentv1.Attributes, error) {
-		return r.Control.SetAttributes(ctx, &componentv1.SetAttributesRequest{Json: map[string][]byte{name: []byte(value)}, IfRevision: revision, DryRun: dry})
-	}
-	if a, err := set("capacity", "7", 4, true); err != nil || string(a.GetJson()["capacity"]) != "7" || capacity.Get() != 250 {
-		t.Fatal(a, err)
-	}
-	if a, err := set("capacity", "7", 4, false); err != nil || a.GetRevision() != 5 || capacity.Get() != 7 {
-		t.Fatal(a, err)
-	}
-	_, err := set("capacity", "8", 4, false)
-	wantCode(t, err, codes.Aborted, "revision 5")
-	_, err = set("capacity", "0", 0, false)
-	wantCode(t, err, codes.InvalidArgument, "at least 1")
-	_, err = set("capacity", `{"a":1}`, 0, false)
-	wantCode(t, err, codes.InvalidArgument, "Int64Value")
-	_, err = set("colour", "1", 0, false)
-	wantCode(t, err, codes.InvalidArgument, "capacity, size, load")
-	_, err = set("load", "1", 0, false)
-	wantCode(t, err, codes.FailedPrecondition, "read-only")
-	if a, err := set("size", `"huge"`, 0, false); err != nil || size.Get() != "big" || string(a.GetJson()["size"]) != `"huge"` {
-		t.Fatal("restart to apply", a, err)
-	}
-	bad := (&probe{}).component()
-	bad.Attributes = []sdk.Attr{sdk.NewAttribute("n", 1)}
-	b := sdktest.Start(t, bad, sdktest.Request(nil))
-	_, err = b.Control.Start(ctx, &componentv1.StartRequest{Attributes: &componentv1.Attributes{Json: map[string][]byte{"n": []byte("x")}}})
-	wantCode(t, err, codes.InvalidArgument, "Int64Value")
-	if beat, err := b.Control.Heartbeat(ctx, &componentv1.Beat{Seq: 3}); err != nil || beat.GetStatus().GetState() != componentv1.State_FAILED || beat.GetSeq() != 3 {
-		t.Fatal(beat, err)
-	}
 }
 
 func TestDescribe(t *testing.T) {
@@ -433,99 +388,5 @@ func TestDescribe(t *testing.T) {
 	}
 	if _, err := sdk.New(&sdk.Component{State: &sdk.State{}}, sdk.Env{}); err == nil || strings.Count(err.Error(), "\n") != 2 {
 		t.Fatalf("all problems at once: %v", err)
-	}
-}
-
-func TestCredential(t *testing.T) {
-	c := (&probe{}).component()
-	c.HTTP = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprint(w, r.Header.Get(componentv1.HeaderCredential))
-	})
-	in, err := sdk.New(c, sdk.Env{Credential: "right"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	request := httptest.NewRequest(http.MethodGet, "/", nil)
-	w := httptest.NewRecorder()
-	in.Handler().ServeHTTP(w, request)
-	if w.Code != http.StatusUnauthorized {
-		t.Fatal(w.Code)
-	}
-	r := sdktest.Start(t, (&probe{}).component(), sdktest.Env(sdk.Env{Credential: "right"}))
-	mustGet(t, r)
-	wrong := metadata.AppendToOutgoingContext(t.Context(), componentv1.MetaCredential, "wrong") // two are as bad as none
-	_, err = r.Control.Heartbeat(wrong, &componentv1.Beat{})
-	wantCode(t, err, codes.Unauthenticated, componentv1.MetaCredential)
-}
-
-func TestHTTPRequestIsOneTransaction(t *testing.T) {
-	c := (&probe{}).component()
-	var ran atomic.Int64
-	c.HTTP = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		tx, err := sdk.Tx(r.Context())
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
-		if r.Method != http.MethodGet {
-			ran.Add(1)
-			body, err := io.ReadAll(r.Body)
-			if err != nil {
-				panic(err)
-			}
-			tx.PutUint64("value", tx.Uint64("value")+uint64(len(body)))
-			if string(body) == "panic" {
-				panic("ouch")
-			}
-			if string(body) == "bad" {
-				w.WriteHeader(http.StatusTeapot)
-			} else {
-				w.Header().Set("Location", "/there")
-				w.WriteHeader(http.StatusCreated)
-			}
-		}
-		fmt.Fprint(w, tx.Uint64("value"))
-	})
-	r := sdktest.Start(t, c)
-	do := func(method, body, key string) *httptest.ResponseRecorder {
-		req := httptest.NewRequest(method, "/x", strings.NewReader(body))
-		if key != "" {
-			req.Header.Set(componentv1.HeaderKey, key)
-		}
-		w := httptest.NewRecorder()
-		r.HTTP.ServeHTTP(w, req)
-		return w
-	}
-	for range 3 {
-		w := do(http.MethodPost, "four", "k1")
-		if w.Code != http.StatusCreated || w.Body.String() != "4" || w.Header().Get("Location") != "/there" || w.Header().Get(componentv1.HeaderMark) != "1" {
-			t.Fatal(w.Code, w.Body, w.Header())
-		}
-	}
-	if ran.Load() != 1 {
-		t.Fatal(ran.Load())
-	}
-	for _, tc := range []struct {
-		method, body, key string
-		code              int
-		want              string
-	}{
-		{http.MethodPost, "other", "k1", http.StatusUnprocessableEntity, "different request"},
-		{http.MethodPut, "bad", "k2", http.StatusTeapot, "7"},
-		{http.MethodPost, "panic", "k2", http.StatusInternalServerError, "ouch"},
-		{http.MethodGet, "", "", http.StatusOK, "4"},
-		{http.MethodPost, "ok", "k2", http.StatusCreated, "6"},
-		{http.MethodGet, "", "", http.StatusOK, "6"},
-	} {
-		if w := do(tc.method, tc.body, tc.key); w.Code != tc.code || !strings.Contains(w.Body.String(), tc.want) {
-			t.Fatalf("%v: %d %s", tc, w.Code, w.Body)
-		}
-	}
-	second := sdktest.Start(t, (&probe{}).component(), sdktest.From(r.Checkpoint(0)))
-	if v := mustGet(t, second); v != 6 {
-		t.Fatal(v)
-	}
-	if _, _, err := addOnce(sdktest.Key(t.Context(), "k1", ""), second, 1); status.Code(err) != codes.Aborted {
-		t.Fatalf("an HTTP key used by gRPC: %v", err)
 	}
 }

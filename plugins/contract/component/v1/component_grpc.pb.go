@@ -677,6 +677,7 @@ const (
 // Calls to bindings need no method here: the component dials $NODE_SOCKET with its normal generated
 // stubs and sets metadata "x-binding: <name>"; the membrane routes the raw frames.
 type NodeClient interface {
+	// component exits when the grant runs out (no orphans); each beat is answered by one grant, which lasts from when the beat was sent
 	Lease(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[LeaseBeat, LeaseGrant], error)
 	Publish(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Event, EventAck], error)
 	Query(ctx context.Context, in *QueryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[QueryRow], error)
@@ -790,6 +791,7 @@ type Node_ReportClient = grpc.ClientStreamingClient[Telemetry, TelemetryAck]
 // Calls to bindings need no method here: the component dials $NODE_SOCKET with its normal generated
 // stubs and sets metadata "x-binding: <name>"; the membrane routes the raw frames.
 type NodeServer interface {
+	// component exits when the grant runs out (no orphans); each beat is answered by one grant, which lasts from when the beat was sent
 	Lease(grpc.BidiStreamingServer[LeaseBeat, LeaseGrant]) error
 	Publish(grpc.BidiStreamingServer[Event, EventAck]) error
 	Query(*QueryRequest, grpc.ServerStreamingServer[QueryRow]) error

@@ -1,7 +1,7 @@
+// Package componentv1 is the contract between a node and a component process: the generated messages and services of component.proto, and in this file
+// the names that both ends must agree on besides (environment, metadata, headers). An SDK of another language copies them. All of it is wire-stable: only
+// add, never give a name or number a second meaning. The package starts no goroutines and holds no state.
 package componentv1
-
-// The names that a node and a component must agree on besides the messages. Both ends import them from here; an SDK of another language copies
-// them. Like the messages they are wire-stable: a name is never given a second meaning.
 
 // The go-plugin handshake: a component checks that CookieKey=CookieValue is in its environment and answers with ProtocolVersion.
 const (
