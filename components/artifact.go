@@ -3,6 +3,7 @@ package components
 import (
 	"cmp"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -49,7 +50,7 @@ func CheckDigest(s string) error {
 func ParseArtifactRef(s string) (ArtifactRef, error) {
 	switch {
 	case s == "":
-		return ArtifactRef{}, fmt.Errorf("found nothing, expected name@constraint, sha256:… or a path that begins with ./ or /")
+		return ArtifactRef{}, errors.New("found nothing, expected name@constraint, sha256:… or the path of a file, which begins with ./ or / there")
 	case strings.HasPrefix(s, digestPrefix):
 		if err := CheckDigest(s); err != nil {
 			return ArtifactRef{}, err
@@ -82,7 +83,7 @@ func CheckArtifactName(s string) error {
 	}
 	if !ok {
 		return fmt.Errorf("found artifact %q, expected name@constraint, sha256:… or a path that begins with ./ or /; "+
-			"a name is 1 to 63 letters, digits, -, _ and .", shorten(s))
+			"a name has 1 to 63 letters, digits, and any of - _ . within", shorten(s))
 	}
 	return nil
 }
