@@ -152,7 +152,8 @@ func (in *Instance) askLease(ctx context.Context, grants chan<- lease) {
 	}
 }
 
-// leaseStream sends a beat, waits for its grant, and again after a third of the time granted. Grants answer beats in order.
+// leaseStream sends a beat, waits for its grant, and again after a third of the time granted. A beat that is not answered ends the stream: on a new one
+// the next grant cannot be taken for the answer to an older beat.
 func (in *Instance) leaseStream(ctx context.Context, grants chan<- lease) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -160,18 +161,22 @@ func (in *Instance) leaseStream(ctx context.Context, grants chan<- lease) error 
 	if err != nil {
 		return err
 	}
+	ttl := defaultTTL
 	for {
 		asked := time.Now()
 		if err := stream.Send(&componentv1.LeaseBeat{Token: in.currentToken()}); err != nil {
 			_, err = stream.Recv() // says why
 			return err
 		}
+		patience := time.AfterFunc(ttl/3, cancel)
 		g, err := stream.Recv()
+		if !patience.Stop() && err != nil {
+			return errors.New("the node did not grant it in time")
+		}
 		if err != nil {
 			return err
 		}
-		ttl := time.Duration(g.GetTtlMs()) * time.Millisecond
-		if ttl <= 0 {
+		if ttl = time.Duration(g.GetTtlMs()) * time.Millisecond; ttl <= 0 {
 			ttl = defaultTTL
 		}
 		in.setToken(g.GetToken())

@@ -250,6 +250,7 @@ type leaser struct {
 	componentv1.UnimplementedNodeServer
 	epoch  atomic.Uint64
 	silent atomic.Bool
+	skip   atomic.Int64 // this many beats are not answered
 }
 
 func (l *leaser) Lease(stream grpc.BidiStreamingServer[componentv1.LeaseBeat, componentv1.LeaseGrant]) error {
@@ -260,11 +261,14 @@ func (l *leaser) Lease(stream grpc.BidiStreamingServer[componentv1.LeaseBeat, co
 		if _, err := stream.Recv(); err != nil {
 			return err
 		}
+		if l.skip.Add(-1) >= 0 {
+			continue
+		}
 		if l.silent.Load() {
 			<-stream.Context().Done()
 			return stream.Context().Err()
 		}
-		if err := stream.Send(&componentv1.LeaseGrant{TtlMs: 400, Token: &componentv1.Token{Incarnation: 1, Epoch: l.epoch.Load()}}); err != nil {
+		if err := stream.Send(&componentv1.LeaseGrant{TtlMs: 900, Token: &componentv1.Token{Incarnation: 1, Epoch: l.epoch.Load()}}); err != nil {
 			return err
 		}
 	}
@@ -315,7 +319,12 @@ func TestLeaseLapseEndsTheProcess(t *testing.T) {
 	if !waitFor(t, func() bool { return epoch() == 4 }) {
 		t.Fatal("the new daemon's token")
 	}
-	time.Sleep(600 * time.Millisecond) // longer than one grant: renewals keep it alive
+	node.epoch.Store(5)
+	node.skip.Store(1) // a grant withheld for a moment, in time
+	if !waitFor(t, func() bool { return epoch() == 5 }) {
+		t.Fatal("the grant after one that was withheld")
+	}
+	time.Sleep(time.Second) // longer than one grant: renewals keep it alive
 	epoch()
 	node.silent.Store(true) // hangs: the connection is there, the grants are not
 	if code := p.exit(t); code != componentv1.ExitLeaseLapsed || !strings.Contains(p.stderr.String(), "lease lapsed") {
