@@ -70,12 +70,7 @@ func Verify(req *placementv1.SolveRequest, plan *placementv1.Plan) error {
 	if err != nil {
 		return fmt.Errorf("verify: %w", err)
 	}
-	s := newState(p)
-	for i := range p.insts {
-		if s.at[i] >= 0 && !p.insts[i].fixed {
-			s.put(i, -1)
-		}
-	}
+	s := newState(p) // what the plan does not name stays where it is
 	var errs []error
 	seen := map[string]bool{}
 	type placed struct{ inst, node int }
@@ -96,7 +91,6 @@ func Verify(req *placementv1.SolveRequest, plan *placementv1.Plan) error {
 		case !ok:
 			errs = append(errs, fmt.Errorf("%s: node %s is not in the snapshot", a.GetInstance(), a.GetNode()))
 		case n == p.insts[i].current:
-			s.put(i, n)
 		default:
 			s.put(i, n)
 			fresh = append(fresh, placed{i, n})

@@ -1,0 +1,345 @@
+package placement
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/placement/solver"
+	placementv1 "github.com/coppice-project/coppice/plugins/contract/placement/v1"
+)
+
+const shop = `
+application: shop
+components:
+- {name: store, artifact: kv}
+- {name: web, artifact: web, count: 3, spread: node}
+`
+
+func TestADeployIsPlacedAtOnceAndNamesSuccessors(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 5)
+		defer w.run()()
+		time.Sleep(time.Second)
+		w.deploy(shop)
+		time.Sleep(200 * time.Millisecond)
+		if bad := w.unwell(); len(bad) > 0 {
+			t.Fatal(bad)
+		}
+		r := w.register("shop/web-0")
+		if r.Epoch != 1 || r.Body.GetDigest() != "sha256:web" || r.Body.GetTrigger() != "placement" || len(r.Body.GetSuccessors()) != 2 {
+			t.Errorf("register %+v", r)
+		}
+		why, d, ok := w.c.Why("shop/web")
+		if !ok || len(why) != 3 || d.Plan.GetObjective() < d.Plan.GetObjectiveBefore() {
+			t.Errorf("why: %v %v", ok, why)
+		}
+		// nothing changes any more, and nothing is recorded that decides nothing
+		w.mu.Lock()
+		log, decisions := len(w.log), len(w.decisions)
+		w.mu.Unlock()
+		time.Sleep(5 * time.Minute)
+		if len(w.log) != log || len(w.decisions) > decisions+1 {
+			t.Errorf("an idle cluster: %v, %d decisions more", w.log[log:], len(w.decisions)-decisions)
+		}
+		replay, err := solver.Solve(w.decisions[0].Request)
+		if err != nil || !proto.Equal(replay, w.decisions[0].Plan) {
+			t.Errorf("the first decision does not replay: %v", err)
+		}
+	})
+}
+
+func TestADeadOwnersInstancesAreLeftToSuccessorsForASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 3)
+		defer w.run()()
+		w.deploy(shop)
+		time.Sleep(time.Second)
+		store := w.register("shop/store-0")
+		w.setState(store.Owner, "dead")
+		time.Sleep(900 * time.Millisecond)
+		if r := w.register("shop/store-0"); r.Epoch != store.Epoch {
+			t.Fatalf("claimed too early: %+v", r)
+		}
+		time.Sleep(300 * time.Millisecond)
+		r := w.register("shop/store-0")
+		if r.Epoch != store.Epoch+1 || r.Owner == store.Owner || !strings.Contains(r.Body.GetCause(), "died") || slices.Contains(r.Body.GetSuccessors(), r.Owner) {
+			t.Errorf("after the delay: %+v", r)
+		}
+		if len(r.Body.GetDeaths()) != 1 {
+			t.Errorf("a death right after the start is not counted: %v", r.Body)
+		}
+	})
+}
+
+func TestExactlyOneWaitsForTheLeaseUnlessTheOwnerIsKnownToBeDead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 4)
+		defer w.run()()
+		w.deploy("application: a\ncomponents:\n- {name: x, artifact: x, guarantee: exactly-one}\n- {name: y, artifact: y, guarantee: exactly-one}\n")
+		time.Sleep(time.Second)
+		x, y := w.register("a/x-0"), w.register("a/y-0")
+		w.change(func() { w.nodes[y.Owner].Evidence = "refused" })
+		w.setState(x.Owner, "dead")
+		w.setState(y.Owner, "dead")
+		time.Sleep(1500 * time.Millisecond)
+		if w.register("a/y-0").Epoch != 2 || w.register("a/x-0").Epoch != 1 {
+			t.Errorf("after 1.5 s: %v", w.owners())
+		}
+		time.Sleep(2 * time.Second)
+		if w.register("a/x-0").Epoch != 2 {
+			t.Errorf("after 3.5 s: %v", w.owners())
+		}
+	})
+}
+
+func TestADrainedNodeIsVacatedTwoMovesAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 3)
+		defer w.run()()
+		w.deploy("application: a\ncomponents:\n- {name: x, artifact: x, count: 15}\n- {name: log, artifact: l, count: each-node}\n")
+		time.Sleep(time.Second)
+		w.change(func() {
+			w.nodes["n2"].Node = proto.CloneOf(w.nodes["n2"].Node)
+			w.nodes["n2"].Draining = true
+		})
+		time.Sleep(5 * time.Second)
+		if bad := w.unwell(); len(bad) > 0 || w.mostMoves != 2 {
+			t.Errorf("%v; %d moves at once", bad, w.mostMoves)
+		}
+		if w.register("a/log@n2").Owner != "n2" {
+			t.Errorf("the node's own instance left it: %v", w.owners())
+		}
+	})
+}
+
+func TestASolverThatFailsCostsRoundsAndNotTheSystemComponents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 3)
+		var hang Solver = solverFunc(func(ctx context.Context, _ *placementv1.SolveRequest) (*placementv1.Plan, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		w.solver = hang
+		w.apps["system"] = &componentsv1.Application{Name: "system", Version: 1, Manifest: &componentsv1.Manifest{
+			Application: "system", Components: []*componentsv1.ComponentSpec{{Name: "placement", Artifact: "placement", Attributes: map[string]string{"successors": "1", "max_moves": `"x"`}}},
+		}}
+		defer w.run()()
+		w.deploy(shop)
+		time.Sleep(12 * time.Second)
+		s := w.c.Status()
+		if s.SkippedNow < 2 || s.Err == nil || !strings.Contains(s.Err.Error(), "no plan within 5s") {
+			t.Errorf("status %+v", s)
+		}
+		if got := w.owners(); !slices.Equal(got, []string{"system/placement-0=n1"}) {
+			t.Fatalf("owners %v", got)
+		}
+		w.change(func() { w.solver = InProcess{} })
+		time.Sleep(10 * time.Second)
+		if bad := w.unwell(); len(bad) != 1 || bad[0] != "system/placement-0 has no successors" {
+			t.Error(bad)
+		}
+		if s := w.c.Status(); s.Err != nil || s.SkippedNow != 0 || s.Skipped == 0 {
+			t.Errorf("status %+v", s)
+		}
+		if n := len(w.register("shop/store-0").Body.GetSuccessors()); n != 1 {
+			t.Errorf("%d successors; the attribute says 1", n)
+		}
+		if d, _ := w.c.Last(); len(d.Problems) != 1 || !strings.Contains(d.Problems[0], "max_moves") {
+			t.Errorf("problems %v", d.Problems)
+		}
+		// a plan that breaks constraints is not carried out
+		w.change(func() {
+			w.solver = solverFunc(func(_ context.Context, req *placementv1.SolveRequest) (*placementv1.Plan, error) {
+				return &placementv1.Plan{Assignments: []*placementv1.Assignment{{Instance: "shop/web-0", Node: w.register("shop/web-1").Owner}}}, nil
+			})
+		})
+		before := w.owners()
+		time.Sleep(time.Second)
+		if s := w.c.Status(); s.Err == nil || !strings.Contains(s.Err.Error(), "cannot be carried out") || !slices.Equal(before, w.owners()) {
+			t.Errorf("status %+v, owners %v", s, w.owners())
+		}
+	})
+}
+
+type solverFunc func(context.Context, *placementv1.SolveRequest) (*placementv1.Plan, error)
+
+func (f solverFunc) Solve(ctx context.Context, req *placementv1.SolveRequest) (*placementv1.Plan, error) {
+	return f(ctx, req)
+}
+
+func TestAnInstanceThatFailsOnANodeGoesElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 3)
+		defer w.run()()
+		w.deploy("application: a\ncomponents:\n- {name: x, artifact: x}\n")
+		time.Sleep(time.Second)
+		was := w.register("a/x-0").Owner
+		w.c.Failed("a/x-0", was, "never healthy")
+		time.Sleep(2 * time.Second)
+		now := w.register("a/x-0").Owner
+		if now == was {
+			t.Fatalf("it is still on %s", now)
+		}
+		for _, n := range []string{"n1", "n2", "n3"} {
+			w.c.Failed("a/x-0", n, "never healthy")
+		}
+		time.Sleep(time.Second)
+		if w.register("a/x-0").Owner != now {
+			t.Error("it is thrown from node to node")
+		}
+	})
+}
+
+func TestARemovedApplicationIsForgottenWhenNothingOfItIsLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 3)
+		defer w.run()()
+		w.deploy(shop)
+		time.Sleep(time.Second)
+		dead := w.register("shop/store-0").Owner
+		w.setState(dead, "dead")
+		w.change(func() { w.apps["shop"].Removing = true })
+		time.Sleep(500 * time.Millisecond)
+		for _, o := range w.owners() {
+			if strings.HasSuffix(o, "="+dead) {
+				t.Errorf("not retired: %s", o)
+			}
+		}
+		if _, there := w.apps["shop"]; !there {
+			t.Fatal("forgotten while its owners have not ended it")
+		}
+		w.change(func() { clear(w.registers) }) // the living owners ended theirs
+		time.Sleep(500 * time.Millisecond)
+		if len(w.apps) != 0 {
+			t.Error("not forgotten")
+		}
+	})
+}
+
+func TestOnlyTheCoordinatorActs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 3)
+		w.leader = false
+		defer w.run()()
+		w.deploy(shop)
+		time.Sleep(time.Minute)
+		if len(w.owners()) != 0 || w.c.Status().Coordinator {
+			t.Fatal(w.owners())
+		}
+		app := proto.CloneOf(w.apps["shop"])
+		app.Name = "other"
+		_, plan, err := w.c.Plan(t.Context(), app)
+		if err != nil || !plan.GetFeasible() || len(plan.GetAssignments()) != 8 {
+			t.Errorf("what-if on a node that does not lead: %v, %v", plan, err)
+		}
+		w.change(func() { w.leader, w.blind = true, errors.New("catching up") })
+		time.Sleep(time.Second)
+		if s := w.c.Status(); s.Err == nil || len(w.owners()) != 0 {
+			t.Errorf("without a view: %+v %v", s, w.owners())
+		}
+		w.change(func() { w.blind, w.paused = nil, true })
+		time.Sleep(30 * time.Second)
+		if len(w.owners()) != 0 {
+			t.Errorf("a paused cluster places %v", w.owners())
+		}
+		w.change(func() { w.paused = false })
+		time.Sleep(time.Second)
+		if len(w.owners()) != 4 {
+			t.Error(w.owners())
+		}
+	})
+}
+
+func TestANodeThatCameBackAndDoesNotClaimLosesItsInstances(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 1)
+		defer w.run()()
+		w.deploy("application: a\ncomponents:\n- {name: x, artifact: x}\n")
+		time.Sleep(time.Minute)
+		w.change(func() { w.nodes["n1"].Boot, w.nodes["n1"].Since = 2, time.Now() })
+		time.Sleep(2 * time.Second)
+		if r := w.register("a/x-0"); r.Epoch != 1 {
+			t.Fatalf("claimed too early %+v", r)
+		}
+		time.Sleep(2 * time.Second)
+		if r := w.register("a/x-0"); r.Epoch != 2 || r.Boot != 2 || len(r.Body.GetDeaths()) != 0 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+// TestSimulation lets nodes die, come back and be drained, proposals fail with and without effect, the solver crash and the coordinator
+// change, from a seed; then all is well within a minute, and stays as it is.
+func TestSimulation(t *testing.T) {
+	for seed := range uint64(60) {
+		synctest.Test(t, func(t *testing.T) { simulate(t, seed) })
+		if t.Failed() {
+			t.Fatalf("seed %d", seed)
+		}
+	}
+}
+
+func simulate(t *testing.T, seed uint64) {
+	w := newWorld(t, seed, 5)
+	w.refuse = 0.2
+	defer w.run()()
+	w.deploy(shop)
+	crash := solverFunc(func(context.Context, *placementv1.SolveRequest) (*placementv1.Plan, error) {
+		return nil, errors.New("crashed")
+	})
+	ids := []string{"n1", "n2", "n3", "n4", "n5"}
+	for range 30 {
+		time.Sleep(time.Duration(w.rand.IntN(4000)) * time.Millisecond)
+		id := ids[1+w.rand.IntN(len(ids)-1)]
+		switch w.rand.IntN(9) {
+		case 0, 1:
+			w.setState(id, "dead")
+		case 2:
+			w.setState(id, "suspect")
+		case 3, 4:
+			w.change(func() { w.nodes[id].Boot++ })
+			w.setState(id, "alive")
+		case 5:
+			w.change(func() { w.solver = crash })
+		case 6:
+			w.change(func() { w.solver = InProcess{} })
+		case 7:
+			w.change(func() { w.leader = !w.leader })
+		case 8:
+			w.change(func() {
+				w.nodes[id].Node = proto.CloneOf(w.nodes[id].Node)
+				w.nodes[id].Draining = !w.nodes[id].GetDraining()
+			})
+		}
+	}
+	w.change(func() { w.solver, w.leader, w.refuse = InProcess{}, true, 0 })
+	for _, id := range ids {
+		w.change(func() {
+			w.nodes[id].Node = proto.CloneOf(w.nodes[id].Node)
+			w.nodes[id].Draining = false
+		})
+		w.setState(id, "alive")
+	}
+	w.change(func() { // an operator looked after what was quarantined
+		for _, r := range w.registers {
+			r.Body.Quarantined, r.Body.Deaths = false, nil
+		}
+	})
+	time.Sleep(4 * time.Minute)
+	if bad := w.unwell(); len(bad) > 0 {
+		t.Errorf("seed %d: %v\nstatus %+v\n%s", seed, bad, w.c.Status(), strings.Join(w.log, "\n"))
+	}
+	n := len(w.log)
+	time.Sleep(10 * time.Minute)
+	if len(w.log) != n {
+		t.Errorf("seed %d: does not rest: %v", seed, w.log[n:])
+	}
+}
