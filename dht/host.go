@@ -144,21 +144,35 @@ func newTCP(u transport.Upgrader, r network.ResourceManager) (*tcpTransport, err
 	return &tcpTransport{t, u}, nil
 }
 
-// Listen implements transport.Transport; accepted sockets inherit the mark from the listening one.
+// Listen implements transport.Transport.
 func (t *tcpTransport) Listen(a ma.Multiaddr) (transport.Listener, error) {
 	nw, addr, err := manet.DialArgs(a)
 	if err != nil {
 		return nil, err
 	}
-	l, err := (&net.ListenConfig{Control: lowWater}).Listen(context.Background(), nw, addr)
+	l, err := (&net.ListenConfig{}).Listen(context.Background(), nw, addr)
 	if err != nil {
 		return nil, err
 	}
-	ml, err := manet.WrapNetListener(l)
+	ml, err := manet.WrapNetListener(lowWaterListener{l})
 	if err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return t.upgrader.UpgradeGatedMaListener(t, t.upgrader.GateMaListener(ml)), nil
+}
+
+// lowWaterListener marks what it accepts; not every kernel hands the mark down from the listening socket.
+type lowWaterListener struct{ net.Listener }
+
+// Accept implements net.Listener. A connection that cannot be marked works all the same.
+func (l lowWaterListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if t, ok := c.(*net.TCPConn); ok && err == nil {
+		if raw, err := t.SyscallConn(); err == nil {
+			_ = lowWater("", "", raw) //nolint:errcheck // see above
+		}
+	}
+	return c, err
 }
 
 // defaultListen is where a node listens that was not told.
