@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -49,6 +50,7 @@ func (c *unaryCall) exchange(ctx context.Context, conn grpc.ClientConnInterface)
 
 // unary passes one call through the gate.
 func (g *gate) unary(ctx context.Context, c *unaryCall) (err error) {
+	began := time.Now()
 	p, err := g.enter(ctx)
 	if err != nil {
 		return err
@@ -57,7 +59,7 @@ func (g *gate) unary(ctx context.Context, c *unaryCall) (err error) {
 	if err := g.checkToken(p, c.token); err != nil {
 		return err
 	}
-	count, began := g.stats.begin(c.method)
+	count := g.stats.begin(c.method)
 	defer func() { g.stats.end(count, began, true, err != nil) }()
 	err = c.exchange(ctx, p.backend.proc.Conn())
 	if werr := g.settle(ctx, p, c.trailer); werr != nil {
@@ -105,7 +107,7 @@ func (g *gate) stream(ctx context.Context, desc *grpc.StreamDesc, method string,
 		return nil, unsent(ctx, err)
 	}
 	s := &gateStream{ClientStream: cs, gate: g, phase: p, ctx: ctx}
-	count, began := g.stats.begin(method)
+	count, began := g.stats.begin(method), time.Now()
 	p.backend.streams.Add(1)
 	s.over = func(failed bool) {
 		p.backend.streams.Add(-1)

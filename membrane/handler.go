@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -77,7 +78,7 @@ func (r *Router) servePeer(ss grpc.ServerStream, method string, md metadata.MD) 
 		}
 		token = &t
 	}
-	m, err := r.here(target, one(md, componentv1.MetaShard))
+	m, err := r.here(ss.Context(), target, one(md, componentv1.MetaShard))
 	if err != nil {
 		return err
 	}
@@ -99,27 +100,45 @@ func (r *Router) passStream(ctx context.Context, ss grpc.ServerStream, m *Membra
 	return pump(ss, cs)
 }
 
+// arrivalWait is how long a call from another node waits for the membrane of an instance that this node owns already: the claim is
+// known a moment before the instance is there. Afterwards the caller asks again.
+const arrivalWait = time.Second
+
 // here finds the membrane of an instance on this node, or says where it is.
-func (r *Router) here(target, shard string) (*Membrane, error) {
+func (r *Router) here(ctx context.Context, target, shard string) (*Membrane, error) {
 	if target == "" {
 		return nil, refuse(final, codes.InvalidArgument, "metadata %s is missing", componentv1.MetaTarget)
 	}
-	if m := r.Local(target); m != nil {
-		return m, nil
-	}
-	route, err := r.cfg.Directory.Resolve(target, shard)
-	if err != nil {
-		return nil, resolveError(target, err)
-	}
-	if route.Node == r.cfg.Self {
+	var limit *time.Timer
+	for {
+		added := r.local.Load().changed // before the look, so that no change is missed
+		if m := r.Local(target); m != nil {
+			return m, nil
+		}
+		route, err := r.cfg.Directory.Resolve(target, shard)
+		if err != nil {
+			return nil, resolveError(target, err)
+		}
+		if route.Node != r.cfg.Self {
+			ce := refuse(untouched, codes.Unavailable, "%s is not on this node", target)
+			ce.moved = &Redirect{Token: route.Token, Node: route.Node}
+			return nil, ce
+		}
 		if m := r.Local(route.Instance); m != nil {
 			return m, nil
 		}
+		if limit == nil {
+			limit = time.NewTimer(arrivalWait)
+			defer limit.Stop()
+		}
+		select {
+		case <-added:
+			continue
+		case <-limit.C:
+		case <-ctx.Done():
+		}
 		return nil, refuse(untouched, codes.Unavailable, "%s is starting on this node", route.Instance)
 	}
-	ce := refuse(untouched, codes.Unavailable, "%s is not on this node", target)
-	ce.moved = &Redirect{Token: route.Token, Node: route.Node}
-	return nil, ce
 }
 
 // elsewhere adds to a refusal where the instance is now, when this node knows better.

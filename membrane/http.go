@@ -10,6 +10,7 @@ import (
 	"net/http/httputil"
 	"strings"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc/codes"
 
@@ -93,6 +94,7 @@ func (t *gateTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
+	began := time.Now()
 	p, err := g.enter(req.Context())
 	if err != nil {
 		return nil, err
@@ -101,7 +103,7 @@ func (t *gateTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		g.exit(p)
 		return nil, err
 	}
-	count, began := g.stats.begin(httpMethod(req))
+	count := g.stats.begin(httpMethod(req))
 	resp, err := t.exchange(req, p)
 	failed := err != nil || resp.StatusCode >= 500
 	if err != nil {
@@ -227,7 +229,7 @@ func keepWriter(body io.ReadCloser, end func()) io.ReadCloser {
 func (r *Router) PeerHTTP() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		target := req.Header.Get(HeaderTarget)
-		m, err := r.here(target, "")
+		m, err := r.here(req.Context(), target, "")
 		if err != nil {
 			var ce *callError
 			if errors.As(err, &ce) && ce.outcome == untouched {

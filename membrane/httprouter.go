@@ -61,14 +61,14 @@ func (t *routeTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 // openDeadline bounds the time until the response begins, when the request has no deadline of its own.
-func openDeadline(ctx context.Context, d time.Duration) (_ context.Context, stop func() bool, cancel func()) {
-	ctx, cancelCause := context.WithCancelCause(ctx)
-	cancel = func() { cancelCause(nil) }
+func openDeadline(parent context.Context, d time.Duration) (ctx context.Context, stop, cancel func()) {
+	ctx, end := context.WithCancelCause(parent)
 	if _, ok := ctx.Deadline(); ok {
-		return ctx, func() bool { return true }, cancel
+		return ctx, func() {}, func() { end(nil) }
 	}
-	t := time.AfterFunc(d, func() { cancelCause(context.DeadlineExceeded) })
-	return ctx, t.Stop, func() { t.Stop(); cancel() }
+	t := time.AfterFunc(d, func() { end(context.DeadlineExceeded) })
+	stop = func() { t.Stop() }
+	return ctx, stop, func() { stop(); end(nil) }
 }
 
 // httpCall is one request over all its attempts.

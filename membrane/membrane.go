@@ -133,9 +133,10 @@ func (m *Membrane) Prepare(proc runner.Process, desc *componentv1.Description) *
 	return newBackend(proc, desc)
 }
 
-// Attach puts the first process, or the next one after the last has ended, behind the held gate.
+// Attach puts the first process, or the next one after the last has ended, behind the held gate. A closed gate is opened for that.
 func (m *Membrane) Attach(proc runner.Process, desc *componentv1.Description, t Token) (*Backend, error) {
 	b := newBackend(proc, desc)
+	m.Reopen("it is starting")
 	if err := m.Hold("it is starting"); err != nil {
 		return nil, err
 	}
@@ -179,7 +180,7 @@ func (m *Membrane) Start(ctx context.Context, req *componentv1.StartRequest) err
 		_, merr := m.move(VerbFail, err.Error())
 		return errors.Join(err, merr)
 	}
-	return m.ready(b, req)
+	return m.ready(req)
 }
 
 // Adopted opens the gate for a process that runs already: the daemon is new, the process is not. Its heartbeat has to answer.
@@ -199,17 +200,11 @@ func (m *Membrane) Adopted(ctx context.Context, version string) error {
 		return err
 	}
 	m.declare(b.desc)
-	return m.ready(b, &componentv1.StartRequest{Version: version})
+	return m.ready(&componentv1.StartRequest{Version: version})
 }
 
-func (m *Membrane) ready(b *Backend, req *componentv1.StartRequest) error {
-	if _, err := m.move(VerbReady, ""); err != nil {
-		return err
-	}
-	m.mu.Lock()
-	m.version = req.GetVersion()
-	m.mu.Unlock()
-	m.watch(b)
+func (m *Membrane) ready(req *componentv1.StartRequest) error {
+	m.SetVersion(req.GetVersion())
 	return m.Release()
 }
 
@@ -234,8 +229,41 @@ func (m *Membrane) Switch(b *Backend, t Token) error {
 	return nil
 }
 
-// Release opens the gate. It fails when the process behind it has ended.
-func (m *Membrane) Release() error { return m.named(m.gate.release()) }
+// Release opens the gate: the instance is Running, whatever it was, and its process is looked after from now on. It fails when the
+// process behind the gate has ended.
+func (m *Membrane) Release() error {
+	b := m.Backend()
+	if b == nil {
+		return fmt.Errorf("release %s: no process serves it", m.cfg.Instance)
+	}
+	if err := m.run(b); err != nil {
+		return err
+	}
+	if err := m.gate.release(); err != nil {
+		if b.dead() {
+			m.Fail("its process ended (" + b.proc.Exit().String() + ")")
+		}
+		return m.named(err)
+	}
+	return nil
+}
+
+// run moves the lifecycle to Running by the way that leads there, and watches the process.
+func (m *Membrane) run(b *Backend) error {
+	m.mu.Lock()
+	way := map[State][]Verb{Created: {VerbStart, VerbReady}, Starting: {VerbReady}, Running: nil, Frozen: {VerbThaw}, Stopped: {VerbStart, VerbReady}, Failed: {VerbStart, VerbReady}}[m.state]
+	watched := m.watched == b
+	m.mu.Unlock()
+	for _, v := range way {
+		if _, err := m.move(v, ""); err != nil {
+			return err
+		}
+	}
+	if !watched {
+		m.watch(b)
+	}
+	return nil
+}
 
 // SetVersion is told by a replacement that has gone well.
 func (m *Membrane) SetVersion(v string) {
@@ -314,9 +342,6 @@ func (m *Membrane) Thaw(ctx context.Context) error {
 	}
 	if err := m.Backend().Resume(ctx); err != nil {
 		return fmt.Errorf("thaw %s: %w", m.cfg.Instance, err)
-	}
-	if _, err := m.move(VerbThaw, ""); err != nil {
-		return err
 	}
 	return m.Release()
 }

@@ -62,7 +62,13 @@ type Router struct {
 	stats RouterStats
 
 	mu    sync.Mutex // serialises changes of local
-	local atomic.Pointer[map[string]*Membrane]
+	local atomic.Pointer[locals]
+}
+
+// locals are the membranes of this node, and the news of their change.
+type locals struct {
+	byInstance map[string]*Membrane
+	changed    chan struct{}
 }
 
 // RouterStats counts what the router did, since it was made.
@@ -81,7 +87,7 @@ func NewRouter(cfg RouterConfig) *Router {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	r := &Router{cfg: cfg, keys: sequences{base: cfg.Caller, byTarget: map[string]*sequence{}}}
-	r.local.Store(&map[string]*Membrane{})
+	r.local.Store(&locals{map[string]*Membrane{}, make(chan struct{})})
 	return r
 }
 
@@ -101,13 +107,15 @@ func (r *Router) Remove(instance string) {
 func (r *Router) edit(f func(map[string]*Membrane)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	next := maps.Clone(*r.local.Load())
-	f(next)
-	r.local.Store(&next)
+	old := r.local.Load()
+	next := &locals{maps.Clone(old.byInstance), make(chan struct{})}
+	f(next.byInstance)
+	r.local.Store(next)
+	close(old.changed)
 }
 
 // Local returns the membrane of an instance on this node; nil when there is none.
-func (r *Router) Local(instance string) *Membrane { return (*r.local.Load())[instance] }
+func (r *Router) Local(instance string) *Membrane { return r.local.Load().byInstance[instance] }
 
 // place is where one attempt goes.
 type place struct {
@@ -177,7 +185,7 @@ func (r *Router) attempts(ctx context.Context, target, shard string, may func() 
 		if n == 1 {
 			r.stats.Retried.Add(1)
 		}
-		changed := r.cfg.Directory.Changed(target) // before the look, so that no change is missed
+		changed, added := r.cfg.Directory.Changed(target), r.local.Load().changed // before the look, so that no change is missed
 		p, err := r.find(target, shard, hint)
 		if err == nil {
 			err = try(ctx, p)
@@ -196,7 +204,7 @@ func (r *Router) attempts(ctx context.Context, target, shard string, may func() 
 			r.stats.Redirected.Add(1)
 			continue
 		}
-		if err := r.pause(ctx, changed, pause); err != nil {
+		if err := r.pause(ctx, changed, added, pause); err != nil {
 			r.stats.Failed.Add(1)
 			return refuse(o, statusOf(err).Code(), "%s; last: %s", giveUp(err), statusOf(last).Message())
 		}
@@ -225,12 +233,14 @@ func redirect(p place, hint *Route, moved *Redirect) *Route {
 	return &Route{Instance: p.route.Instance, Node: moved.Node, Token: moved.Token, Methods: p.route.Methods}
 }
 
-func (r *Router) pause(ctx context.Context, changed <-chan struct{}, d time.Duration) error {
+func (r *Router) pause(ctx context.Context, changed, added <-chan struct{}, d time.Duration) error {
 	r.stats.Waited.Add(1)
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-changed:
+		return nil
+	case <-added:
 		return nil
 	case <-t.C:
 		return nil

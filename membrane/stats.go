@@ -62,11 +62,11 @@ func (s *stats) of(method string) *counter {
 	return c.(*counter)
 }
 
-func (s *stats) begin(method string) (*counter, time.Time) {
+func (s *stats) begin(method string) *counter {
 	c := s.of(method)
 	c.inflight.Add(1)
 	s.total.inflight.Add(1)
-	return c, time.Now()
+	return c
 }
 
 func (s *stats) end(c *counter, began time.Time, unary, failed bool) {
