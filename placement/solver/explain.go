@@ -81,7 +81,7 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 			continue // not its node; or the node it rightly keeps though it would not receive it
 		case !ok:
 			byConstraint[r.constraint]++
-			if len(a.Refused) < MaxRefusals {
+			if len(a.Refused) < max(MaxRefusals/len(p.insts), leastRefusals) {
 				a.Refused = append(a.Refused, &placementv1.Refusal{Node: p.nodes[n].GetId(), Constraint: r.constraint, Detail: r.detail})
 			}
 			continue

@@ -11,8 +11,10 @@ import (
 const (
 	MaxNodes     = 10_000
 	MaxInstances = 50_000
-	// MaxRefusals bounds the refused nodes listed for one instance; the count of each constraint is in its reason all the same.
-	MaxRefusals = 1000
+	// MaxRefusals bounds the refused nodes listed in one plan, shared evenly (at least leastRefusals an instance): a plan has to fit into a
+	// message. The count of each constraint is in an instance's reason all the same.
+	MaxRefusals   = 20_000
+	leastRefusals = 8
 )
 
 // evaluationsPerMs is what one millisecond of the policy's budget allows: about what one slow core does.
