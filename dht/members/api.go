@@ -90,7 +90,7 @@ func usable(o Member) bool { return o.State == Alive || o.State == Suspect }
 
 // IsMember reports whether a node was admitted and not expelled; a dead one still is.
 func (m *Members) IsMember(id peer.ID) bool {
-	_, ok := m.current().at[id]
+	_, ok := m.admitted.Load(id)
 	return ok
 }
 
@@ -182,6 +182,7 @@ func (m *Members) Admit(info Info) {
 	}
 	e.nextDial = time.Now().Add(m.jitter(redialUnmet))
 	m.dirty[e.id] = true
+	m.admitted.Store(e.id, true)
 	m.touch(e, "admitted")
 }
 
@@ -208,6 +209,7 @@ func (m *Members) Expel(id peer.ID) {
 		}
 		delete(m.watched, id)
 	}
+	m.admitted.Delete(id)
 	m.touch(e, "expelled")
 }
 

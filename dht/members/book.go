@@ -116,6 +116,9 @@ func (m *Members) loadFrom(data []byte) error {
 		if m.cfg.Learned != nil && len(info.Addrs) > 0 && !e.expelled {
 			m.cfg.Learned(e.id, info.Addrs)
 		}
+		if e.member() {
+			m.admitted.Store(e.id, true)
+		}
 		m.touch(e, "heard")
 	}
 	return nil

@@ -26,7 +26,7 @@ func (m *Members) redial(now time.Time) {
 		if e.met && !lost {
 			continue
 		}
-		if lost && !e.unheard && now.Sub(e.since) > keepLost {
+		if lost && now.Sub(e.lastSeen()) > keepLost && (!e.unheard || e.backoff == redialMost) {
 			continue // it has to come by itself
 		}
 		e.dialing = true

@@ -37,6 +37,8 @@ const (
 	// A verdict reaches so many counters ahead of what its author knew, lest an update sent just before a death undo it.
 	verdictReach = 1 << 20
 
+	rivalsBeforeAlarm = 3 // more than a clock that was set back explains
+
 	saveEvery   = time.Second
 	callTimeout = time.Second // of a push or an exchange
 )

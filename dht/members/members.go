@@ -48,20 +48,21 @@ type Config struct {
 
 // Members is a node's view. All methods are safe for concurrent use; none but Run and Goodbye waits for the network.
 type Members struct {
-	cfg     Config
-	id      peer.ID
-	log     *slog.Logger
-	boot    func() time.Duration
-	caller  *peers.Caller
-	ctx     context.Context // ends with Run
-	cancel  context.CancelFunc
-	wg      sync.WaitGroup
-	slots   chan struct{} // one per running inquiry
-	late    lateness
-	changes changes
-	snap    atomic.Pointer[snapshot] // nil: to be built anew
+	cfg      Config
+	id       peer.ID
+	log      *slog.Logger
+	boot     func() time.Duration
+	caller   *peers.Caller
+	ctx      context.Context // ends with Run
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup
+	slots    chan struct{} // one per running inquiry
+	late     lateness
+	changes  changes
+	snap     atomic.Pointer[snapshot] // nil: to be built anew
+	admitted sync.Map                 // of those whom IsMember knows: read by every handler of the node
 
-	sent, failedSends, deaths, rejected, saveErrors, badMessages atomic.Uint64
+	sent, failedSends, deaths, rejected, saveErrors, badMessages, rivals atomic.Uint64
 
 	mu        sync.Mutex // guards the rest
 	rng       *rand.Rand
@@ -79,6 +80,7 @@ type Members struct {
 	saving    bool
 	leaving   bool
 	stopped   bool
+	outranked time.Time // last refutation of another life of this node
 	nextMeet  time.Time // exchange
 	nextSave  time.Time
 	nextLook  time.Time // at redials and the like
@@ -121,6 +123,7 @@ func New(cfg Config) (*Members, error) {
 	m.self = &entry{id: m.id, point: keys.OfPeer(m.id), info: info, admitted: true, since: time.Now(), evidence: "this node"}
 	m.entries[m.id] = m.self
 	m.load()
+	m.admitted.Store(m.id, true)
 	m.touch(m.self, "admitted")
 	peers.ServeCalls(cfg.Peers, ViewProtocol, func() *wirev1.ViewRequest { return &wirev1.ViewRequest{} }, m.answer)
 	cfg.Peers.Handle(WatchProtocol, m.watch)
@@ -250,12 +253,13 @@ type Stats struct {
 	Rejected             uint64 // reports of deaths that it did not take over as they were
 	BadMessages          uint64 // dropped: not understood, too large, from no member
 	BookErrors           uint64 // failures to load or save the book
+	Rivals               uint64 // times that a newer life of this very node was heard of; more than a few: a copied identity
 }
 
 // Stats returns the counters.
 func (m *Members) Stats() Stats {
 	return Stats{
 		Pushes: m.sent.Load(), FailedPushes: m.failedSends.Load(), Deaths: m.deaths.Load(), Rejected: m.rejected.Load(),
-		BadMessages: m.badMessages.Load(), BookErrors: m.saveErrors.Load(),
+		BadMessages: m.badMessages.Load(), BookErrors: m.saveErrors.Load(), Rivals: m.rivals.Load(),
 	}
 }

@@ -384,7 +384,7 @@ func TestClosestAndWatchersFollowDistanceAndZones(t *testing.T) {
 
 func TestIdleTrafficIsSmall(t *testing.T) {
 	for _, p := range []Profile{LAN, WAN} {
-		simulateWith(t, seedOf(t, 15), 25, func(cfg *Config) { cfg.Profile = p }, func(c *cluster) {
+		simulateWith(t, seedOf(t, 15), 12, func(cfg *Config) { cfg.Profile = p }, func(c *cluster) {
 			time.Sleep(20 * time.Second)
 			before := map[peer.ID][2]uint64{}
 			for id, n := range c.nodes {
@@ -399,9 +399,9 @@ func TestIdleTrafficIsSmall(t *testing.T) {
 				bytes += b - before[id][1]
 			}
 			const perWrite = 12 + 22 + 52 // yamux, TLS, TCP/IP; a bare TCP ACK for at most every write comes back
-			rate := float64(bytes+writes*(perWrite+52)) / 25 / 60
+			rate := float64(bytes+writes*(perWrite+52)) / 12 / 60
 			limit := map[string]float64{"lan": 6000, "wan": 1500}[p.Name]
-			t.Logf("%s: %.1f writes/s, %.0f B/s of payload, about %.0f B/s on the wire per node", p.Name, float64(writes)/25/60, float64(bytes)/25/60, rate)
+			t.Logf("%s: %.1f writes/s, %.0f B/s of payload, about %.0f B/s on the wire per node", p.Name, float64(writes)/12/60, float64(bytes)/12/60, rate)
 			if rate > limit {
 				t.Errorf("%s: %.0f B/s, limit %.0f", p.Name, rate, limit)
 			}

@@ -40,6 +40,7 @@ type entry struct {
 	reported time.Time // last look because of somebody's report
 	asking   bool      // an inquiry is under way
 	lonely   int       // inquiries in a row that nobody answered
+	blamed   bool      // its garbage was logged
 	shunned  time.Time // not to be chosen as watcher until then
 }
 
@@ -63,6 +64,14 @@ func (e *entry) state(now time.Time) State {
 
 // running reports whether the node is a member and taken to run.
 func (e *entry) running() bool { return e.member() && e.state(time.Now()).Running() }
+
+// lastSeen returns when a lost node was last known to run: by the book, or by what this node saw itself.
+func (e *entry) lastSeen() time.Time {
+	if e.unheard {
+		return e.seen
+	}
+	return e.since
+}
 
 func (e *entry) why(s State) string {
 	switch {
@@ -329,7 +338,16 @@ func (m *Members) hearOfSelf(s state) {
 	if s.verdict.kind != Alive {
 		m.refute(s.verdict.at, s.verdict.evidence)
 	}
-	if v := s.info.version(); !s.unheard && v.compare(m.self.info.version()) > 0 {
+	v := s.info.version()
+	if s.unheard || v.compare(m.self.info.version()) <= 0 {
+		return
+	}
+	if now := time.Now(); now.Sub(m.outranked) > time.Second { // two processes with one identity must not race each other upwards
+		m.outranked = now
+		if m.rivals.Add(1) == rivalsBeforeAlarm {
+			m.log.Error("another process seems to run with this node's identity: a copied data directory? Stop one of the two and " +
+				"give it a directory of its own")
+		}
 		m.refute(v, "an earlier life of this node, by a clock that was ahead")
 	}
 }

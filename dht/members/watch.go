@@ -3,15 +3,12 @@ package members
 import (
 	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
-	"google.golang.org/protobuf/encoding/protodelim"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/dht/keys"
 	"github.com/coppice-project/coppice/dht/peers"
@@ -20,8 +17,6 @@ import (
 
 // ackEvery: so many beats ask for one answer, which measures the round trip and shows that the watcher is there.
 const ackEvery = 4
-
-var delim = protodelim.UnmarshalOptions{MaxSize: maxBeat}
 
 // watcher is one of this node's watchers, and the goroutine that pushes heartbeats to it.
 type watcher struct {
@@ -276,7 +271,7 @@ func (p *beats) readAcks() {
 	r := bufio.NewReaderSize(p.s, 256)
 	for {
 		var ack wirev1.WatchAck
-		if delim.UnmarshalFrom(r, &ack) != nil {
+		if readFrame(r, &ack) != nil {
 			_ = p.s.Reset()
 			return
 		}
@@ -321,14 +316,15 @@ func (m *Members) watch(from peer.ID, s peers.Stream) {
 	_ = s.Reset()
 	if errors.Is(err, errBeat) {
 		m.badMessages.Add(1)
-		m.log.Warn("a watch stream carried what is no heartbeat", "node", m.name(from), "err", err)
+		if e := m.entries[from]; e != nil && !e.blamed {
+			e.blamed = true
+			m.log.Warn("a watch stream carried what is no heartbeat; further ones are only counted", "node", m.name(from), "err", err)
+		}
 	}
 	if e := m.entries[from]; e != nil && w == m.watched[from] && w.stream == nil {
 		m.inquire(e, causeClosed, "watch stream closed")
 	}
 }
-
-var errBeat = errors.New("not a heartbeat")
 
 func (m *Members) beginWatch(from peer.ID, s peers.Stream) *watched {
 	m.mu.Lock()
@@ -353,10 +349,7 @@ func (m *Members) readBeats(from peer.ID, s peers.Stream, w *watched) (unwatch b
 			return false, err
 		}
 		var beat wirev1.WatchBeat
-		if err := delim.UnmarshalFrom(r, &beat); err != nil {
-			if sizeErr := (*protodelim.SizeTooLargeError)(nil); errors.As(err, &sizeErr) || errors.Is(err, proto.Error) {
-				return false, errors.Join(errBeat, err)
-			}
+		if err := readFrame(r, &beat); err != nil {
 			return false, err
 		}
 		m.mu.Lock()
@@ -388,17 +381,4 @@ func (m *Members) takeBeat(from peer.ID, w *watched, beat *wirev1.WatchBeat) *wi
 		m.watched[from] = w // it was given up and lives
 	}
 	return m.against(from)
-}
-
-func writeFrame(s peers.Stream, msg proto.Message, within time.Duration) error {
-	if err := s.SetWriteDeadline(time.Now().Add(within)); err != nil {
-		return err
-	}
-	body, err := proto.Marshal(msg)
-	if err != nil {
-		return err
-	}
-	frame := append(binary.AppendUvarint(make([]byte, 0, len(body)+3), uint64(len(body))), body...)
-	_, err = s.Write(frame)
-	return err
 }
