@@ -35,14 +35,16 @@ func component() *sdk.Component {
 		State:      &sdk.State{Schema: 1},
 		Register:   func(r grpc.ServiceRegistrar) { kvv1.RegisterKVServer(r, s) },
 		Attributes: []sdk.Attr{s.capacity},
-		OnStart:    onStart,
+		OnStart:    onStart(broken),
 	}
 }
 
-func onStart(ctx context.Context, _ *sdk.Instance) error {
-	if broken != "never-ready" {
-		return nil
+func onStart(broken string) func(context.Context, *sdk.Instance) error {
+	return func(ctx context.Context, _ *sdk.Instance) error {
+		if broken != "never-ready" {
+			return nil
+		}
+		<-ctx.Done()
+		return fmt.Errorf("built with -X main.broken=%s: %w", broken, context.Cause(ctx))
 	}
-	<-ctx.Done()
-	return fmt.Errorf("built with -X main.broken=%s: %w", broken, context.Cause(ctx))
 }

@@ -47,7 +47,10 @@ func (s *control) Start(ctx context.Context, req *componentv1.StartRequest) (*co
 	default:
 		return nil, status.Errorf(codes.FailedPrecondition, "cannot start: the component is %s; start a new process", st)
 	}
-	if err := in.start(ctx, req); err != nil {
+	in.setOpening(true)
+	err := in.start(ctx, req)
+	in.setOpening(false)
+	if err != nil {
 		in.setState(componentv1.State_FAILED, err.Error())
 		in.log.Error("start failed", "instance", in.Name(), "error", err)
 		return nil, stateError(fmt.Errorf("start %s: %w", in.Name(), err))
@@ -134,9 +137,7 @@ func (s *control) Quiesce(ctx context.Context, req *componentv1.QuiesceRequest) 
 	if err := in.halt(ctx); err != nil {
 		in.setState(componentv1.State_STARTED, "")
 		in.calls.open()
-		if in.runEnded() {
-			in.startRun()
-		}
+		in.reviveRun()
 		return nil, status.Errorf(codes.DeadlineExceeded, "not frozen: %v; the component goes on", err)
 	}
 	return in.status(ctx), nil
@@ -144,30 +145,15 @@ func (s *control) Quiesce(ctx context.Context, req *componentv1.QuiesceRequest) 
 
 // halt lets no call in, waits for those inside and stops background work.
 func (in *Instance) halt(ctx context.Context) error {
+	wait := in.cancelRun()
 	drained := in.calls.shut()
-	err := in.stopRun(ctx)
+	err := wait(ctx)
 	select {
 	case <-drained:
 	case <-ctx.Done():
 		err = errors.Join(err, fmt.Errorf("%d calls did not end in time", in.calls.count()))
 	}
 	return err
-}
-
-// runEnded forgets background work that was cancelled and has returned; it reports whether there is none now.
-func (in *Instance) runEnded() bool {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if in.run == nil {
-		return true
-	}
-	select {
-	case <-in.run.done:
-		in.run = nil
-		return true
-	default:
-		return false
-	}
 }
 
 // Resume takes FROZEN back to STARTED.
@@ -181,6 +167,14 @@ func (s *control) Resume(ctx context.Context, _ *componentv1.ResumeRequest) (*co
 	case componentv1.State_FROZEN:
 	default:
 		return nil, status.Errorf(codes.FailedPrecondition, "cannot resume: the component is %s", st)
+	}
+	if in.store != nil { // it may have been restored while it was frozen
+		in.setOpening(true)
+		err := in.migrate(ctx)
+		in.setOpening(false)
+		if err != nil {
+			return nil, stateError(err)
+		}
 	}
 	in.setState(componentv1.State_STARTED, "")
 	in.calls.open()

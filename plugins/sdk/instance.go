@@ -43,6 +43,7 @@ type Instance struct {
 	dataDir string
 	token   *componentv1.Token
 	drain   bool
+	opening bool // Start is running: Update may write though no call may come yet
 	run     *background
 }
 
@@ -180,7 +181,8 @@ func (in *Instance) Draining() bool {
 	return in.drain
 }
 
-// Update runs fn as one write transaction outside of a call: in Run, in a stream, at start. Calls that fn makes through bindings with its context are
+// Update runs fn as one write transaction outside of a call: in Run, in a stream, at start. It is refused while the instance is frozen or stopped: what
+// it wrote would be lost with this process. Calls that fn makes through bindings with its context are
 // numbered by the state: if the transaction is lost with the process and done again, they carry the same keys.
 func (in *Instance) Update(ctx context.Context, fn func(ctx context.Context, tx *Txn) error) error {
 	if in.store == nil {
@@ -189,6 +191,11 @@ func (in *Instance) Update(ctx context.Context, fn func(ctx context.Context, tx 
 	outer := callOf(ctx)
 	if outer != nil && outer.tx != nil {
 		return errors.New("an Update inside a call or another Update: use the transaction that is there, sdk.Tx(ctx)")
+	}
+	if in.calls.enter() {
+		defer in.calls.leave()
+	} else if !in.isOpening() {
+		return in.refusal()
 	}
 	c := &call{in: in, tx: in.store.NewTxn("Update", false)}
 	defer in.store.Rollback(c.tx)
@@ -205,6 +212,18 @@ func (in *Instance) Update(ctx context.Context, fn func(ctx context.Context, tx 
 	}
 	outer.saw(mark)
 	return nil
+}
+
+func (in *Instance) isOpening() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.opening
+}
+
+func (in *Instance) setOpening(opening bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.opening = opening
 }
 
 // View runs fn on one version of the state, read-only, outside of a call. It never waits for a writer.
@@ -321,62 +340,6 @@ func (in *Instance) status(ctx context.Context) *componentv1.Status {
 		}
 	}
 	return st
-}
-
-// background is one run of Component.Run.
-type background struct {
-	cancel context.CancelFunc
-	done   chan struct{}
-	err    error // valid after done
-}
-
-func (b *background) failure() error {
-	select {
-	case <-b.done:
-		return b.err
-	default:
-		return nil
-	}
-}
-
-// startRun starts Component.Run; in.lifecycle is held.
-func (in *Instance) startRun() {
-	if in.comp.Run == nil {
-		return
-	}
-	ctx, cancel := context.WithCancel(in.context(context.Background()))
-	b := &background{cancel: cancel, done: make(chan struct{})}
-	in.mu.Lock()
-	in.run = b
-	in.mu.Unlock()
-	go func() {
-		defer close(b.done)
-		err := in.comp.Run(ctx, in)
-		if err != nil && ctx.Err() == nil {
-			b.err = err
-			in.log.Error("background work ended", "instance", in.Name(), "error", err)
-		}
-	}()
-}
-
-// stopRun cancels Component.Run and waits for it; in.lifecycle is held.
-func (in *Instance) stopRun(ctx context.Context) error {
-	in.mu.Lock()
-	b := in.run
-	in.mu.Unlock()
-	if b == nil {
-		return nil
-	}
-	b.cancel()
-	select {
-	case <-b.done:
-	case <-ctx.Done():
-		return errors.New("background work (Component.Run) did not return after its context was cancelled")
-	}
-	in.mu.Lock()
-	in.run = nil
-	in.mu.Unlock()
-	return nil
 }
 
 // Server makes the gRPC server of the instance: the contract and the author's services behind the SDK's interceptors.

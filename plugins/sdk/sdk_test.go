@@ -227,6 +227,54 @@ func TestLifecycle(t *testing.T) {
 	}
 }
 
+// TestUpdateIsRefusedWhenFrozen: a stream or goroutine that goes on writing in a process whose state was taken elsewhere would write into nothing.
+func TestUpdateIsRefusedWhenFrozen(t *testing.T) {
+	c := (&probe{}).component()
+	put := func(ctx context.Context, in *sdk.Instance) error {
+		return in.Update(ctx, func(_ context.Context, tx *sdk.Txn) error { tx.PutUint64("value", tx.Uint64("value")+1); return nil })
+	}
+	c.OnStart = put
+	r := sdktest.Start(t, c)
+	if err := put(t.Context(), r.Instance); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Control.Quiesce(t.Context(), &componentv1.QuiesceRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, put(t.Context(), r.Instance), codes.Unavailable, "frozen")
+	if _, err := r.Control.Resume(t.Context(), &componentv1.ResumeRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := put(t.Context(), r.Instance); err != nil || mustGet(t, r) != 3 {
+		t.Fatal(mustGet(t, r), err)
+	}
+}
+
+// TestStubbornBackgroundWork: work that does not return makes a freeze fail, and runs again once it has returned.
+func TestStubbornBackgroundWork(t *testing.T) {
+	c := (&probe{}).component()
+	runs, release := make(chan int, 5), make(chan struct{})
+	n := 0
+	c.Run = func(ctx context.Context, _ *sdk.Instance) error {
+		n++
+		runs <- n
+		<-ctx.Done()
+		<-release
+		return nil
+	}
+	r := sdktest.Start(t, c)
+	<-runs
+	_, err := r.Control.Quiesce(t.Context(), &componentv1.QuiesceRequest{DeadlineMs: 10})
+	wantCode(t, err, codes.DeadlineExceeded, "Component.Run")
+	close(release)
+	if again := <-runs; again != 2 {
+		t.Fatal(again)
+	}
+	if _, err := r.Control.Quiesce(t.Context(), &componentv1.QuiesceRequest{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestDeltasFollowTheWriter(t *testing.T) {
 	p := &probe{}
 	r := sdktest.Start(t, p.component())
