@@ -206,6 +206,7 @@ func (a *Arbiter) takePart(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.standAtStart(r)
 	var wg sync.WaitGroup
 	for _, f := range []func(context.Context, *raft.Raft){a.observe, a.keeper.run, a.tellCommits, a.mirror.run} {
 		wg.Add(1)

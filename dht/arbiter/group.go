@@ -319,15 +319,28 @@ func (a *Arbiter) leaderDied(id peer.ID) {
 	if !slices.Contains(voters, a.cfg.Self) {
 		return
 	}
-	keys.Sort(keys.Of(PlacementKey), voters)
-	voters = slices.DeleteFunc(voters, func(v peer.ID) bool { return v == id })
+	voters = nearest(slices.DeleteFunc(voters, func(v peer.ID) bool { return v == id }))
 	rank := slices.Index(voters, a.cfg.Self)
-	term := r.CurrentTerm()
-	go a.standForElection(r, id, term, rank, len(voters))
+	go a.standForElection(r, id, r.CurrentTerm(), rank, len(voters), "the leader is dead")
+}
+
+// standAtStart stands for election when this node starts as a voter of a group of which nobody knows a leader, instead of waiting for
+// raft's time-out: at once as the only voter, else in turn.
+func (a *Arbiter) standAtStart(r *raft.Raft) {
+	voters, _ := configuration(r)
+	voters = nearest(voters)
+	rank := slices.Index(voters, a.cfg.Self)
+	if leader, _ := a.where.current(); rank < 0 || leader != "" {
+		return
+	}
+	if len(voters) > 1 {
+		rank += 2 // others may just be starting, and a leader may just be about to tell
+	}
+	go a.standForElection(r, "", r.CurrentTerm(), rank, len(voters), "starting without a leader")
 }
 
 // standForElection waits its turn and stands, as long as nobody leads; three rounds, then raft's own time-outs have it.
-func (a *Arbiter) standForElection(r *raft.Raft, dead peer.ID, term uint64, rank, of int) {
+func (a *Arbiter) standForElection(r *raft.Raft, dead peer.ID, term uint64, rank, of int, why string) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() {
@@ -346,7 +359,7 @@ func (a *Arbiter) standForElection(r *raft.Raft, dead peer.ID, term uint64, rank
 			return
 		}
 		a.voted.Add(1)
-		a.log.Info("the arbiter's leader is dead: standing for election", "node", dead, "rank", rank)
+		a.log.Info("arbiter: standing for election", "why", why, "node", dead, "rank", rank)
 		a.trans.electSelf()
 		wait = time.Duration(of) * a.t.Stagger
 	}

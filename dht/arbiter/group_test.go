@@ -1,40 +1,69 @@
 package arbiter
 
 import (
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/raft"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/proto"
+
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
 )
 
-func TestOneNode(t *testing.T) {
+// inCluster runs a test on a settled cluster of n nodes.
+func inCluster(t *testing.T, seed uint64, n int, f func(c *cluster)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		c := newCluster(t, 1)
+		c := newCluster(t, seed)
 		defer c.close()
-		c.grow(1)
+		c.grow(n)
+		switch {
+		case n == 1:
+			c.settled(10*time.Second, 1, 0)
+		case n == 2:
+			c.settled(10*time.Second, 1, 1)
+		case n < 5:
+			c.settled(10*time.Second, 3, 0)
+		default:
+			c.settled(10*time.Second, 5, 0)
+		}
+		f(c)
+	})
+}
+
+func TestOneNode(t *testing.T) {
+	inCluster(t, 1, 1, func(c *cluster) {
 		n := c.nodes[0]
 		if err := put(n.a, "a", "1", 10*time.Second); err != nil {
-			t.Fatal(err)
+			c.t.Fatal(err)
 		}
 		ctx, cancel := within(time.Second)
 		defer cancel()
 		r, ok, err := n.a.Read(ctx, "a")
 		if err != nil || !ok || string(r.Body) != "1" {
-			t.Fatalf("read: %+v %v %v", r, ok, err)
+			c.t.Fatalf("read: %+v %v %v", r, ok, err)
 		}
 		if err := n.a.Sync(ctx); err != nil {
-			t.Fatal(err)
+			c.t.Fatal(err)
 		}
 		if r, ok := n.a.Get("a"); !ok || string(r.Body) != "1" {
-			t.Fatalf("get: %+v", r)
+			c.t.Fatalf("get: %+v", r)
 		}
 		s := n.a.Status()
-		if s.Role != "leader" || s.Cluster == "" || s.Coordinator != n.id || s.FeedAge != 0 {
-			t.Fatalf("status: %+v", s)
+		if s.Role != "leader" || s.Cluster == "" || s.Coordinator != n.id || s.FeedAge != 0 || s.Boots != 1 {
+			c.t.Fatalf("status: %+v", s)
 		}
 	})
 }
 
-func TestGroupGrowsAndShrinks(t *testing.T) {
+func TestVotersFollowMembership(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, 2)
 		defer c.close()
@@ -46,7 +75,462 @@ func TestGroupGrowsAndShrinks(t *testing.T) {
 		c.settled(5*time.Second, 3, 0)
 		c.grow(2)
 		c.settled(5*time.Second, 5, 0)
+		if err := put(c.nodes[4].a, "x", "five", time.Second); err != nil {
+			t.Fatal(err)
+		}
+		// They die one by one; each is confirmed, and the group shrinks in odd steps.
+		for i, want := range []struct{ voters, learners int }{{3, 0}, {3, 0}, {1, 1}, {1, 0}} {
+			victims := c.live()
+			if i == 3 { // of two nodes, the learner may go
+				victims = slices.DeleteFunc(victims, func(n *node) bool { return n.a.Status().Role != "learner" })
+			}
+			c.kill(victims[c.intn(len(victims))])
+			c.settled(10*time.Second, want.voters, want.learners)
+		}
+		last := c.live()[0]
+		ctx, cancel := within(time.Second)
+		defer cancel()
+		if r, ok, err := last.a.Read(ctx, "x"); err != nil || !ok || string(r.Body) != "five" {
+			t.Fatalf("read at the last node: %+v %v %v", r, ok, err)
+		}
+		// And back, with their old disks.
+		for _, n := range c.nodes {
+			if n.a == nil {
+				c.up(n, false)
+			}
+		}
+		c.settled(15*time.Second, 5, 0)
+		want := nearest(ids(c.nodes))[0]
+		c.eventually(10*time.Second, "the closest is coordinator, everywhere", func() bool {
+			return !slices.ContainsFunc(c.live(), func(n *node) bool { return n.a.Status().Coordinator != want })
+		})
+	})
+}
+
+func ids(ns []*node) []peer.ID {
+	var out []peer.ID
+	for _, n := range ns {
+		out = append(out, n.id)
+	}
+	return out
+}
+
+func TestClosestNodesVote(t *testing.T) {
+	inCluster(t, 3, 9, func(c *cluster) {
+		want := nearest(ids(c.nodes))[:5]
+		c.eventually(time.Minute, "the closest five vote and the first of them leads", func() bool {
+			s := c.nodes[0].a.Status()
+			return slices.Equal(s.Voters, want) && s.Coordinator == want[0] && s.Leader == want[0]
+		})
+	})
+}
+
+func TestLeaderDiesNextCommit(t *testing.T) {
+	for _, n := range []int{3, 5, 8} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			inCluster(t, 4, n, func(c *cluster) {
+				time.Sleep(5 * time.Second)
+				for i := range 3 {
+					leader := c.leader()
+					other := c.live()[c.intn(len(c.live()))]
+					for other == leader {
+						other = c.live()[c.intn(len(c.live()))]
+					}
+					if err := put(other.a, "k", fmt.Sprint(i), time.Second); err != nil {
+						c.t.Fatal(err)
+					}
+					c.kill(leader)
+					begun := time.Now()
+					if err := put(other.a, "k", fmt.Sprint(i, "after"), 5*time.Second); err != nil {
+						c.t.Fatal(err)
+					}
+					took := time.Since(begun)
+					c.t.Logf("%d nodes: next commit after %s", n, took)
+					if took > 100*time.Millisecond {
+						c.t.Errorf("next commit took %s", took)
+					}
+					time.Sleep(5 * time.Second)
+					c.up(leader, false)
+					time.Sleep(5 * time.Second)
+				}
+			})
+		})
+	}
+}
+
+func TestFollowersApplyPromptly(t *testing.T) {
+	inCluster(t, 5, 5, func(c *cluster) {
+		time.Sleep(5 * time.Second)
+		for i := range 5 {
+			time.Sleep(3 * time.Second) // idle
+			if err := put(c.leader().a, "k", fmt.Sprint(i), time.Second); err != nil {
+				c.t.Fatal(err)
+			}
+			begun := time.Now()
+			c.eventually(50*time.Millisecond, "all voters show it", func() bool {
+				return !slices.ContainsFunc(c.live(), func(n *node) bool { r, _ := n.a.Get("k"); return string(r.Body) != fmt.Sprint(i) })
+			})
+			if took := time.Since(begun); took > 20*time.Millisecond {
+				c.t.Errorf("took %s", took)
+			}
+		}
+	})
+}
+
+func TestFollowerOutsideTheGroup(t *testing.T) {
+	inCluster(t, 6, 7, func(c *cluster) {
+		time.Sleep(20 * time.Second)
+		var out *node
+		for _, n := range c.live() {
+			if n.a.Status().Role == "follower" {
+				out = n
+			}
+		}
+		var mu sync.Mutex
+		var seen []string
+		cancel := out.a.Watch(func(old, now *Register) {
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case now == nil:
+				seen = append(seen, "-"+old.Key)
+			default:
+				seen = append(seen, fmt.Sprintf("%s=%s/%d/%d", now.Key, now.Body, now.Epoch, now.Seq))
+			}
+		})
+		defer cancel()
+		ctx, done := within(10 * time.Second)
+		defer done()
+		must := func(err error) {
+			c.t.Helper()
+			if err != nil {
+				c.t.Fatal(err)
+			}
+		}
+		must(put(out.a, "a", "1", time.Second))
+		r, err := c.leader().a.Claim(ctx, ClaimRequest{Key: "a", Owner: out.id, Boot: 1})
+		must(err)
+		commit := func(seq uint64) {
+			_, err := c.leader().a.Commit(ctx, CommitRequest{Key: "a", Epoch: r.Epoch, Nonce: r.Nonce, Seq: seq, Root: []byte{byte(seq)}, Holders: []peer.ID{out.id}, W: 1})
+			must(err)
+		}
+		// A run of checkpoints: the feed passes about one a second, Sync gets the last.
+		for seq := uint64(1); seq <= 40; seq++ {
+			commit(seq)
+			time.Sleep(50 * time.Millisecond)
+		}
+		begun := time.Now()
+		must(out.a.Sync(ctx))
+		if x, _ := out.a.Get("a"); x.Seq != 40 || time.Since(begun) > 100*time.Millisecond {
+			c.t.Errorf("after Sync (%s): seq %d", time.Since(begun), x.Seq)
+		}
+		_, err = out.a.Txn(ctx, TxnRequest{Then: []Op{{Delete: "a"}}})
+		must(err)
+		must(out.a.Sync(ctx))
+		mu.Lock()
+		n := len(seen)
+		first, last := seen[0], seen[n-1]
+		mu.Unlock()
+		if first != "a=1/0/0" || last != "-a" || n > 10 {
+			c.t.Errorf("seen: %v", seen)
+		}
+		if s := out.a.Status(); s.FeedAge < 0 || s.FeedAge > 2*time.Second || s.Role != "follower" {
+			c.t.Errorf("status: %+v", s)
+		}
+		// Its feeder dies: another one feeds on.
+		feeder := c.of(out.a.follow.from)
+		c.kill(feeder)
+		must(put(c.leader2(feeder).a, "b", "2", 5*time.Second))
+		c.eventually(2*time.Second, "fed by another", func() bool { r, _ := out.a.Get("b"); return string(r.Body) == "2" })
+		// A cut shows as age.
+		c.net.Isolate(out.id)
+		time.Sleep(10 * time.Second)
+		if age := out.a.Status().FeedAge; age < 8*time.Second {
+			c.t.Errorf("cut off for 10 s, but the view claims to be %s old", age)
+		}
+		c.net.Heal()
+		c.eventually(5*time.Second, "fresh again", func() bool { return out.a.Status().FeedAge < 2*time.Second })
+	})
+}
+
+// leader2 waits for a leader other than n.
+func (c *cluster) leader2(n *node) *node {
+	c.t.Helper()
+	var l *node
+	c.eventually(5*time.Second, "a leader", func() bool { l = c.leader(); return l != nil && l != n })
+	return l
+}
+
+func TestAllDownAndUp(t *testing.T) {
+	inCluster(t, 7, 5, func(c *cluster) {
+		ctx, done := within(time.Minute)
+		defer done()
+		c.adjust = func(cfg *Config) { cfg.Timings.Snapshot, cfg.Timings.SnapshotAfter = time.Second, 50 }
+		for round := range 3 {
+			for i := range 100 {
+				if err := put(c.live()[i%5].a, fmt.Sprintf("r%d/%03d", round, i), "v", 5*time.Second); err != nil {
+					c.t.Fatal(err)
+				}
+				if round > 0 && i%10 == 0 {
+					time.Sleep(300 * time.Millisecond) // room for snapshots
+				}
+			}
+			for _, n := range c.nodes {
+				c.kill(n)
+			}
+			time.Sleep(100 * time.Millisecond)
+			for _, n := range c.nodes {
+				c.up(n, false)
+				if got := len(n.a.List(fmt.Sprintf("r%d/", round))); got < 90 {
+					c.t.Errorf("right after its start, without a leader, node shows %d of 100", got)
+				}
+			}
+			for _, n := range c.nodes {
+				if err := n.a.Sync(ctx); err != nil {
+					c.t.Fatal(err)
+				}
+				if got := len(n.a.List("r")); got != 100*(round+1) {
+					c.t.Errorf("node has %d registers of %d", got, 100*(round+1))
+				}
+			}
+			c.settled(20*time.Second, 5, 0)
+		}
+		if s := c.nodes[0].a.Status(); s.Boots != 4 {
+			c.t.Errorf("boots: %d", s.Boots)
+		}
+	})
+}
+
+func TestNewcomerGetsSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 8)
+		c.adjust = func(cfg *Config) { cfg.Timings.Snapshot, cfg.Timings.SnapshotAfter = time.Second, 500 }
+		defer c.close()
+		c.grow(1)
+		for i := range 12000 { // beyond TrailingLogs
+			if err := put(c.nodes[0].a, fmt.Sprint("k", i%100), "v", time.Second); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(5 * time.Second)
+		if first, _ := c.nodes[0].a.disk.FirstIndex(); first == 1 {
+			t.Fatal("the log was not compacted: the test shows nothing")
+		}
 		c.grow(2)
-		c.settled(5*time.Second, 5, 0)
+		c.settled(20*time.Second, 3, 0)
+		for _, n := range c.nodes {
+			if len(n.a.List("k")) != 100 {
+				t.Errorf("node has %d registers", len(n.a.List("k")))
+			}
+		}
+		c.kill(c.nodes[0])
+		if err := put(c.nodes[2].a, "k", "on", 5*time.Second); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestDrain(t *testing.T) {
+	inCluster(t, 9, 6, func(c *cluster) {
+		time.Sleep(15 * time.Second)
+		leader := c.leader()
+		for _, n := range c.live() {
+			n.members.change(leader.id, func(m *Member) { m.Draining = true })
+		}
+		ctx, done := within(20 * time.Second)
+		defer done()
+		begun := time.Now()
+		if err := leader.a.StepDown(ctx); err != nil {
+			c.t.Fatal(err)
+		}
+		c.t.Logf("stepped down after %s", time.Since(begun))
+		c.settled(10*time.Second, 5, 0)
+		s := leader.a.Status()
+		if slices.Contains(s.Voters, leader.id) || s.Leader == leader.id || s.Coordinator == leader.id {
+			c.t.Errorf("after stepping down: %+v", s)
+		}
+		if err := put(leader.a, "x", "1", time.Second); err != nil {
+			c.t.Error("a node outside the group proposes:", err)
+		}
+	})
+}
+
+func TestOnlyVoterCannotStepDown(t *testing.T) {
+	inCluster(t, 10, 1, func(c *cluster) {
+		ctx, done := within(3 * time.Second)
+		defer done()
+		if err := c.nodes[0].a.StepDown(ctx); err == nil {
+			c.t.Fatal("the only voter stepped down")
+		}
+		if err := put(c.nodes[0].a, "x", "1", time.Second); err != nil {
+			c.t.Error(err)
+		}
+	})
+}
+
+func TestUnknownCommandStopsTheNode(t *testing.T) {
+	inCluster(t, 11, 5, func(c *cluster) {
+		time.Sleep(5 * time.Second)
+		leader := c.leader()
+		// A newer leader would do this: an entry with a field that this build does not know.
+		b, err := proto.Marshal(&wirev1.ArbiterEntry{Format: 1, Commands: []*wirev1.ArbiterCommand{{Kind: &wirev1.ArbiterCommand_Release{Release: &wirev1.ArbiterRelease{Key: "k"}}}}})
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		b = append(b, 0xfa, 0x3f, 0x01, 'x') // field 1023
+		if resp := leader.a.propose(b); resp.GetCode() != wirev1.ArbiterResponse_FORMAT {
+			c.t.Fatalf("the leader let it through: %v", resp)
+		}
+		before := leader.a.Status().Index
+		if err := leader.a.raft.Load().Apply(b, time.Second).Error(); err != nil {
+			c.t.Fatal(err)
+		}
+		stopped := func() (n int) {
+			for _, x := range c.live() {
+				if s := x.a.Status(); s.Role == "halted" && s.Halted != "" && x.a.raft.Load().State() == raft.Shutdown {
+					n++
+				}
+			}
+			return n
+		}
+		c.eventually(10*time.Second, "a majority has stopped; the others do not know that it is committed", func() bool { return stopped() >= 3 })
+		for _, n := range c.live() {
+			if s := n.a.Status(); s.Index > before {
+				c.t.Errorf("went on: %+v", s)
+			}
+		}
+		// And stops there again after a restart.
+		n := c.nodes[0]
+		n.stop()
+		c.up(n, false)
+		time.Sleep(5 * time.Second)
+		if err := put(n.a, "k", "v", 3*time.Second); err == nil {
+			c.t.Error("something was applied behind what is unknown")
+		}
+	})
+}
+
+func TestRolledBackDiskIsRefused(t *testing.T) {
+	inCluster(t, 12, 5, func(c *cluster) {
+		time.Sleep(5 * time.Second)
+		n := c.nodes[2]
+		old := n.fs.CrashClone(vfs.CrashCloneCfg{})
+		for i := range 20 {
+			if err := put(n.a, fmt.Sprint(i), "v", time.Second); err != nil {
+				c.t.Fatal(err)
+			}
+		}
+		refused := func(what string, fs *vfs.MemFS) {
+			c.t.Helper()
+			n.fs = fs
+			c.up(n, false)
+			select {
+			case err := <-n.done:
+				if !errors.Is(err, ErrRolledBack) {
+					c.t.Errorf("%s: %v", what, err)
+				}
+				c.t.Log(err)
+			case <-time.After(10 * time.Second):
+				c.t.Errorf("%s: it takes part: %+v", what, n.a.Status())
+				n.cancel()
+				<-n.done
+			}
+			n.a = nil
+			c.net.Kill(n.id)
+			c.announce(n, false, 0)
+			time.Sleep(time.Second)
+		}
+		c.kill(n)
+		current := n.fs
+		time.Sleep(5 * time.Second)
+		refused("emptied", vfs.NewCrashableMem())
+		refused("old copy", old)
+		n.fs = current
+		c.up(n, false)
+		c.settled(10*time.Second, 5, 0)
+		// Another node's disk.
+		other := c.add()
+		other.fs = n.fs.CrashClone(vfs.CrashCloneCfg{})
+		if err := other.tryStart(false); !errors.Is(err, ErrRolledBack) {
+			c.t.Errorf("another node's disk: %v", err)
+		}
+	})
+}
+
+func TestZonesAreSpread(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 13)
+		defer c.close()
+		for i := range 9 {
+			n := c.add()
+			n.zone = []string{"a", "a", "a", "b", "c"}[i%5]
+			c.up(n, i == 0)
+			time.Sleep(20 * time.Millisecond)
+		}
+		c.eventually(time.Minute, "no zone has more than two of five voters", func() bool {
+			used := map[string]int{}
+			s := c.nodes[0].a.Status()
+			for _, v := range s.Voters {
+				used[c.of(v).zone]++
+			}
+			return len(s.Voters) == 5 && used["a"] <= 2 && used["b"] <= 2 && used["c"] <= 2
+		})
+	})
+}
+
+func TestMirrorAtTheLeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 14)
+		defer c.close()
+		type told struct {
+			by   peer.ID
+			regs []Register
+			at   time.Time
+		}
+		var mu sync.Mutex
+		var all []told
+		c.adjust = func(cfg *Config) {
+			self := cfg.Self
+			cfg.Mirror = func(r []Register) {
+				mu.Lock()
+				defer mu.Unlock()
+				all = append(all, told{self, r, time.Now()})
+			}
+		}
+		c.grow(3)
+		c.settled(10*time.Second, 3, 0)
+		time.Sleep(5 * time.Second)
+		for i := range 50 {
+			if err := put(c.live()[i%3].a, fmt.Sprint("k", i%5), fmt.Sprint(i), time.Second); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ctx, done := within(5 * time.Second)
+		defer done()
+		if _, err := c.nodes[0].a.Txn(ctx, TxnRequest{Then: []Op{{Delete: "k0"}}}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		mu.Lock()
+		defer mu.Unlock()
+		newest := map[string]Register{}
+		var last time.Time
+		for i, m := range all {
+			if i > 0 && m.at.Sub(last) < 50*time.Millisecond {
+				t.Errorf("told again after %s", m.at.Sub(last))
+			}
+			last = m.at
+			at := point{}
+			for _, r := range m.regs {
+				if (point{r.Incarnation, r.Index}).before(at) {
+					t.Errorf("out of order: %d after %d", r.Index, at.index)
+				}
+				at = point{r.Incarnation, r.Index}
+				newest[r.Key] = r
+			}
+		}
+		if len(newest) != 5 || !newest["k0"].Deleted || string(newest["k4"].Body) != "49" {
+			t.Errorf("told: %+v", newest)
+		}
 	})
 }

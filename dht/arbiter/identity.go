@@ -30,7 +30,7 @@ type sightings struct {
 
 func newSightings() *sightings { return &sightings{by: map[peer.ID]*wirev1.ArbiterHello{}} }
 
-// check compares a hello with what was seen before, and remembers it.
+// check compares a hello with what was seen before.
 func (s *sightings) check(from peer.ID, h *wirev1.ArbiterHello) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -44,8 +44,14 @@ func (s *sightings) check(from peer.ID, h *wirev1.ArbiterHello) string {
 	case h.GetTerm() < old.GetTerm():
 		return fmt.Sprintf("it is in term %d, term %d was seen", h.GetTerm(), old.GetTerm())
 	}
-	s.by[from] = h
 	return ""
+}
+
+// remember keeps the hello of a node that was vouched for.
+func (s *sightings) remember(from peer.ID, h *wirev1.ArbiterHello) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.by[from] = h
 }
 
 // vouch says why a starting node must not take part; "" when nothing speaks against it.
@@ -60,12 +66,14 @@ func (a *Arbiter) vouch(from peer.ID, h *wirev1.ArbiterHello) string {
 	case h.GetTerm() == p.term && h.GetLast() < p.matched:
 		return fmt.Sprintf("its log ends at %d, it acknowledged %d", h.GetLast(), p.matched)
 	}
-	if !h.GetEmpty() {
-		return ""
+	if h.GetEmpty() {
+		voters, _, _ := a.where.group()
+		if slices.Contains(voters, from) || slices.Contains(a.fsm.former(), from) {
+			return "its log is empty, and it has voted before"
+		}
 	}
-	voters, _, _ := a.where.group()
-	if slices.Contains(voters, from) || slices.Contains(a.fsm.former(), from) {
-		return "its log is empty, and it has voted before"
+	if h.GetTakingPart() {
+		a.seen.remember(from, h)
 	}
 	return ""
 }
@@ -89,8 +97,10 @@ func (a *Arbiter) verify(ctx context.Context) error {
 		if why != nil {
 			return why
 		}
-		if answered > 0 && (h.GetEmpty() || answered > len(ask)/2) || !h.GetEmpty() && !time.Now().Add(pause).Before(limit) {
-			return nil
+		if n := len(answered); n > 0 && (h.GetEmpty() || n > len(ask)/2) || !h.GetEmpty() && !time.Now().Add(pause).Before(limit) {
+			h.TakingPart = true
+			_, why := a.vouchers(ctx, h, answered)
+			return why
 		}
 		if !sleep(ctx, pause) {
 			return context.Cause(ctx)
@@ -154,16 +164,20 @@ func (d *disk) configuration() (raft.Configuration, uint64, error) {
 }
 
 // vouchers asks them all at once. Of an empty disk's answers only those of voters count.
-func (a *Arbiter) vouchers(ctx context.Context, h *wirev1.ArbiterHello, ask []peer.ID) (answered int, why error) {
+func (a *Arbiter) vouchers(ctx context.Context, h *wirev1.ArbiterHello, ask []peer.ID) (answered []peer.ID, why error) {
 	ctx, cancel := context.WithTimeout(ctx, a.t.Verify)
 	defer cancel()
-	answers := make(chan *wirev1.ArbiterResponse, len(ask))
+	type voice struct {
+		id   peer.ID
+		resp *wirev1.ArbiterResponse
+	}
+	answers := make(chan voice, len(ask))
 	for _, id := range ask {
 		go func() {
 			resp := new(wirev1.ArbiterResponse)
 			if err := a.caller.Call(ctx, id, protoCall, &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Hello{Hello: h}}, resp); err != nil {
 				a.log.Debug("nobody to vouch for the disk", "node", id, "err", err)
-				answers <- nil
+				answers <- voice{}
 				return
 			}
 			if why := resp.GetRolledBack(); why != "" {
@@ -171,22 +185,22 @@ func (a *Arbiter) vouchers(ctx context.Context, h *wirev1.ArbiterHello, ask []pe
 			}
 			if h.GetEmpty() && !slices.Contains(idsFromWire(resp.GetWhere().GetVoters()), id) {
 				a.where.hint(resp.GetWhere()) // no voter, but it may know them
-				answers <- nil
+				answers <- voice{}
 				return
 			}
-			answers <- resp
+			answers <- voice{id, resp}
 		}()
 	}
 	for range ask {
-		resp := <-answers
-		if resp == nil {
+		v := <-answers
+		if v.resp == nil {
 			continue
 		}
-		if resp.GetRolledBack() != "" {
-			return answered, fmt.Errorf("%w: %s; remove the data directory and join with a new identity", ErrRolledBack, resp.GetRolledBack())
+		if why := v.resp.GetRolledBack(); why != "" {
+			return answered, fmt.Errorf("%w: %s; remove the data directory and join with a new identity", ErrRolledBack, why)
 		}
-		answered++
-		a.where.hint(resp.GetWhere())
+		answered = append(answered, v.id)
+		a.where.hint(v.resp.GetWhere())
 	}
 	return answered, nil
 }

@@ -161,7 +161,7 @@ type batch struct {
 // proposeLoop carries commands to the leader, one entry at a time. An entry in doubt is sent again, as it was, until it is answered or
 // nobody waits for it any more.
 func (a *Arbiter) proposeLoop(ctx context.Context) {
-	for a.queue.next(ctx) {
+	for ctx.Err() == nil && a.queue.next(ctx) {
 		leader, changed := a.where.current()
 		if leader == "" {
 			a.findLeader(ctx, changed)

@@ -27,6 +27,7 @@ type cluster struct {
 	mu     sync.Mutex
 	nodes  []*node
 	adjust func(*Config)
+	wg     sync.WaitGroup
 }
 
 // node is one member through all its lives.
@@ -131,7 +132,9 @@ func (c *cluster) intn(n int) int { return int(c.draw() % uint64(n)) }
 // announce tells everybody about a node's state after a while.
 func (c *cluster) announce(n *node, alive bool, after time.Duration) {
 	a := n.a
+	c.wg.Add(1)
 	go func() {
+		defer c.wg.Done()
 		time.Sleep(after)
 		if n.a != a {
 			return // it has another life by now
@@ -161,13 +164,16 @@ func (c *cluster) grow(n int) {
 
 // kill ends a node's process; its disk keeps what was synced.
 func (c *cluster) kill(n *node) {
-	a, cancel, done := n.a, n.cancel, n.done
+	cancel, done := n.cancel, n.done
 	n.fs = n.fs.CrashClone(vfs.CrashCloneCfg{})
 	c.net.Kill(n.id)
 	n.a = nil
 	cancel()
-	go func() { <-done }()
-	_ = a
+	c.wg.Add(1)
+	go func() {
+		defer c.wg.Done()
+		<-done
+	}()
 	c.announce(n, false, 15*time.Millisecond)
 }
 
@@ -188,6 +194,7 @@ func (c *cluster) close() {
 	for _, n := range c.nodes {
 		n.stop()
 	}
+	c.wg.Wait()
 	c.net.Close()
 }
 

@@ -2194,7 +2194,8 @@ func (x *ArbiterLog) GetOpen() bool {
 	return false
 }
 
-// ArbiterHello is told by a starting node before it takes part, so that a disk that went back in time is noticed.
+// ArbiterHello is told by a starting node before it takes part, so that a disk that went back in time is noticed, and again, with
+// taking_part, when nobody objected: only then is it remembered.
 type ArbiterHello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Boots         uint64                 `protobuf:"varint,1,opt,name=boots,proto3" json:"boots,omitempty"`
@@ -2202,6 +2203,7 @@ type ArbiterHello struct {
 	Term          uint64                 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
 	Last          uint64                 `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`
 	Empty         bool                   `protobuf:"varint,5,opt,name=empty,proto3" json:"empty,omitempty"`
+	TakingPart    bool                   `protobuf:"varint,6,opt,name=taking_part,json=takingPart,proto3" json:"taking_part,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2267,6 +2269,13 @@ func (x *ArbiterHello) GetLast() uint64 {
 func (x *ArbiterHello) GetEmpty() bool {
 	if x != nil {
 		return x.Empty
+	}
+	return false
+}
+
+func (x *ArbiterHello) GetTakingPart() bool {
+	if x != nil {
+		return x.TakingPart
 	}
 	return false
 }
@@ -2625,13 +2634,15 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x06halted\x18\x04 \x01(\tR\x06halted\x12\x1d\n" +
 	"\n" +
 	"max_format\x18\x05 \x01(\rR\tmaxFormat\x12\x12\n" +
-	"\x04open\x18\x06 \x01(\bR\x04open\"v\n" +
+	"\x04open\x18\x06 \x01(\bR\x04open\"\x97\x01\n" +
 	"\fArbiterHello\x12\x14\n" +
 	"\x05boots\x18\x01 \x01(\x04R\x05boots\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x12\n" +
 	"\x04term\x18\x03 \x01(\x04R\x04term\x12\x12\n" +
 	"\x04last\x18\x04 \x01(\x04R\x04last\x12\x14\n" +
-	"\x05empty\x18\x05 \x01(\bR\x05empty\"|\n" +
+	"\x05empty\x18\x05 \x01(\bR\x05empty\x12\x1f\n" +
+	"\vtaking_part\x18\x06 \x01(\bR\n" +
+	"takingPart\"|\n" +
 	"\x12ArbiterFeedRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
