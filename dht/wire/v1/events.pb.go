@@ -209,11 +209,13 @@ func (x *EventAsk) GetSync() *EventSync {
 	return nil
 }
 
-// EventSync: what the asker has. Without marks only the digests are compared.
+// EventSync: what the asker knows. Where the digests differ, the answer has the answerer's marks; with send, it has the events that one
+// who knows of these marks lacks.
 type EventSync struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        uint64                 `protobuf:"fixed64,1,opt,name=digest,proto3" json:"digest,omitempty"`
 	Marks         []*EventMark           `protobuf:"bytes,2,rep,name=marks,proto3" json:"marks,omitempty"`
+	Send          bool                   `protobuf:"varint,3,opt,name=send,proto3" json:"send,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -262,12 +264,19 @@ func (x *EventSync) GetMarks() []*EventMark {
 	return nil
 }
 
-// EventMark says what is known of one (origin, boot): everything from first to upto, and beyond it those in extra.
+func (x *EventSync) GetSend() bool {
+	if x != nil {
+		return x.Send
+	}
+	return false
+}
+
+// EventMark says what is known of one (origin, boot): everything up to upto, and beyond it those in extra.
 type EventMark struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Origin []byte                 `protobuf:"bytes,1,opt,name=origin,proto3" json:"origin,omitempty"`
 	Boot   uint64                 `protobuf:"varint,2,opt,name=boot,proto3" json:"boot,omitempty"`
-	// first is the lowest counter still kept.
+	// first is the lowest counter still kept, at most upto + 1: what is below it cannot be had from here.
 	First         uint64   `protobuf:"varint,3,opt,name=first,proto3" json:"first,omitempty"`
 	Upto          uint64   `protobuf:"varint,4,opt,name=upto,proto3" json:"upto,omitempty"`
 	Extra         []uint64 `protobuf:"varint,5,rep,packed,name=extra,proto3" json:"extra,omitempty"`
@@ -435,10 +444,11 @@ const file_dht_wire_v1_events_proto_rawDesc = "" +
 	"\bEventAsk\x12)\n" +
 	"\x04push\x18\x01 \x03(\v2\x15.coppice.dht.v1.EventR\x04push\x12\x18\n" +
 	"\aforward\x18\x02 \x01(\bR\aforward\x12-\n" +
-	"\x04sync\x18\x03 \x01(\v2\x19.coppice.dht.v1.EventSyncR\x04sync\"T\n" +
+	"\x04sync\x18\x03 \x01(\v2\x19.coppice.dht.v1.EventSyncR\x04sync\"h\n" +
 	"\tEventSync\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\x06R\x06digest\x12/\n" +
-	"\x05marks\x18\x02 \x03(\v2\x19.coppice.dht.v1.EventMarkR\x05marks\"w\n" +
+	"\x05marks\x18\x02 \x03(\v2\x19.coppice.dht.v1.EventMarkR\x05marks\x12\x12\n" +
+	"\x04send\x18\x03 \x01(\bR\x04send\"w\n" +
 	"\tEventMark\x12\x16\n" +
 	"\x06origin\x18\x01 \x01(\fR\x06origin\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x14\n" +
