@@ -152,6 +152,9 @@ func (c *checker) policies(spec *componentsv1.ComponentSpec, path string) {
 	if !c.oneOf(path+".guarantee", spec.GetGuarantee(), Safe, ExactlyOne, AlwaysOn) || err != nil {
 		return
 	}
+	if why, ok := unsupportedValues["guarantee"][spec.GetGuarantee()]; ok {
+		c.problem(path+".guarantee", "guarantee: %s is not supported by this version: %s", spec.GetGuarantee(), why)
+	}
 	none := durable == componentsv1.Durability_DURABILITY_NONE
 	unsaid := durable == componentsv1.Durability_DURABILITY_UNSPECIFIED
 	if spec.GetGuarantee() == AlwaysOn && !none && !unsaid {

@@ -82,6 +82,10 @@ func (d *document) field(key *yaml.Node, m protoreflect.MessageDescriptor, at st
 		return nil
 	}
 	if f := m.Fields().ByTextName(key.Value); f != nil {
+		if why, ok := notYet[string(m.Name())][key.Value]; ok {
+			d.add(key.Line, key.Column, at, "%s is not supported by this version: %s", key.Value, why)
+			return nil
+		}
 		return f
 	}
 	if why, ok := unsupported[string(m.Name())][key.Value]; ok {
@@ -220,9 +224,12 @@ func join(path, key string) string {
 }
 
 func keyList(m protoreflect.MessageDescriptor) string {
-	names := make([]string, m.Fields().Len())
-	for i := range names {
-		names[i] = m.Fields().Get(i).TextName()
+	var names []string
+	for i := range m.Fields().Len() {
+		name := m.Fields().Get(i).TextName()
+		if _, later := notYet[string(m.Name())][name]; !later {
+			names = append(names, name)
+		}
 	}
 	return strings.Join(names, ", ")
 }

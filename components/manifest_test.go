@@ -13,12 +13,18 @@ import (
 	"github.com/coppice-project/coppice/components/golden"
 )
 
-// TestManifest runs testdata/manifest: "parse" reads the manifest in its input and prints what became of it, or every problem.
+// TestManifest runs testdata/manifest: "parse" (and "parse-later") reads the manifest in its input and prints what became of it, or every problem.
 // Rewrite with: go test ./components -run TestManifest -rewrite
 func TestManifest(t *testing.T) {
 	golden.Run(t, "testdata/manifest", func(t *testing.T) func(*testing.T, golden.Case) string {
 		return func(t *testing.T, c golden.Case) string {
-			if c.Cmd != "parse" {
+			switch c.Cmd {
+			case "parse":
+			case "parse-later": // with the keys of the schema that this version does not heed yet
+				held := notYet
+				notYet = nil
+				defer func() { notYet = held }()
+			default:
 				t.Fatalf("%s: unknown command %s", c.Pos, c.Cmd)
 			}
 			return parsed(t, strings.ReplaceAll(c.Input, "→", "\t"))

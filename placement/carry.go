@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -58,7 +59,7 @@ func (c *Coordinator) start(ctx context.Context, actions []Action, maxMoves int)
 		if _, busy := c.inFlight[a.Instance]; busy || len(c.inFlight) >= MaxInFlight {
 			continue // its end is a trigger
 		}
-		if b := c.retry[a.Instance]; b != nil && now.Before(b.until) {
+		if b := c.retry[a.Instance]; b != nil && now.Before(b.until) && (b.err != nil || b.print == a.print()) {
 			if w := b.until.Sub(now); due == 0 || w < due {
 				due = w
 			}
@@ -99,16 +100,12 @@ func (c *Coordinator) carryOut(ctx context.Context, actions []Action) {
 	c.mu.Lock()
 	for _, a := range actions {
 		delete(c.inFlight, a.Instance)
-		if err == nil {
-			delete(c.retry, a.Instance)
-			continue
-		}
 		b := c.retry[a.Instance]
-		if b == nil {
+		if b == nil || err == nil && b.print != a.print() {
 			b = &backoff{}
 			c.retry[a.Instance] = b
 		}
-		b.until, b.err = time.Now().Add(min(retryLeast<<min(b.times, 10), 6*retryMost)), err
+		b.until, b.err, b.print = time.Now().Add(min(retryLeast<<min(b.times, 10), 6*retryMost)), err, a.print()
 		b.times++
 	}
 	c.mu.Unlock()
@@ -116,6 +113,25 @@ func (c *Coordinator) carryOut(ctx context.Context, actions []Action) {
 		c.cfg.Log.Warn("placement could not carry out an action; a later round decides anew", "action", actions[0].Kind, "instances", names(actions), "error", err)
 	}
 	c.Trigger()
+}
+
+// print tells whether two actions are the same: the same effect on the same epoch.
+func (a Action) print() string {
+	var epoch uint64
+	successors := ""
+	switch a.Kind {
+	case Place:
+		epoch = a.Placing.Epoch
+	case Move:
+		epoch = a.Moving.Epoch
+	case Retire:
+		epoch = a.Retiring.Epoch
+	case Forget:
+		epoch = a.Forgetting.Version
+	case Successors:
+		epoch, successors = a.Succession.Epoch, strings.Join(a.Succession.Successors, " ")
+	}
+	return fmt.Sprintf("%s %d %s %s", a.Kind, epoch, a.Node, successors)
 }
 
 func (c *Coordinator) propose(ctx context.Context, actions []Action) error {

@@ -87,10 +87,13 @@ type avoided struct {
 	why   string
 }
 
+// backoff is of an action that failed (err), or that was said to be done and is wanted again all the same (print): the view it was
+// decided on may be behind, so it is tried again later each time, not at once.
 type backoff struct {
 	until time.Time
 	times int
 	err   error
+	print string
 }
 
 // New makes a Coordinator; Run runs it.
@@ -361,6 +364,9 @@ func (c *Coordinator) Status() Status {
 	s.InFlight = len(c.inFlight)
 	s.Infeasible = slices.Clone(s.Infeasible)
 	for _, instance := range slices.Sorted(maps.Keys(c.retry)) {
+		if c.retry[instance].err == nil {
+			continue
+		}
 		s.Failing = append(s.Failing, fmt.Sprintf("%s: %v", instance, c.retry[instance].err))
 	}
 	return s

@@ -343,3 +343,23 @@ func simulate(t *testing.T, seed uint64) {
 		t.Errorf("seed %d: does not rest: %v", seed, w.log[n:])
 	}
 }
+
+func TestAnEffectThatIsNotSeenIsNotProposedInAHotLoop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 3)
+		defer w.run()()
+		w.deploy("application: a\ncomponents:\n- {name: x, artifact: x}\n")
+		time.Sleep(time.Second)
+		w.change(func() { w.lost = true }) // claims are answered and nothing comes of them
+		w.deploy("application: b\ncomponents:\n- {name: y, artifact: y}\n")
+		time.Sleep(time.Minute)
+		if n := w.calls; n > 12 {
+			t.Errorf("%d proposals in a minute", n)
+		}
+		w.change(func() { w.lost = false })
+		time.Sleep(time.Minute)
+		if bad := w.unwell(); len(bad) > 0 {
+			t.Error(bad)
+		}
+	})
+}

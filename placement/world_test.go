@@ -32,6 +32,8 @@ type world struct {
 	solver    Solver
 	rand      *rand.Rand
 	refuse    float64 // share of proposals that fail, half of them after they took effect
+	lost      bool    // claims are answered and do nothing
+	calls     int     // answered so
 	moving    int
 	mostMoves int
 	log       []string
@@ -167,6 +169,10 @@ func (w *world) Place(ctx context.Context, p Placing) error {
 	}
 	if r.Epoch != p.Epoch {
 		return errRefused
+	}
+	if w.lost {
+		w.calls++
+		return nil
 	}
 	n := w.nodes[p.Node]
 	if n == nil || n.GetState() != "alive" {
