@@ -125,7 +125,7 @@ func (r *Registry) Push(ctx context.Context, req PushRequest) (art *componentsv1
 	if len(req.Files) == 0 || len(req.Files) > MaxFiles {
 		return nil, false, &PushError{Artifact: req.Name, Why: fmt.Sprintf("%d files; an artifact has 1 to %d, one per platform", len(req.Files), MaxFiles)}
 	}
-	art = &componentsv1.Artifact{Format: artifactFormat, Name: req.Name, Version: req.Version, PushedBy: r.cfg.Self.String(), PushedUnixMs: time.Now().UnixMilli()}
+	art = &componentsv1.Artifact{Format: artifactFormat, Name: req.Name, Version: req.Version, PushedBy: r.cfg.Self.String(), PushedUnixMs: uint64(time.Now().UnixMilli())}
 	local := -1
 	for i, f := range req.Files {
 		p, err := r.inspect(f)

@@ -7,13 +7,33 @@ import (
 	"os"
 
 	"github.com/coppice-project/coppice/components/runner"
+	"github.com/coppice-project/coppice/node"
+	"github.com/coppice-project/coppice/plugins/placement/component"
 )
 
 // This file is the seam to package node: everything else of the command line knows only these three functions.
 
 // runUp runs a node until ctx ends or it is told to stop, and calls ready once when it serves.
-func runUp(_ context.Context, cfg upConfig, _ *slog.Logger, _ func(readyInfo) error) error {
-	return &failure{what: "start node " + cfg.Name, why: "this build has no node in it"}
+func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(readyInfo) error) error {
+	nc := node.Config{
+		Data: cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
+		Labels: cfg.Labels, Capacity: node.Capacity{CPUMillis: cfg.CPUMillis, MemoryBytes: cfg.MemoryBytes, DiskBytes: cfg.DiskBytes}, Plugins: cfg.Plugins,
+		Profile: cfg.Profile, Version: cfg.Version, Log: log,
+	}
+	if err := nc.Validate(); err != nil {
+		return &usageError{why: err.Error()}
+	}
+	n, err := node.New(ctx, nc)
+	if err != nil {
+		return &failure{what: "start node " + cfg.Name, why: err.Error()}
+	}
+	err = n.Run(ctx, func(r node.Ready) error {
+		return ready(readyInfo{Name: r.Node, ID: r.ID, Cluster: r.Cluster, API: r.API, HTTP: r.HTTP, Token: r.Token})
+	})
+	if err != nil && ctx.Err() == nil {
+		return &failure{what: "run node " + cfg.Name, why: err.Error()}
+	}
+	return nil
 }
 
 // execShim is `coppice __exec`: it enters the sandbox and becomes the component.
@@ -21,6 +41,10 @@ func execShim(args []string) int { return runner.ExecShim(args) }
 
 // builtinComponent is `coppice __component NAME`.
 func builtinComponent(name string) int {
-	fmt.Fprintf(os.Stderr, "coppice: __component %s: this build has no such component in it\n", name)
-	return exitFailed
+	if name != "placement" {
+		fmt.Fprintf(os.Stderr, "coppice: __component %s: there is no such component in this binary\n", name)
+		return exitFailed
+	}
+	component.Run(version())
+	return 0
 }

@@ -488,6 +488,111 @@ func (*AbortMoveReply) Descriptor() ([]byte, []int) {
 	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{6}
 }
 
+// MoveAway asks an instance's owner to hand it over to another node, live. The coordinator asks; the owner does it.
+type MoveAwayRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"` // the owner's current one; refused otherwise
+	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`        // peer id
+	Cause         string                 `protobuf:"bytes,4,opt,name=cause,proto3" json:"cause,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveAwayRequest) Reset() {
+	*x = MoveAwayRequest{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveAwayRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveAwayRequest) ProtoMessage() {}
+
+func (x *MoveAwayRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveAwayRequest.ProtoReflect.Descriptor instead.
+func (*MoveAwayRequest) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *MoveAwayRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *MoveAwayRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *MoveAwayRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *MoveAwayRequest) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+type MoveAwayReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveAwayReply) Reset() {
+	*x = MoveAwayReply{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveAwayReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveAwayReply) ProtoMessage() {}
+
+func (x *MoveAwayReply) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveAwayReply.ProtoReflect.Descriptor instead.
+func (*MoveAwayReply) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{8}
+}
+
 var File_components_v1_checkpoint_proto protoreflect.FileDescriptor
 
 const file_components_v1_checkpoint_proto_rawDesc = "" +
@@ -528,7 +633,13 @@ const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"\x10AbortMoveRequest\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04move\x18\x02 \x01(\tR\x04move\"\x10\n" +
-	"\x0eAbortMoveReplyB?Z=github.com/coppice-project/coppice/components/v1;componentsv1b\x06proto3"
+	"\x0eAbortMoveReply\"i\n" +
+	"\x0fMoveAwayRequest\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\tR\x02to\x12\x14\n" +
+	"\x05cause\x18\x04 \x01(\tR\x05cause\"\x0f\n" +
+	"\rMoveAwayReplyB?Z=github.com/coppice-project/coppice/components/v1;componentsv1b\x06proto3"
 
 var (
 	file_components_v1_checkpoint_proto_rawDescOnce sync.Once
@@ -542,7 +653,7 @@ func file_components_v1_checkpoint_proto_rawDescGZIP() []byte {
 	return file_components_v1_checkpoint_proto_rawDescData
 }
 
-var file_components_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_components_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_components_v1_checkpoint_proto_goTypes = []any{
 	(*CheckpointMeta)(nil),     // 0: coppice.components.v1.CheckpointMeta
 	(*PrepareMoveRequest)(nil), // 1: coppice.components.v1.PrepareMoveRequest
@@ -551,6 +662,8 @@ var file_components_v1_checkpoint_proto_goTypes = []any{
 	(*FinishMoveReply)(nil),    // 4: coppice.components.v1.FinishMoveReply
 	(*AbortMoveRequest)(nil),   // 5: coppice.components.v1.AbortMoveRequest
 	(*AbortMoveReply)(nil),     // 6: coppice.components.v1.AbortMoveReply
+	(*MoveAwayRequest)(nil),    // 7: coppice.components.v1.MoveAwayRequest
+	(*MoveAwayReply)(nil),      // 8: coppice.components.v1.MoveAwayReply
 }
 var file_components_v1_checkpoint_proto_depIdxs = []int32{
 	0, // [0:0] is the sub-list for method output_type
@@ -571,7 +684,7 @@ func file_components_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_components_v1_checkpoint_proto_rawDesc), len(file_components_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

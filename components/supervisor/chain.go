@@ -1,0 +1,203 @@
+package supervisor
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/proto"
+
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/dht/blobs"
+	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
+)
+
+// A checkpoint is a chain of content-addressed nodes: a base (the whole state at a mark) and the deltas after it, each linking
+// to the root before it. The root of the newest node is what the arbiter commits; whoever holds it completely can restore.
+// A delta costs one small node however long the chain is; compaction starts a new base before the chain gets long.
+const (
+	kindBase  = "checkpoint/base"
+	kindDelta = "checkpoint/delta"
+
+	chainFormat = 1
+	// inlineFrames is how many bytes of frames ride inside a delta's own node. Above it they become a stream of pages.
+	inlineFrames = 512 << 10
+	// maxChain is how many deltas may follow a base before the next base is written: it bounds what a restore reads one by one.
+	maxChain = 256
+	// minCompactBytes keeps small states from being rewritten all the time: a chain is compacted when its deltas outweigh the base
+	// and this many bytes.
+	minCompactBytes = 1 << 20
+)
+
+// errNoState says that an instance has no committed checkpoint: it starts empty.
+var errNoState = errors.New("no checkpoint")
+
+// frameBuffer collects the frames of a checkpoint in their stored form: delimited messages, one after another.
+type frameBuffer struct {
+	buf  bytes.Buffer
+	mark uint64
+	n    int
+}
+
+func (b *frameBuffer) add(f *componentv1.StateFrame) error {
+	if _, err := protodelim.MarshalTo(&b.buf, f); err != nil {
+		return fmt.Errorf("encode a state frame: %w", err)
+	}
+	if f.GetMark() > b.mark {
+		b.mark = f.GetMark()
+	}
+	b.n++
+	return nil
+}
+
+// chainHead is the newest node of a chain as its writer knows it.
+type chainHead struct {
+	link blobs.Link
+	meta *componentsv1.CheckpointMeta
+}
+
+func (h *chainHead) needsBase() bool {
+	if h == nil || h.meta == nil {
+		return true
+	}
+	m := h.meta
+	return m.GetChain() >= maxChain || (m.GetChainBytes() > minCompactBytes && m.GetChainBytes() > m.GetBaseBytes())
+}
+
+// writeBase stores a whole state read from frames and returns its head. Everything is durable here when it returns.
+func writeBase(ctx context.Context, store *blobs.Store, meta *componentsv1.CheckpointMeta, frames io.Reader) (*chainHead, error) {
+	tree, err := store.WriteStream(ctx, frames)
+	if err != nil {
+		return nil, fmt.Errorf("store the state of %s: %w", meta.GetInstance(), err)
+	}
+	meta.Format, meta.Chain, meta.ChainBytes, meta.BaseBytes, meta.Frames = chainFormat, 0, 0, tree.Bytes, nil
+	return putHead(store, kindBase, []blobs.Link{tree}, meta)
+}
+
+// writeDelta stores what changed after prev and returns the new head.
+func writeDelta(ctx context.Context, store *blobs.Store, prev *chainHead, meta *componentsv1.CheckpointMeta, frames []byte) (*chainHead, error) {
+	links := []blobs.Link{prev.link}
+	meta.Format, meta.Chain = chainFormat, prev.meta.GetChain()+1
+	meta.ChainBytes, meta.BaseBytes = prev.meta.GetChainBytes()+uint64(len(frames)), prev.meta.GetBaseBytes()
+	if len(frames) <= inlineFrames {
+		meta.Frames = frames
+	} else {
+		tree, err := store.WriteStream(ctx, bytes.NewReader(frames))
+		if err != nil {
+			return nil, fmt.Errorf("store a delta of %s: %w", meta.GetInstance(), err)
+		}
+		links = append(links, tree)
+	}
+	return putHead(store, kindDelta, links, meta)
+}
+
+func putHead(store *blobs.Store, kind string, links []blobs.Link, meta *componentsv1.CheckpointMeta) (*chainHead, error) {
+	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(meta)
+	if err != nil {
+		return nil, fmt.Errorf("encode the checkpoint of %s: %w", meta.GetInstance(), err)
+	}
+	link, err := store.Put(blobs.Node{Kind: kind, Links: links, Data: data})
+	if err != nil {
+		return nil, fmt.Errorf("store the checkpoint of %s: %w", meta.GetInstance(), err)
+	}
+	head := proto.Clone(meta).(*componentsv1.CheckpointMeta)
+	head.Frames = nil
+	return &chainHead{link: link, meta: head}, nil
+}
+
+// readHead returns the head of a root that is here.
+func readHead(store *blobs.Store, root blobs.Hash) (*chainHead, *componentsv1.CheckpointMeta, blobs.Node, error) {
+	node, err := store.Get(root)
+	if err != nil {
+		return nil, nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: %w", root, err)
+	}
+	if node.Kind != kindBase && node.Kind != kindDelta {
+		return nil, nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: it is a %q, no checkpoint", root, node.Kind)
+	}
+	var meta componentsv1.CheckpointMeta
+	if err := proto.Unmarshal(node.Data, &meta); err != nil {
+		return nil, nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: %w", root, err)
+	}
+	if meta.GetFormat() != chainFormat {
+		return nil, nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: its format %d is not known to this version; upgrade this node", root, meta.GetFormat())
+	}
+	bytes := uint64(len(node.Data))
+	for _, l := range node.Links {
+		bytes += l.Bytes
+	}
+	head := proto.Clone(&meta).(*componentsv1.CheckpointMeta)
+	head.Frames = nil
+	return &chainHead{link: blobs.Link{Hash: root, Bytes: bytes}, meta: head}, &meta, node, nil
+}
+
+// chainSteps lists the nodes from the base up to root, without those up to and including after (zero: from the base).
+func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Node, *chainHead, error) {
+	var steps []blobs.Node
+	var newest *chainHead
+	for at := root; at != after; {
+		head, _, node, err := readHead(store, at)
+		if err != nil {
+			return nil, nil, err
+		}
+		if newest == nil {
+			newest = head
+		}
+		steps = append(steps, node)
+		if node.Kind == kindBase {
+			break
+		}
+		if len(steps) > 4*maxChain {
+			return nil, nil, fmt.Errorf("read checkpoint %s: its chain does not end", root)
+		}
+		at = node.Links[0].Hash
+	}
+	for i, j := 0, len(steps)-1; i < j; i, j = i+1, j-1 {
+		steps[i], steps[j] = steps[j], steps[i]
+	}
+	return steps, newest, nil
+}
+
+// stepFrames calls send with every frame of one chain node, in order.
+func stepFrames(store *blobs.Store, node blobs.Node, send func(*componentv1.StateFrame) error) error {
+	var meta componentsv1.CheckpointMeta
+	if err := proto.Unmarshal(node.Data, &meta); err != nil {
+		return fmt.Errorf("read a checkpoint: %w", err)
+	}
+	var r io.Reader = bytes.NewReader(meta.GetFrames())
+	tree := -1
+	switch {
+	case node.Kind == kindBase && len(node.Links) == 1:
+		tree = 0
+	case node.Kind == kindDelta && len(node.Links) == 2:
+		tree = 1
+	}
+	if tree >= 0 {
+		s, err := store.OpenStream(node.Links[tree].Hash)
+		if err != nil {
+			return fmt.Errorf("read the pages of %s: %w", meta.GetInstance(), err)
+		}
+		defer s.Close()
+		r = s
+	}
+	return eachFrame(r, send)
+}
+
+func eachFrame(r io.Reader, send func(*componentv1.StateFrame) error) error {
+	br := newByteReader(r)
+	for {
+		var f componentv1.StateFrame
+		err := protodelim.UnmarshalOptions{MaxSize: 8 << 20}.UnmarshalFrom(br, &f)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read a state frame: %w", err)
+		}
+		if err := send(&f); err != nil {
+			return err
+		}
+	}
+}

@@ -1,0 +1,200 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coppice-project/coppice/components"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/dht/events"
+	"github.com/coppice-project/coppice/dht/members"
+)
+
+const (
+	// rankDelay is how long each further candidate waits before it claims, so that the first one usually is alone (DESIGN.md §5).
+	rankDelay = 150 * time.Millisecond
+	// rebootGrace is what a node that has just come back gets to claim its own components before its successors do.
+	rebootGrace = 300 * time.Millisecond
+	// leaseTime is how long an instance of a dead owner may still run, by its last lease: exactly-one waits it out unless the
+	// process is known to be dead (notes: T = 3 s and 1 % clock rate error on both sides).
+	leaseTime = 3060 * time.Millisecond
+	// maxRank bounds who tries at all when no successor is alive.
+	maxRank = 5
+)
+
+// onMember reacts to the end of a node's process: its instances go to their successors.
+func (s *Supervisor) onMember(c members.Change) {
+	gone := c.New.State == members.Dead || c.New.State == members.Left
+	was := c.Old.State == members.Alive || c.Old.State == members.Suspect || c.Old.State == members.Quarantined
+	reboot := c.Old.Boot != 0 && c.New.Boot != c.Old.Boot
+	if c.New.ID == s.cfg.Self || !((gone && was) || reboot) {
+		return
+	}
+	boot := c.Old.Boot
+	if boot == 0 {
+		boot = c.New.Boot
+	}
+	d := death{node: c.New.ID, name: c.New.Name, boot: boot, reboot: reboot && !gone, evidence: c.New.Evidence, at: time.Now()}
+	s.goes.Go(func() { s.succeed(s.ctx, d) })
+}
+
+// death is the end of one process of one node.
+type death struct {
+	node     peer.ID
+	name     string
+	boot     uint64
+	reboot   bool
+	evidence string
+	at       time.Time
+}
+
+func (s *Supervisor) succeed(ctx context.Context, d death) {
+	if s.paused() {
+		return
+	}
+	for _, reg := range s.registers() {
+		if reg.Owner != d.node || reg.Boot != d.boot {
+			continue
+		}
+		s.goes.Go(func() {
+			if err := s.takeOver(ctx, reg.Key, d); err != nil && ctx.Err() == nil {
+				s.cfg.Log.Warn("take over failed; placement claims it next", "register", reg.Key, "from", d.name, "error", err)
+			}
+		})
+	}
+}
+
+// takeOver claims one instance of a dead node when it is this node's turn. It gives up as soon as anyone has claimed it.
+func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	nonce := s.nonce()
+	waited := time.Duration(0)
+	for {
+		reg, ok := s.register(key)
+		if !ok || reg.Owner != d.node || reg.Boot != d.boot {
+			return nil
+		}
+		var body componentsv1.InstanceBody
+		if err := proto.Unmarshal(reg.Body, &body); err != nil {
+			return fmt.Errorf("read %s: %w", key, err)
+		}
+		if body.GetEachNode() != "" || body.GetQuarantined() {
+			return nil
+		}
+		rank, ok := s.rank(key, &body, d.node)
+		if !ok {
+			return nil
+		}
+		wait := time.Duration(rank) * rankDelay
+		if d.reboot {
+			wait += rebootGrace
+		}
+		if s.exactlyOne(&body) && d.evidence != evidenceRefused {
+			wait = max(wait, leaseTime-time.Since(d.at))
+		}
+		if waited < wait {
+			step := min(wait-waited, 50*time.Millisecond)
+			if err := pause(ctx, step); err != nil {
+				return err
+			}
+			waited += step
+			continue
+		}
+		claimed, err := s.claimFromDead(ctx, reg, &body, d, nonce)
+		if err == nil {
+			s.adopt(claimed)
+			return nil
+		}
+		var refused *arbiter.RefusedError
+		if !errors.As(err, &refused) {
+			return err
+		}
+		if refused.Current.Owner != d.node || refused.Current.Boot != d.boot {
+			s.adopt(refused.Current)
+			return nil
+		}
+		s.adopt(refused.Current) // a newer epoch of the same dead process: once more with that
+		nonce = s.nonce()
+	}
+}
+
+// evidenceRefused is what members reports when the dead node's host refused the connection: nothing of the node runs any more.
+const evidenceRefused = "refused"
+
+// rank is this node's place among those who may take the instance over; false: others are there for it. The named successors come
+// first, in order, the dead ones skipped; without any alive it is the order of XOR distance to the instance's key.
+func (s *Supervisor) rank(key string, body *componentsv1.InstanceBody, dead peer.ID) (int, bool) {
+	alive := 0
+	for _, id := range body.GetSuccessors() {
+		p, err := peer.Decode(id)
+		if err != nil || p == dead || !s.hosts(p) {
+			continue
+		}
+		if p == s.cfg.Self {
+			return alive, true
+		}
+		alive++
+	}
+	if alive > 0 {
+		return 0, false
+	}
+	for i, m := range s.cfg.Members.Closest(key, maxRank, func(m members.Member) bool { return m.ID != dead && s.hosts(m.ID) }) {
+		if m.ID == s.cfg.Self {
+			return i, true
+		}
+	}
+	return 0, false
+}
+
+// hosts says whether a node may be given components now.
+func (s *Supervisor) hosts(id peer.ID) bool {
+	m, ok := s.cfg.Members.Member(id)
+	return ok && m.State == members.Alive && !m.Draining && m.Role != "voter"
+}
+
+func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, d death, nonce uint64) (arbiter.Register, error) {
+	next := components.Takeover(body, components.OwnerDeath{
+		Node: d.node.String(), Name: d.name, Boot: d.boot, Reboot: d.reboot, Evidence: d.evidence,
+		Trigger: "neighbour", To: s.cfg.Self.String(), Now: time.Now(),
+	})
+	data, err := proto.Marshal(next)
+	if err != nil {
+		return arbiter.Register{}, fmt.Errorf("encode %s: %w", reg.Key, err)
+	}
+	claimed, err := s.cfg.Arbiter.Claim(ctx, arbiter.ClaimRequest{
+		Key: reg.Key, Expect: reg.Epoch, Nonce: nonce, Owner: s.cfg.Self, Boot: s.cfg.Boot, Body: data,
+	})
+	if err != nil {
+		return arbiter.Register{}, fmt.Errorf("claim %s after %s: %w", reg.Key, d.name, err)
+	}
+	name := instanceOf(reg.Key)
+	ev := events.Event{
+		Channel: "/apps/" + name, Type: "failover", Trigger: "neighbour", Cause: d.name + " died: " + d.evidence,
+		Message: fmt.Sprintf("%s taken over from %s in epoch %d", name, d.name, claimed.Epoch),
+		Fields:  map[string]string{"from": d.name, "to": s.cfg.Name, "epoch": fmt.Sprint(claimed.Epoch)},
+	}
+	if next.GetQuarantined() {
+		ev.Type = "quarantine"
+		ev.Message = fmt.Sprintf("%s is quarantined: %d of its owners died within %s of its start", name, len(next.GetDeaths()), components.DeathWindow)
+	}
+	s.cfg.Events.Publish(ev)
+	return claimed, nil
+}
+
+// exactlyOne says whether the instance must not start while its old owner could still run it.
+func (s *Supervisor) exactlyOne(body *componentsv1.InstanceBody) bool {
+	eff, err := s.effective(body.GetComponent())
+	return err == nil && eff != nil && eff.Guarantee == components.ExactlyOne
+}
+
+func (s *Supervisor) paused() bool {
+	_, ok := s.cfg.Arbiter.Get("meta/paused")
+	return ok
+}

@@ -1,0 +1,288 @@
+package supervisor
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coppice-project/coppice/components"
+	"github.com/coppice-project/coppice/components/runner"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/dht/blobs"
+	"github.com/coppice-project/coppice/dht/members"
+	"github.com/coppice-project/coppice/membrane"
+	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
+)
+
+const (
+	// replicas of a checkpoint, this node's own copy included.
+	replicas = 3
+	// startDeadline bounds the Start call of a component; swaps are stricter, for calls are held meanwhile.
+	startDeadline = 10 * time.Second
+	stopGrace     = 2 * time.Second
+)
+
+// generation is one process of an instance: the one that serves, or one that is being prepared to.
+type generation struct {
+	instance string
+	digest   string
+	artifact string
+	version  string
+	desc     *componentv1.Description
+	proc     runner.Process
+	comp     componentv1.ComponentClient
+	back     *membrane.Backend
+
+	token components.Token
+	nonce uint64
+	head  *chainHead // of the chain it was restored from or has written
+	saved Saved
+	mark  uint64 // journal mark it was restored to
+
+	saver     *saver
+	saverEnd  chan error
+	stopSaver context.CancelFunc
+	since     time.Time
+}
+
+func (g *generation) stateful() bool { return g.desc.GetState().GetStateful() }
+
+func (g *generation) has(feature string) bool { return slices.Contains(g.desc.GetFeatures(), feature) }
+
+// launch starts a process for the instance. It serves nothing yet. phase is told what it is waiting for.
+func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *components.Effective, sh Shell, phase func(components.State)) (*generation, error) {
+	g := &generation{instance: name, digest: digest, artifact: eff.ArtifactName, version: eff.Version}
+	spec := runner.Spec{
+		Instance: name, RunDir: s.runDir(name), LogDir: filepath.Join(s.cfg.LogDir, fileName(name)), DataDir: filepath.Join(s.cfg.DataDir, fileName(name)),
+		NodeSocket: sh.NodeSocket(), Credential: sh.Credential(), Limits: runner.Limits{MemoryBytes: eff.MemoryBytes, CPUMillis: eff.CPUMillis},
+		Sandbox: runner.Sandbox{Read: eff.Spec.GetSandbox().GetRead()},
+	}
+	for k, v := range eff.Spec.GetEnv() {
+		spec.Env = append(spec.Env, k+"="+v)
+	}
+	slices.Sort(spec.Env)
+	var file *os.File
+	if b, ok := s.cfg.Builtins[digest]; ok {
+		spec.Exec, spec.Args = b.Exec, b.Args
+	} else {
+		phase(components.Fetching)
+		f, art, err := s.cfg.Artifacts.Open(ctx, digest)
+		if err != nil {
+			return nil, err
+		}
+		file = f
+		defer f.Close()
+		g.artifact, g.version = art.GetName(), art.GetVersion()
+		spec.Exec = runner.ExecFile{File: file, Path: art.GetName() + "-" + art.GetVersion(), Digest: digest}
+		if g.desc, err = s.cfg.Artifacts.Description(ctx, digest); err != nil {
+			return nil, err
+		}
+		if g.desc == nil {
+			return nil, fmt.Errorf("start %s: %s@%s is a program, not a component; programs are run by the exec adapter, which this version does not have", name, art.GetName(), art.GetVersion())
+		}
+	}
+	phase(components.Starting)
+	proc, err := s.cfg.Runner.Start(ctx, spec)
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	g.proc, g.comp = proc, componentv1.NewComponentClient(proc.Conn())
+	if g.desc == nil {
+		dctx, cancel := context.WithTimeout(ctx, startDeadline)
+		defer cancel()
+		if g.desc, err = g.comp.Describe(dctx, &componentv1.DescribeRequest{HostContract: componentv1.ProtocolVersion}); err != nil {
+			return nil, errors.Join(fmt.Errorf("describe %s: %w", name, err), proc.Kill())
+		}
+	}
+	g.back = sh.Membrane().Prepare(proc, g.desc)
+	return g, nil
+}
+
+// restore gives the process the state of root, or of the nodes after `after` when it has been given that before.
+func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blobs.Hash) error {
+	steps, head, err := chainSteps(s.cfg.Blobs, root, after)
+	if err != nil {
+		return err
+	}
+	if head != nil && !s.reads(g, head.meta.GetSchema()) {
+		return fmt.Errorf("%s@%s cannot read the state's schema %d (it reads %v): deploy a version that can", g.artifact, g.version, head.meta.GetSchema(), g.desc.GetState().GetReadsSchemas())
+	}
+	for _, node := range steps {
+		if err := g.receive(ctx, func(send func(*componentv1.StateFrame) error) error { return stepFrames(s.cfg.Blobs, node, send) }); err != nil {
+			return fmt.Errorf("restore %s: %w", g.instance, err)
+		}
+	}
+	if head != nil {
+		g.head = head
+	}
+	return nil
+}
+
+// receive gives the process one stream of frames.
+func (g *generation) receive(ctx context.Context, frames func(send func(*componentv1.StateFrame) error) error) error {
+	stream, err := g.comp.Restore(ctx)
+	if err != nil {
+		return err
+	}
+	ferr := frames(stream.Send)
+	reply, err := stream.CloseAndRecv()
+	if err != nil {
+		return err // why the component refused says more than that the stream broke
+	}
+	if ferr != nil {
+		return ferr
+	}
+	g.mark = reply.GetMark()
+	return nil
+}
+
+// reads says whether the process can take a state of this schema.
+func (s *Supervisor) reads(g *generation, schema uint32) bool {
+	st := g.desc.GetState()
+	return schema == 0 || schema == st.GetWritesSchema() || slices.Contains(st.GetReadsSchemas(), schema)
+}
+
+// request is what the component is told when it starts as owner of token's epoch.
+func (g *generation) request(token components.Token, eff *components.Effective, restored bool) *componentv1.StartRequest {
+	attrs := map[string][]byte{}
+	for k, v := range eff.Spec.GetAttributes() {
+		attrs[k] = []byte(v)
+	}
+	return &componentv1.StartRequest{
+		Instance: g.instance, Token: token.Proto(), Version: g.version, Attributes: &componentv1.Attributes{Json: attrs}, Restored: restored,
+	}
+}
+
+// start runs the component's Start beside the process that serves, and asks it for a first sign of life.
+func (g *generation) start(ctx context.Context, sh Shell, token components.Token, eff *components.Effective, restored bool, deadline time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, deadline)
+	defer cancel()
+	if err := sh.Membrane().StartBackend(ctx, g.back, g.request(token, eff, restored)); err != nil {
+		return fmt.Errorf("start %s@%s: %w", g.artifact, g.version, err)
+	}
+	if _, err := g.back.Heartbeat(ctx, tokenOf(token)); err != nil {
+		return fmt.Errorf("start %s@%s: %w", g.artifact, g.version, err)
+	}
+	g.token, g.since = token, time.Now()
+	return nil
+}
+
+// serve puts a started process behind the held gate and lets the calls in.
+func (i *instance) serve(g *generation, eff *components.Effective) error {
+	m := i.mem()
+	m.SetDurable(eff.Durable == componentsv1.Durability_DURABILITY_EACH_CALL && g.stateful())
+	g.back.SetCommitted(g.mark)
+	if err := m.Switch(g.back, tokenOf(g.token)); err != nil {
+		return err
+	}
+	m.SetVersion(g.version)
+	return m.Release()
+}
+
+// save starts the goroutine that makes its state durable.
+func (i *instance) save(ctx context.Context, g *generation, reg arbiter.Register, eff *components.Effective) {
+	mode := eff.Durable
+	if !g.stateful() {
+		mode = componentsv1.Durability_DURABILITY_NONE
+	}
+	interval := eff.Interval
+	if interval <= 0 {
+		interval = components.DefaultInterval
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	back := g.back
+	g.nonce, g.stopSaver, g.saverEnd = reg.Nonce, cancel, make(chan error, 1)
+	g.saver = newSaver(saverConfig{
+		key: reg.Key, instance: i.name, digest: g.digest, version: g.version, schema: g.desc.GetState().GetWritesSchema(), epoch: reg.Epoch, nonce: reg.Nonce,
+		mode: mode, interval: interval, incremental: g.has(componentv1.FeatureIncremental), component: g.comp, store: i.sup.cfg.Blobs,
+		ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive, committed: back.SetCommitted, log: i.sup.cfg.Log,
+	}, g.head, g.saved)
+	i.mu.Lock()
+	i.sv = g.saver
+	i.mu.Unlock()
+	end := g.saverEnd
+	i.sup.goes.Go(func() {
+		end <- g.saver.run(ctx)
+		i.poke()
+	})
+	if g.head == nil && mode != componentsv1.Durability_DURABILITY_NONE {
+		i.sup.goes.Go(func() {
+			if err := g.saver.Flush(ctx, true); err != nil && ctx.Err() == nil {
+				i.sup.cfg.Log.Warn("first checkpoint failed; it is tried again", "instance", i.name, "error", err)
+			}
+		})
+	}
+}
+
+// holders names the nodes that keep this instance's checkpoints: this one, then its successors, then those closest to its key.
+func (i *instance) holders() ([]peer.ID, int) {
+	s := i.sup
+	to := []peer.ID{s.cfg.Self}
+	add := func(id peer.ID) {
+		if m, ok := s.cfg.Members.Member(id); ok && m.State == members.Alive && !m.NoHolder && len(to) < replicas && !slices.Contains(to, id) {
+			to = append(to, id)
+		}
+	}
+	if reg, ok := s.register(i.key); ok {
+		var body componentsv1.InstanceBody
+		if err := proto.Unmarshal(reg.Body, &body); err == nil {
+			for _, id := range body.GetSuccessors() {
+				if p, err := peer.Decode(id); err == nil {
+					add(p)
+				}
+			}
+		}
+	}
+	for _, m := range s.cfg.Members.Closest(i.key, 2*replicas, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
+		add(m.ID)
+	}
+	return to, len(to)/2 + 1
+}
+
+func (s *Supervisor) isAlive(id peer.ID) bool {
+	m, ok := s.cfg.Members.Member(id)
+	return id == s.cfg.Self || (ok && m.State == members.Alive)
+}
+
+// end stops a process for good: gently with a grace, at once without.
+func (s *Supervisor) end(g *generation, grace time.Duration) {
+	if g == nil {
+		return
+	}
+	if g.stopSaver != nil {
+		g.stopSaver()
+	}
+	if g.proc == nil {
+		return
+	}
+	if grace <= 0 {
+		if err := g.proc.Kill(); err != nil {
+			s.cfg.Log.Warn("process could not be killed", "instance", g.instance, "pid", g.proc.Ident().Pid, "error", err)
+		}
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), grace+stopGrace)
+	defer cancel()
+	if err := g.proc.Stop(ctx, grace); err != nil {
+		s.cfg.Log.Warn("process did not stop", "instance", g.instance, "pid", g.proc.Ident().Pid, "error", err)
+	}
+}
+
+// runDir is short, for unix socket paths are: eight hex digits name the instance.
+func (s *Supervisor) runDir(name string) string {
+	sum := sha256.Sum256([]byte(name))
+	return filepath.Join(s.cfg.RunDir, hex.EncodeToString(sum[:4]))
+}
+
+func fileName(instance string) string { return strings.ReplaceAll(instance, "/", "_") }

@@ -1,0 +1,352 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coppice-project/coppice/components"
+	"github.com/coppice-project/coppice/components/runner"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/dht/blobs"
+	"github.com/coppice-project/coppice/dht/events"
+	"github.com/coppice-project/coppice/dht/members"
+	"github.com/coppice-project/coppice/dht/peers"
+	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
+)
+
+// Registers is what the supervisor needs of the arbiter.
+type Registers interface {
+	Get(key string) (arbiter.Register, bool)
+	List(prefix string) []arbiter.Register
+	Watch(f func(old, now *arbiter.Register)) (cancel func())
+	Read(ctx context.Context, key string) (arbiter.Register, bool, error)
+	Claim(ctx context.Context, r arbiter.ClaimRequest) (arbiter.Register, error)
+	Commit(ctx context.Context, r arbiter.CommitRequest) (arbiter.Register, error)
+	SetHolders(ctx context.Context, key string, seq uint64, holders []peer.ID) (arbiter.Register, error)
+	Txn(ctx context.Context, r arbiter.TxnRequest) (arbiter.TxnResult, error)
+	Sync(ctx context.Context) error
+}
+
+// View is what it needs of the members.
+type View interface {
+	Member(id peer.ID) (members.Member, bool)
+	Alive() []members.Member
+	Closest(key string, n int, ok func(members.Member) bool) []members.Member
+	Subscribe(f func(members.Change)) (cancel func())
+}
+
+// Artifacts gives executables and what they say about themselves.
+type Artifacts interface {
+	Open(ctx context.Context, digest string) (*os.File, *componentsv1.Artifact, error)
+	Description(ctx context.Context, digest string) (*componentv1.Description, error)
+	Warm(ctx context.Context, digest string) error
+	Cached(digest string) bool
+}
+
+// Publisher takes events.
+type Publisher interface{ Publish(ev events.Event) }
+
+// Builtin is a component that the binary brings along: it is started from Exec with Args, whatever the registry holds.
+type Builtin struct {
+	Exec runner.ExecFile
+	Args []string
+}
+
+// BuiltinPrefix begins the digest of a builtin: "builtin:placement".
+const BuiltinPrefix = "builtin:"
+
+// Config of a node's supervisor. All fields are needed unless said otherwise.
+type Config struct {
+	Self      peer.ID
+	Name      string // of this node
+	Boot      uint64 // of this process
+	Arbiter   Registers
+	Members   View
+	Blobs     *blobs.Store
+	Artifacts Artifacts
+	Runner    runner.Runner
+	Peers     peers.Peers
+	Caller    *peers.Caller
+	Events    Publisher
+	Shell     ShellFactory
+	Builtins  map[string]Builtin // by digest
+	RunDir    string             // short; sockets of processes
+	LogDir    string
+	DataDir   string
+	Settle    time.Duration // an epoch that has answered and held so long is settled; default 5 s
+	Rand      *rand.Rand    // default: seeded by the system
+	Log       *slog.Logger
+	// BootTime is CLOCK_BOOTTIME; Touch says how long ago the arbiter was last heard of (negative: never).
+	BootTime func() time.Duration
+	Touch    func() time.Duration
+	// Changed is told that an instance's state changed; it must not block. May be nil.
+	Changed func()
+	// Adopted is told registers that are newer than the local view; it must not block. May be nil.
+	Adopted func(reg arbiter.Register)
+}
+
+const defaultSettle = 5 * time.Second
+
+// Supervisor of one node. Safe for concurrent use.
+type Supervisor struct {
+	cfg  Config
+	ctx  context.Context // of Run
+	goes sync.WaitGroup
+	kick chan struct{}
+	// lease is this node's right to serve what it owns.
+	lease *lease
+
+	randMu sync.Mutex // guards cfg.Rand
+
+	mu     sync.Mutex // guards the fields below
+	actors map[string]*instance
+	newer  map[string]arbiter.Register // what claims answered before the local view has it
+	moves  map[string]*prepared
+	stale  map[string]*atomic.Bool
+	closed bool
+}
+
+// New returns a supervisor that does nothing before Run.
+func New(cfg Config) *Supervisor {
+	if cfg.Settle == 0 {
+		cfg.Settle = defaultSettle
+	}
+	if cfg.Rand == nil {
+		cfg.Rand = rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
+	}
+	s := &Supervisor{
+		cfg: cfg, ctx: context.Background(), kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
+		moves: map[string]*prepared{}, stale: map[string]*atomic.Bool{},
+	}
+	s.lease = newLease(s.cfg)
+	s.handleMoves()
+	return s
+}
+
+// Run works until ctx ends, then ends every process of this node's instances, without giving up their ownership.
+func (s *Supervisor) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s.mu.Lock()
+	s.ctx = ctx
+	s.mu.Unlock()
+	defer s.cfg.Arbiter.Watch(func(_, _ *arbiter.Register) { s.Wake() })()
+	defer s.cfg.Members.Subscribe(func(c members.Change) {
+		s.onMember(c)
+		s.Wake()
+	})()
+	s.goes.Go(func() { s.lease.run(ctx, s.judge, s.Wake) })
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	s.sweep()
+	for {
+		select {
+		case <-ctx.Done():
+			s.stopAll()
+			s.goes.Wait()
+			return ctx.Err()
+		case <-s.kick:
+		case <-tick.C:
+		}
+		s.sweep()
+	}
+}
+
+// Wake has every actor look again.
+func (s *Supervisor) Wake() {
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
+
+// sweep makes sure that each instance this node owns has an actor, and that actors look.
+func (s *Supervisor) sweep() {
+	for _, reg := range s.registers() {
+		if reg.Owner == s.cfg.Self {
+			s.actor(instanceOf(reg.Key))
+		}
+		s.warm(reg)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.actors {
+		a.poke()
+	}
+}
+
+// warm brings the artifact of an instance here when this node is first in line to take it over.
+func (s *Supervisor) warm(reg arbiter.Register) {
+	var body componentsv1.InstanceBody
+	if reg.Owner == s.cfg.Self || proto.Unmarshal(reg.Body, &body) != nil {
+		return
+	}
+	succ := body.GetSuccessors()
+	if len(succ) > 2 {
+		succ = succ[:2]
+	}
+	digest := body.GetDigest()
+	if !slices.Contains(succ, s.cfg.Self.String()) || strings.HasPrefix(digest, BuiltinPrefix) || s.cfg.Artifacts.Cached(digest) {
+		return
+	}
+	s.goes.Go(func() {
+		ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
+		defer cancel()
+		if err := s.cfg.Artifacts.Warm(ctx, digest); err != nil && s.ctx.Err() == nil {
+			s.cfg.Log.Warn("artifact could not be fetched ahead", "instance", instanceOf(reg.Key), "digest", digest, "error", err)
+		}
+	})
+}
+
+// actor returns the instance's actor, started if need be; nil after Run has ended.
+func (s *Supervisor) actor(name string) *instance {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a := s.actors[name]; a != nil || s.closed {
+		return a
+	}
+	a := newInstance(s, name)
+	s.actors[name] = a
+	s.goes.Go(func() { a.loop(s.ctx) })
+	return a
+}
+
+// drop forgets an actor that has nothing left to do.
+func (s *Supervisor) drop(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.actors, name)
+}
+
+func (s *Supervisor) stopAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+}
+
+// registers lists the instances' registers as this node knows them best.
+func (s *Supervisor) registers() []arbiter.Register {
+	list := s.cfg.Arbiter.List(components.InstancePrefix)
+	for i := range list {
+		list[i] = s.best(list[i])
+	}
+	return list
+}
+
+// Register returns an instance's register as this node knows it best: what its own claims answered may be ahead of the local view.
+func (s *Supervisor) Register(key string) (arbiter.Register, bool) { return s.register(key) }
+
+// register returns one register as this node knows it best.
+func (s *Supervisor) register(key string) (arbiter.Register, bool) {
+	reg, ok := s.cfg.Arbiter.Get(key)
+	s.mu.Lock()
+	n, have := s.newer[key]
+	s.mu.Unlock()
+	if !ok && !have {
+		return arbiter.Register{}, false
+	}
+	if !ok {
+		return n, true
+	}
+	return s.best(reg), true
+}
+
+func (s *Supervisor) best(reg arbiter.Register) arbiter.Register {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, ok := s.newer[reg.Key]
+	if !ok {
+		return reg
+	}
+	if n.Incarnation < reg.Incarnation || (n.Incarnation == reg.Incarnation && n.Index <= reg.Index) {
+		delete(s.newer, reg.Key)
+		return reg
+	}
+	return n
+}
+
+// Adopt takes over a register that an answer of the arbiter showed, before the local view has it.
+func (s *Supervisor) Adopt(reg arbiter.Register) { s.adopt(reg) }
+
+// adopt takes over what an answer of the arbiter said, before the local view says it.
+func (s *Supervisor) adopt(reg arbiter.Register) {
+	if reg.Key == "" {
+		return
+	}
+	s.mu.Lock()
+	old, ok := s.newer[reg.Key]
+	if !ok || old.Incarnation < reg.Incarnation || (old.Incarnation == reg.Incarnation && old.Index < reg.Index) {
+		s.newer[reg.Key] = reg
+	}
+	s.mu.Unlock()
+	if reg.Owner == s.cfg.Self {
+		if a := s.actor(instanceOf(reg.Key)); a != nil {
+			a.poke()
+		}
+	}
+	if s.cfg.Adopted != nil {
+		s.cfg.Adopted(reg)
+	}
+	s.Wake()
+}
+
+// effective returns a component as it should be now; nil when no application has it (any more).
+func (s *Supervisor) effective(component string) (*components.Effective, error) {
+	app, name, _ := strings.Cut(component, "/")
+	reg, ok := s.cfg.Arbiter.Get(components.ApplicationRegister(app))
+	if !ok {
+		return nil, nil
+	}
+	var a componentsv1.Application
+	if err := proto.Unmarshal(reg.Body, &a); err != nil {
+		return nil, fmt.Errorf("read application %s: %w", app, err)
+	}
+	if a.GetRemoving() {
+		return nil, nil
+	}
+	return components.EffectiveOf(&a, name)
+}
+
+func (s *Supervisor) nonce() uint64 {
+	s.randMu.Lock()
+	defer s.randMu.Unlock()
+	for {
+		if n := s.cfg.Rand.Uint64(); n != 0 {
+			return n
+		}
+	}
+}
+
+func (s *Supervisor) nodeName(id peer.ID) string {
+	if m, ok := s.cfg.Members.Member(id); ok && m.Name != "" {
+		return m.Name
+	}
+	return id.String()
+}
+
+func instanceOf(key string) string { return components.InstanceOfKey(key) }
+
+// errNotHere says that this node does not run the instance.
+var errNotHere = errors.New("not on this node")
+
+func (s *Supervisor) get(name string) (*instance, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a := s.actors[name]; a != nil {
+		return a, nil
+	}
+	return nil, fmt.Errorf("%s: %w", name, errNotHere)
+}

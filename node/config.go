@@ -1,0 +1,127 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/multiformats/go-multiaddr"
+
+	"github.com/coppice-project/coppice/components/runner"
+)
+
+// Config is everything a node is told. The binary, the tests and the simulator fill the same fields; what they differ in stands at
+// the end.
+type Config struct {
+	Data      string   // folder of everything the node keeps; created 0700
+	Name      string   // unique in the cluster; default: the host's name
+	Listen    []string // multiaddrs; default /ip4/0.0.0.0/tcp/7400
+	Advertise []string // multiaddrs others should dial; default: what the host has
+	Zone      string
+	Role      string // full | voter | worker
+	Join      string // a token; empty: a new cluster, or the one the data folder belongs to
+	API       string // unix:///path or http://127.0.0.1:port; default a socket in the data folder
+	HTTP      string // host:port of the gateway; empty: none
+	Labels    map[string]string
+	Capacity  Capacity
+	Plugins   string // drop folder; default <data>/plugins
+	Profile   string // lan | wan | local
+	Version   string
+	Log       *slog.Logger
+
+	// What differs in tests and simulations.
+	FS        vfs.FS               // default: the disk
+	BootTime  func() time.Duration // default: CLOCK_BOOTTIME
+	NewRunner func() (runner.Runner, error)
+	Stdout    io.Writer // where the ready line goes; nil: nowhere
+}
+
+// Capacity is what a node offers to components. Zero fields are measured.
+type Capacity struct {
+	CPUMillis   uint64
+	MemoryBytes uint64
+	DiskBytes   uint64
+}
+
+var nameRE = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// defaults fills what was left out. It does not touch the disk.
+func (c *Config) defaults() {
+	if c.Name == "" {
+		host, err := os.Hostname()
+		if err == nil {
+			c.Name = strings.ToLower(strings.SplitN(host, ".", 2)[0])
+		}
+	}
+	if c.Role == "" {
+		c.Role = "full"
+	}
+	if c.Profile == "" {
+		c.Profile = "lan"
+	}
+	if len(c.Listen) == 0 {
+		c.Listen = []string{"/ip4/0.0.0.0/tcp/7400"}
+		if c.Profile == "local" {
+			c.Listen = []string{"/ip4/127.0.0.1/tcp/0"}
+		}
+	}
+	if c.Plugins == "" {
+		c.Plugins = filepath.Join(c.Data, "plugins")
+	}
+	if c.FS == nil {
+		c.FS = vfs.Default
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.BootTime == nil {
+		c.BootTime = bootTime
+	}
+}
+
+// Validate reports every problem of the configuration at once.
+func (c *Config) Validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.Data == "" {
+		bad("data: a folder is needed")
+	}
+	if !nameRE.MatchString(c.Name) {
+		bad("name %q: want lower-case letters, digits and dashes, at most 63", c.Name)
+	}
+	if c.Role != "full" && c.Role != "voter" && c.Role != "worker" {
+		bad("role %q: want full, voter or worker", c.Role)
+	}
+	if c.Profile != "lan" && c.Profile != "wan" && c.Profile != "local" {
+		bad("profile %q: want lan, wan or local", c.Profile)
+	}
+	for _, list := range [][]string{c.Listen, c.Advertise} {
+		for _, a := range list {
+			if _, err := multiaddr.NewMultiaddr(a); err != nil {
+				bad("address %q: %w; try /ip4/0.0.0.0/tcp/7400", a, err)
+			}
+		}
+	}
+	if c.HTTP != "" {
+		if _, _, err := net.SplitHostPort(c.HTTP); err != nil {
+			bad("http %q: want host:port: %w", c.HTTP, err)
+		}
+	}
+	if c.Zone != "" && !nameRE.MatchString(c.Zone) {
+		bad("zone %q: want lower-case letters, digits and dashes", c.Zone)
+	}
+	for k := range c.Labels {
+		if k == "" {
+			bad("label: a name is missing before =")
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,205 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/coppice-project/coppice/components"
+	"github.com/coppice-project/coppice/components/supervisor"
+	"github.com/coppice-project/coppice/node/facts"
+)
+
+// What a node tells about itself lies in records that only it writes: /kb/facts/<peer id>/host and, for each instance it runs,
+// /kb/facts/<peer id>/inst/<instance>. They are told when they change and at least every reportTTL/3.
+const (
+	factsPrefix   = "/kb/facts/"
+	reportTTL     = 15 * time.Second
+	reportEvery   = reportTTL / 3
+	sampleEvery   = 2 * time.Second
+	scatterWithin = 500 * time.Millisecond
+)
+
+// hostReport is what a node tells about its machine.
+type hostReport struct {
+	Node  string      `json:"node"`
+	Facts facts.Facts `json:"facts"`
+}
+
+// instanceReport is what an owner tells about one instance.
+type instanceReport struct {
+	Instance   string   `json:"instance"`
+	Node       string   `json:"node"` // peer id
+	State      string   `json:"state"`
+	Reason     string   `json:"reason,omitempty"`
+	Epoch      uint64   `json:"epoch"`
+	Version    string   `json:"version,omitempty"`
+	Artifact   string   `json:"artifact,omitempty"`
+	Digest     string   `json:"digest,omitempty"`
+	Pid        int      `json:"pid,omitempty"`
+	UptimeMs   int64    `json:"uptime_ms"`
+	Restarts   int      `json:"restarts"`
+	Seq        uint64   `json:"checkpoint_seq"`
+	SavedAgeMs int64    `json:"checkpoint_age_ms"` // -1: none
+	Bytes      uint64   `json:"checkpoint_bytes"`
+	Holders    []string `json:"holders,omitempty"`
+	StartedMs  float64  `json:"started_ms"`
+	Durable    string   `json:"durable,omitempty"`
+
+	age time.Duration // since the reader's record was written
+}
+
+// report tells what this node is and runs, until ctx ends.
+func (n *Node) report(ctx context.Context) error {
+	var last facts.Facts
+	var told time.Time
+	tick := time.NewTicker(sampleEvery)
+	defer tick.Stop()
+	for {
+		f, err := n.sensor.Sample(ctx)
+		n.faults.set("facts", err)
+		if facts.Changed(last, f) || time.Since(told) >= reportEvery {
+			n.faults.set("report", n.tellHost(ctx, f))
+			last, told = f, time.Now()
+			n.faults.set("report instances", n.tellInstances(ctx, true))
+			if n.toldDrops == "[]" {
+				n.toldDrops = ""
+			} else if n.toldDrops != "" {
+				n.toldDrops = "again"
+			}
+		}
+		n.faults.set("report drops", n.tellDrops(ctx))
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		case <-n.instancesChanged:
+			n.faults.set("report instances", n.tellInstances(ctx, false))
+		}
+	}
+}
+
+func (n *Node) tellHost(ctx context.Context, f facts.Facts) error {
+	b, err := json.Marshal(hostReport{Node: n.cfg.Name, Facts: f})
+	if err != nil {
+		return err
+	}
+	return n.tell(ctx, factsPrefix+n.id.String()+"/host", b)
+}
+
+func (n *Node) tell(ctx context.Context, key string, value []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if _, _, err := n.records.Put(ctx, key, value, reportTTL); err != nil {
+		return fmt.Errorf("tell %s: %w", key, err)
+	}
+	return nil
+}
+
+// tellInstances tells about the instances whose state changed, or about all.
+func (n *Node) tellInstances(ctx context.Context, all bool) error {
+	for _, in := range n.sup.Infos() {
+		word := string(in.State) + "\x00" + in.Reason + "\x00" + fmt.Sprint(in.Epoch, in.Restarts, in.Version)
+		if !all && n.toldInstances[in.Instance] == word {
+			continue
+		}
+		b, err := json.Marshal(n.instanceReport(in))
+		if err != nil {
+			return err
+		}
+		if err := n.tell(ctx, factsPrefix+n.id.String()+"/inst/"+in.Instance, b); err != nil {
+			return err
+		}
+		n.toldInstances[in.Instance] = word
+	}
+	return nil
+}
+
+func (n *Node) instanceReport(in supervisor.Info) instanceReport {
+	r := instanceReport{
+		Instance: in.Instance, Node: n.id.String(), State: string(in.State), Reason: in.Reason, Epoch: in.Epoch, Version: in.Version, Artifact: in.Artifact,
+		Digest: in.Digest, Pid: in.Pid, UptimeMs: in.Uptime().Milliseconds(), Restarts: in.Restarts, Seq: in.Saved.Seq, SavedAgeMs: -1, Bytes: in.Saved.Bytes,
+		StartedMs: in.StartedMs, Durable: in.Durable,
+	}
+	if in.Saved.Seq > 0 && !in.Saved.At.IsZero() {
+		r.SavedAgeMs = time.Since(in.Saved.At).Milliseconds()
+	}
+	for _, h := range in.Saved.Holders {
+		r.Holders = append(r.Holders, h.String())
+	}
+	return r
+}
+
+// reports lists what the owners told about their instances, the newest for each, this node's own fresh.
+func (n *Node) reports(ctx context.Context) map[string]instanceReport {
+	out := map[string]instanceReport{}
+	recs := n.records.Local(factsPrefix)
+	if len(n.members.All()) > 5 {
+		sctx, cancel := context.WithTimeout(ctx, scatterWithin)
+		recs, _, _ = n.records.Scan(sctx, factsPrefix)
+		cancel()
+	}
+	for _, rec := range recs {
+		rest, ok := strings.CutPrefix(rec.Key, factsPrefix)
+		if !ok || rec.Deleted {
+			continue
+		}
+		id, what, _ := strings.Cut(rest, "/")
+		if !strings.HasPrefix(what, "inst/") || id == n.id.String() {
+			continue
+		}
+		var r instanceReport
+		if err := json.Unmarshal(rec.Value, &r); err != nil {
+			n.faults.set("report of "+id, err)
+			continue
+		}
+		r.age = rec.Age
+		if have, ok := out[r.Instance]; !ok || have.Epoch < r.Epoch {
+			out[r.Instance] = r
+		}
+	}
+	for _, in := range n.sup.Infos() {
+		r := n.instanceReport(in)
+		if have, ok := out[in.Instance]; !ok || have.Epoch <= r.Epoch {
+			out[in.Instance] = r
+		}
+	}
+	return out
+}
+
+// hostFacts lists what is known about each node's machine.
+func (n *Node) hostFacts(ctx context.Context) (map[peer.ID]hostReport, map[peer.ID]time.Duration) {
+	out, ages := map[peer.ID]hostReport{}, map[peer.ID]time.Duration{}
+	recs := n.records.Local(factsPrefix)
+	if len(n.members.All()) > 5 {
+		sctx, cancel := context.WithTimeout(ctx, scatterWithin)
+		recs, _, _ = n.records.Scan(sctx, factsPrefix)
+		cancel()
+	}
+	for _, rec := range recs {
+		rest, ok := strings.CutPrefix(rec.Key, factsPrefix)
+		id, what, _ := strings.Cut(rest, "/")
+		if !ok || what != "host" || rec.Deleted {
+			continue
+		}
+		p, err := peer.Decode(id)
+		if err != nil {
+			continue
+		}
+		var h hostReport
+		if err := json.Unmarshal(rec.Value, &h); err != nil {
+			n.faults.set("report of "+id, err)
+			continue
+		}
+		out[p], ages[p] = h, rec.Age
+	}
+	return out, ages
+}
+
+func systemComponent(component string) bool {
+	return strings.HasPrefix(component, components.SystemApplication+"/")
+}

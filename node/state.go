@@ -1,0 +1,69 @@
+package node
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/coppice-project/coppice/dht/store"
+)
+
+const stateFormat = 1
+
+// state is what a data folder says about the cluster it belongs to. It is written once, when the node joins or founds it.
+type state struct {
+	Format      int    `json:"format"`
+	Cluster     string `json:"cluster"`
+	Name        string `json:"name"`
+	Certificate []byte `json:"certificate"`
+}
+
+func loadState(fs vfs.FS, path string) (state, bool, error) {
+	f, err := fs.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return state{}, false, nil
+	}
+	if err != nil {
+		return state{}, false, fmt.Errorf("read %s: %w", path, err)
+	}
+	b, err := io.ReadAll(f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return state{}, false, fmt.Errorf("read %s: %w", path, err)
+	}
+	var s state
+	if err := json.Unmarshal(b, &s); err != nil {
+		return state{}, false, fmt.Errorf("%s is damaged: %w; restore it, or start with an empty data folder and join anew", path, err)
+	}
+	if s.Format != stateFormat {
+		return state{}, false, fmt.Errorf("%s has format %d, this version knows %d; use the version that wrote it", path, s.Format, stateFormat)
+	}
+	return s, true, nil
+}
+
+func (s state) save(fs vfs.FS, dir, path string) error {
+	s.Format = stateFormat
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
+	}
+	temp := path + ".new"
+	f, err := fs.Create(temp, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	if err := fs.Rename(temp, path); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return store.SyncDir(fs, dir)
+}

@@ -1,0 +1,453 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/coppice-project/coppice/components"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/dht/keys"
+	"github.com/coppice-project/coppice/dht/members"
+	"github.com/coppice-project/coppice/node/api"
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+// verbs carries out the control API on a node. Each method is one verb of the command line.
+type verbs struct{ n *Node }
+
+func (v *verbs) Token(ctx context.Context, r *apiv1.TokenRequest) (*apiv1.TokenResponse, error) {
+	text, expires, err := v.n.newToken(ctx, time.Duration(r.GetTtlMs())*time.Millisecond, r.GetUses())
+	if err != nil {
+		return nil, fail("make a token", err)
+	}
+	return &apiv1.TokenResponse{Token: text, Expires: timestamppb.New(expires), Uses: r.GetUses()}, nil
+}
+
+func (v *verbs) RevokeToken(ctx context.Context, r *apiv1.RevokeTokenRequest) (*apiv1.RevokeTokenResponse, error) {
+	revoked, err := v.n.revokeToken(ctx, r.GetToken())
+	if errors.Is(err, errNoRegister) {
+		return nil, api.Fail(connect.CodeNotFound, "revoke the token", "this cluster did not make it", "")
+	}
+	if err != nil {
+		return nil, fail("revoke the token", err)
+	}
+	return &apiv1.RevokeTokenResponse{Revoked: revoked}, nil
+}
+
+func (v *verbs) Nodes(_ context.Context, r *apiv1.NodesRequest) (*apiv1.NodesResponse, error) {
+	n := v.n
+	st := n.arbiter.Status()
+	owned := map[peer.ID]uint32{}
+	for _, reg := range n.arbiter.List(components.InstancePrefix) {
+		owned[reg.Owner]++
+	}
+	out := &apiv1.NodesResponse{}
+	for _, m := range n.members.All() {
+		if r.GetNode() != "" && r.GetNode() != m.Name && r.GetNode() != m.ID.String() {
+			continue
+		}
+		a := &apiv1.Node{
+			Name: m.Name, Id: m.ID.String(), State: m.State.String(), Addrs: m.Addrs, Connection: cmp.Or(m.Connection, "none"), Labels: m.Labels, Version: m.Version,
+			Since: timestamppb.New(m.Since), Evidence: m.Evidence, Zone: m.Zone, Role: m.Role, Platform: m.Platform, Voter: slices.Contains(st.Voters, m.ID),
+			Coordinator: st.Coordinator == m.ID, Draining: m.Draining, CpuMillis: m.CPUMillis, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
+			Instances: owned[m.ID], Started: timestamppb.New(time.UnixMilli(m.StartedUnixMs)),
+		}
+		switch {
+		case m.ID == n.id:
+			a.Connection, a.RttMs = "self", proto.Float64(0)
+		case m.RTT > 0:
+			a.RttMs = proto.Float64(float64(m.RTT.Microseconds()) / 1000)
+		}
+		out.Nodes = append(out.Nodes, a)
+	}
+	if r.GetNode() != "" && len(out.Nodes) == 0 {
+		return nil, api.Fail(connect.CodeNotFound, "show node "+r.GetNode(), "no member has this name or id", "coppice nodes")
+	}
+	slices.SortFunc(out.Nodes, func(a, b *apiv1.Node) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Id, b.Id)) })
+	return out, nil
+}
+
+func (v *verbs) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusResponse, error) {
+	n := v.n
+	st := n.arbiter.Status()
+	out := &apiv1.StatusResponse{
+		Cluster: n.state.Cluster, Nodes: &apiv1.NodeCounts{}, Components: &apiv1.ComponentCounts{}, Node: n.cfg.Name, Version: n.cfg.Version, Paused: n.paused(),
+		Arbiter: &apiv1.ArbiterStatus{Incarnation: st.Incarnation, Index: st.Index},
+	}
+	if st.HasLeader {
+		out.Arbiter.Leader = n.nameOf(st.Leader)
+	}
+	if st.Coordinator != "" {
+		out.Arbiter.Coordinator = n.nameOf(st.Coordinator)
+	}
+	for _, id := range st.Voters {
+		out.Arbiter.Voters = append(out.Arbiter.Voters, n.nameOf(id))
+	}
+	for _, id := range st.Learners {
+		out.Arbiter.Learners = append(out.Arbiter.Learners, n.nameOf(id))
+	}
+	for _, m := range n.members.All() {
+		switch m.State {
+		case members.Alive:
+			out.Nodes.Alive++
+		case members.Suspect:
+			out.Nodes.Suspect++
+		case members.Dead:
+			out.Nodes.Dead++
+		case members.Left:
+			out.Nodes.Left++
+		case members.Quarantined:
+			out.Nodes.Quarantined++
+		}
+	}
+	for _, in := range n.instances("") {
+		switch components.State(in.GetState()) {
+		case components.Running, components.Degraded, components.Frozen:
+			out.Components.Started++
+		default:
+			out.Components.Other++
+		}
+		if why := n.unsafe(in); why != "" {
+			out.Unsafe = append(out.Unsafe, &apiv1.Unsafe{Subject: in.GetInstance(), Why: why})
+		}
+	}
+	if len(st.Voters) == 1 && out.Nodes.Alive > 1 {
+		out.Unsafe = append(out.Unsafe, &apiv1.Unsafe{Subject: "cluster", Why: "one voter: without " + n.nameOf(st.Voters[0]) + " nothing can be decided until it is back; a third node cures it"})
+	}
+	out.Warnings = n.warnings(st)
+	return out, nil
+}
+
+// unsafe says what the loss of one node would cost an instance now; "" nothing.
+func (n *Node) unsafe(in *apiv1.Instance) string {
+	switch {
+	case in.GetQuarantined():
+		return "quarantined: it is started nowhere; try coppice start " + in.GetComponent()
+	case in.GetDurable() == "none" || in.GetState() != string(components.Running):
+		return ""
+	case in.GetCheckpointSeq() > 0 && len(in.GetReplicas()) < 2:
+		return "its checkpoint lies on one node only"
+	case in.GetWouldRestartOn() == "" && len(n.members.Alive()) > 1:
+		return "no other node could take it over"
+	}
+	return ""
+}
+
+func (n *Node) warnings(st arbiter.Status) []string {
+	var out []string
+	if !st.HasLeader {
+		out = append(out, "the arbiter has no leader that this node can reach: nothing can be placed, moved or committed until a majority of the voters is back")
+	}
+	if st.Halted != "" {
+		out = append(out, "this node stopped voting: "+st.Halted)
+	}
+	if n.store.Low() {
+		out = append(out, "the disk of this node is low: it is no holder and no voter")
+	}
+	return append(out, n.faults.list()...)
+}
+
+func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.DoctorResponse, error) {
+	n := v.n
+	out := &apiv1.DoctorResponse{Healthy: true}
+	add := func(severity, subject, finding, cause, fix string) {
+		out.Healthy = out.Healthy && severity != "error"
+		out.Findings = append(out.Findings, &apiv1.Finding{Severity: severity, Subject: subject, Finding: finding, Cause: cause, Fix: fix})
+	}
+	st, err := v.Status(ctx, &apiv1.StatusRequest{})
+	if err != nil {
+		return nil, err
+	}
+	if st.GetArbiter().GetLeader() == "" {
+		add("error", "arbiter", "no leader", "a majority of the voters cannot be reached from here", "start the missing nodes, or see coppice nodes")
+	} else {
+		add("ok", "arbiter", fmt.Sprintf("led by %s, %d voters", st.GetArbiter().GetLeader(), len(st.GetArbiter().GetVoters())), "", "")
+	}
+	for _, m := range n.members.All() {
+		switch m.State {
+		case members.Suspect, members.Quarantined:
+			add("warning", m.Name, "node is "+m.State.String(), m.Evidence, "coppice readmit "+m.Name+" once it is stable")
+		case members.Dead:
+			add("warning", m.Name, "node is dead", m.Evidence, "start it again, or coppice revoke "+m.Name)
+		}
+	}
+	for _, in := range n.instances("") {
+		switch components.State(in.GetState()) {
+		case components.Running, components.Stopped, components.Frozen:
+		case components.Failed:
+			add("error", in.GetInstance(), "failed", in.GetReason(), "coppice logs "+in.GetComponent())
+		default:
+			add("warning", in.GetInstance(), in.GetState(), in.GetReason(), "coppice why "+in.GetComponent())
+		}
+	}
+	for _, u := range st.GetUnsafe() {
+		add("warning", u.GetSubject(), "not safe against the loss of one node", u.GetWhy(), "add a node: coppice token")
+	}
+	for _, w := range st.GetWarnings() {
+		add("warning", n.cfg.Name, w, "", "")
+	}
+	if lag := n.members.Lag(); lag > 200*time.Millisecond {
+		add("warning", n.cfg.Name, fmt.Sprintf("this node is starved: it runs %s late", lag.Round(time.Millisecond)), "too little CPU for what runs here", "fewer components here, or coppice drain "+n.cfg.Name)
+	}
+	for _, d := range n.registry.Drops() {
+		if d.State == "refused" || d.State == "incomplete" {
+			add("warning", "registry", d.File+" is "+d.State, d.Reason, "remove it from "+n.cfg.Plugins)
+		}
+	}
+	return out, nil
+}
+
+func (v *verbs) Drain(ctx context.Context, r *apiv1.DrainRequest, s *connect.ServerStream[apiv1.DrainUpdate]) error {
+	m, err := v.n.findNode("drain", r.GetNode())
+	if err != nil {
+		return err
+	}
+	if m.ID != v.n.id {
+		c, err := api.Forward(ctx, v.n, m.ID.String())
+		if err != nil {
+			return err
+		}
+		from, err := c.Drain(ctx, r)
+		if err != nil {
+			return err
+		}
+		return api.Relay(from, s)
+	}
+	return v.n.drain(ctx, time.Duration(r.GetTimeoutMs())*time.Millisecond, s.Send)
+}
+
+func (v *verbs) Leave(ctx context.Context, r *apiv1.LeaveRequest, s *connect.ServerStream[apiv1.DrainUpdate]) error {
+	if err := v.n.drain(ctx, time.Duration(r.GetTimeoutMs())*time.Millisecond, s.Send); err != nil {
+		return err
+	}
+	if err := v.n.arbiter.StepDown(ctx); err != nil {
+		return fail("leave", fmt.Errorf("hand over the vote: %w", err))
+	}
+	v.n.members.Goodbye(ctx)
+	v.n.Stop("left the cluster")
+	return nil
+}
+
+func (v *verbs) Revoke(ctx context.Context, r *apiv1.RevokeRequest) (*apiv1.RevokeResponse, error) {
+	m, err := v.n.findNode("revoke", r.GetNode())
+	if err != nil {
+		return nil, err
+	}
+	if m.ID == v.n.id {
+		return nil, api.Fail(connect.CodeFailedPrecondition, "revoke "+m.Name, "it is the node that answers", "coppice leave, or revoke it from another node")
+	}
+	if err := v.n.expel(ctx, m.ID, "revoked by an operator"); err != nil {
+		return nil, fail("revoke "+m.Name, err)
+	}
+	v.n.members.Expel(m.ID)
+	return &apiv1.RevokeResponse{Node: m.Name, Id: m.ID.String()}, nil
+}
+
+func (v *verbs) Readmit(_ context.Context, r *apiv1.ReadmitRequest) (*apiv1.ReadmitResponse, error) {
+	m, err := v.n.findNode("readmit", r.GetNode())
+	if err != nil {
+		return nil, err
+	}
+	if m.State != members.Quarantined {
+		return nil, api.Fail(connect.CodeFailedPrecondition, "readmit "+m.Name, "it is "+m.State.String()+", not quarantined", "")
+	}
+	v.n.members.Readmit(m.ID)
+	m, _ = v.n.members.Member(m.ID)
+	return &apiv1.ReadmitResponse{Node: m.Name, Id: m.ID.String(), State: m.State.String()}, nil
+}
+
+func (v *verbs) Down(ctx context.Context, r *apiv1.DownRequest) (*apiv1.DownResponse, error) {
+	begin := time.Now()
+	if !r.GetAll() || api.ForwardedFrom(ctx) != "" {
+		n := v.n.finalCheckpoints(ctx)
+		v.n.Stop("down")
+		return &apiv1.DownResponse{Nodes: []*apiv1.DownNode{{Node: v.n.cfg.Name, Stopped: true}}, Checkpoints: n, TookMs: ms(time.Since(begin))}, nil
+	}
+	out := &apiv1.DownResponse{Checkpoints: v.n.finalCheckpoints(ctx)}
+	if err := v.n.put(ctx, pausedKey, []byte(time.Now().UTC().Format(time.RFC3339))); err != nil {
+		return nil, fail("down --all", fmt.Errorf("commit that the cluster is paused: %w", err))
+	}
+	// Voters last: each node still needs the arbiter for its final checkpoints.
+	voters := v.n.arbiter.Status().Voters
+	list := v.n.members.Alive()
+	slices.SortStableFunc(list, func(a, b members.Member) int {
+		return cmp.Compare(btoi(slices.Contains(voters, a.ID)), btoi(slices.Contains(voters, b.ID)))
+	})
+	for _, m := range list {
+		if m.ID == v.n.id {
+			continue
+		}
+		node := &apiv1.DownNode{Node: m.Name}
+		c, err := api.Forward(ctx, v.n, m.ID.String())
+		if err == nil {
+			var res *apiv1.DownResponse
+			if res, err = c.Down(ctx, &apiv1.DownRequest{All: true, TimeoutMs: r.GetTimeoutMs()}); err == nil {
+				node.Stopped = true
+				out.Checkpoints += res.GetCheckpoints()
+			}
+		}
+		if err != nil {
+			node.Reason = err.Error()
+		}
+		out.Nodes = append(out.Nodes, node)
+	}
+	out.Nodes = append(out.Nodes, &apiv1.DownNode{Node: v.n.cfg.Name, Stopped: true})
+	out.TookMs = ms(time.Since(begin))
+	v.n.Stop("down --all")
+	return out, nil
+}
+
+// finalCheckpoints saves what runs here and returns how many instances that were. A failure is logged; the last acknowledged
+// checkpoint then stands.
+func (n *Node) finalCheckpoints(ctx context.Context) uint32 {
+	var count uint32
+	for _, in := range n.sup.Infos() {
+		if in.State != components.Running || in.Durable == "none" {
+			continue
+		}
+		if _, err := n.sup.Checkpoint(ctx, in.Instance); err != nil {
+			n.log.Warn("final checkpoint", "instance", in.Instance, "error", err)
+			continue
+		}
+		count++
+	}
+	return count
+}
+
+// drain has placement move everything away from this node and waits for that.
+func (n *Node) drain(ctx context.Context, timeout time.Duration, send func(*apiv1.DrainUpdate) error) error {
+	begin := time.Now()
+	if timeout <= 0 {
+		timeout = 5 * time.Minute
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	what := "drain " + n.cfg.Name
+	if len(n.members.Alive()) < 2 && n.sup.Drained() > 0 {
+		return api.Fail(connect.CodeFailedPrecondition, what, "there is no other node to take its components", "coppice token, and join another node first")
+	}
+	n.members.UpdateSelf(func(i *members.Info) { i.Draining = true })
+	was := map[string]bool{}
+	for _, reg := range n.mine() {
+		was[reg] = true
+	}
+	if err := send(&apiv1.DrainUpdate{Node: n.cfg.Name, State: "moving", Remaining: uint32(len(was))}); err != nil {
+		return err
+	}
+	moved := uint32(0)
+	for {
+		left := n.mine()
+		for name := range was {
+			if slices.Contains(left, name) {
+				continue
+			}
+			delete(was, name)
+			moved++
+			to := ""
+			if reg, ok := n.arbiter.Get(components.InstanceRegister(name)); ok {
+				to = n.nameOf(reg.Owner)
+			}
+			if err := send(&apiv1.DrainUpdate{Node: n.cfg.Name, Instance: name, To: to, State: "moved", Moved: moved, Remaining: uint32(len(left)), TookMs: ms(time.Since(begin))}); err != nil {
+				return err
+			}
+		}
+		if len(left) == 0 {
+			return send(&apiv1.DrainUpdate{Node: n.cfg.Name, State: "done", Moved: moved, Done: true, TookMs: ms(time.Since(begin))})
+		}
+		select {
+		case <-ctx.Done():
+			n.members.UpdateSelf(func(i *members.Info) { i.Draining = false })
+			return api.Fail(connect.CodeDeadlineExceeded, what, fmt.Sprintf("still here after %s: %v", timeout, left), "coppice why "+left[0])
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// mine lists the instances this node owns and that can live elsewhere.
+func (n *Node) mine() []string {
+	var out []string
+	for _, reg := range n.arbiter.List(components.InstancePrefix) {
+		var body componentsv1.InstanceBody
+		if reg.Owner == n.id && proto.Unmarshal(reg.Body, &body) == nil && body.GetEachNode() == "" && !systemComponent(body.GetComponent()) {
+			name := components.InstanceOfKey(reg.Key)
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+func (v *verbs) DhtClosest(_ context.Context, r *apiv1.DhtClosestRequest) (*apiv1.DhtClosestResponse, error) {
+	n := v.n
+	key := r.GetKey()
+	if key == "" {
+		return nil, api.Fail(connect.CodeInvalidArgument, "dht closest", "a key is needed", "coppice dht closest /system/placement")
+	}
+	count := int(r.GetCount())
+	if count == 0 {
+		count = 8
+	}
+	point := keys.Of(key)
+	out := &apiv1.DhtClosestResponse{Key: key, Hash: hex.EncodeToString(point[:])}
+	st := n.arbiter.Status()
+	for i, m := range n.members.Closest(key, count, func(m members.Member) bool { return m.State != members.Left }) {
+		d := keys.Distance(point, keys.OfPeer(m.ID))
+		out.Nodes = append(out.Nodes, &apiv1.DhtNode{
+			Rank: uint32(i + 1), Name: m.Name, Id: m.ID.String(), Distance: hex.EncodeToString(d[:8]), State: m.State.String(),
+			Eligible: m.State == members.Alive && !m.NoVoter && !m.Draining && m.Role != components.RoleWorker, Voter: slices.Contains(st.Voters, m.ID),
+		})
+	}
+	return out, nil
+}
+
+// findNode returns a member by name or id.
+func (n *Node) findNode(what, node string) (members.Member, error) {
+	if node == "" {
+		return n.members.Self(), nil
+	}
+	if m, ok := n.members.ByName(node); ok {
+		return m, nil
+	}
+	if id, err := peer.Decode(node); err == nil {
+		if m, ok := n.members.Member(id); ok {
+			return m, nil
+		}
+	}
+	var names []string
+	for _, m := range n.members.All() {
+		names = append(names, m.Name)
+	}
+	slices.Sort(names)
+	return members.Member{}, api.FailWith(connect.CodeNotFound, &apiv1.Problem{
+		What: what + " " + node, Why: fmt.Sprintf("no member has this name or id; there are %v", names), Try: "coppice nodes", Candidates: names,
+	})
+}
+
+func (n *Node) nameOf(id peer.ID) string {
+	if m, ok := n.members.Member(id); ok && m.Name != "" {
+		return m.Name
+	}
+	if id == "" {
+		return ""
+	}
+	return id.String()
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
