@@ -3,6 +3,7 @@ package placement
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -42,15 +43,15 @@ func TestADeployIsPlacedAtOnceAndNamesSuccessors(t *testing.T) {
 			t.Errorf("why: %v %v", ok, why)
 		}
 		// nothing changes any more, and nothing is recorded that decides nothing
-		w.mu.Lock()
-		log, decisions := len(w.log), len(w.decisions)
-		w.mu.Unlock()
+		made := func() []Decision { return read(w, func() []Decision { return slices.Clone(w.decisions) }) }
+		log, decisions := len(w.notes()), len(made())
 		time.Sleep(5 * time.Minute)
-		if len(w.log) != log || len(w.decisions) > decisions+1 {
-			t.Errorf("an idle cluster: %v, %d decisions more", w.log[log:], len(w.decisions)-decisions)
+		if len(w.notes()) != log || len(made()) > decisions+1 {
+			t.Errorf("an idle cluster: %v, %d decisions more", w.notes()[log:], len(made())-decisions)
 		}
-		replay, err := solver.Solve(w.decisions[0].Request)
-		if err != nil || !proto.Equal(replay, w.decisions[0].Plan) {
+		first := made()[0]
+		replay, err := solver.Solve(first.Request)
+		if err != nil || !proto.Equal(replay, first.Plan) {
 			t.Errorf("the first decision does not replay: %v", err)
 		}
 	})
@@ -111,8 +112,8 @@ func TestADrainedNodeIsVacatedTwoMovesAtATime(t *testing.T) {
 			w.nodes["n2"].Draining = true
 		})
 		time.Sleep(5 * time.Second)
-		if bad := w.unwell(); len(bad) > 0 || w.mostMoves != 2 {
-			t.Errorf("%v; %d moves at once", bad, w.mostMoves)
+		if bad, most := w.unwell(), read(w, func() int { return w.mostMoves }); len(bad) > 0 || most != 2 {
+			t.Errorf("%v; %d moves at once", bad, most)
 		}
 		if w.register("a/log@n2").Owner != "n2" {
 			t.Errorf("the node's own instance left it: %v", w.owners())
@@ -213,12 +214,13 @@ func TestARemovedApplicationIsForgottenWhenNothingOfItIsLeft(t *testing.T) {
 				t.Errorf("not retired: %s", o)
 			}
 		}
-		if _, there := w.apps["shop"]; !there {
+		apps := func() int { return read(w, func() int { return len(w.apps) }) }
+		if apps() != 1 {
 			t.Fatal("forgotten while its owners have not ended it")
 		}
 		w.change(func() { clear(w.registers) }) // the living owners ended theirs
 		time.Sleep(500 * time.Millisecond)
-		if len(w.apps) != 0 {
+		if apps() != 0 {
 			t.Error("not forgotten")
 		}
 	})
@@ -234,7 +236,7 @@ func TestOnlyTheCoordinatorActs(t *testing.T) {
 		if len(w.owners()) != 0 || w.c.Status().Coordinator {
 			t.Fatal(w.owners())
 		}
-		app := proto.CloneOf(w.apps["shop"])
+		app := read(w, func() *componentsv1.Application { return proto.CloneOf(w.apps["shop"]) })
 		app.Name = "other"
 		_, plan, err := w.c.Plan(t.Context(), app)
 		if err != nil || !plan.GetFeasible() || len(plan.GetAssignments()) != 8 {
@@ -289,17 +291,18 @@ func TestSimulation(t *testing.T) {
 
 func simulate(t *testing.T, seed uint64) {
 	w := newWorld(t, seed, 5)
-	w.refuse = 0.2
+	w.refuse = 0.2 // before it runs
 	defer w.run()()
 	w.deploy(shop)
+	r := rand.New(rand.NewPCG(seed, 6)) // the faults' own: the proposals draw from the world's
 	crash := solverFunc(func(context.Context, *placementv1.SolveRequest) (*placementv1.Plan, error) {
 		return nil, errors.New("crashed")
 	})
 	ids := []string{"n1", "n2", "n3", "n4", "n5"}
 	for range 30 {
-		time.Sleep(time.Duration(w.rand.IntN(4000)) * time.Millisecond)
-		id := ids[1+w.rand.IntN(len(ids)-1)]
-		switch w.rand.IntN(9) {
+		time.Sleep(time.Duration(r.IntN(4000)) * time.Millisecond)
+		id := ids[1+r.IntN(len(ids)-1)]
+		switch r.IntN(9) {
 		case 0, 1:
 			w.setState(id, "dead")
 		case 2:
@@ -335,12 +338,12 @@ func simulate(t *testing.T, seed uint64) {
 	})
 	time.Sleep(4 * time.Minute)
 	if bad := w.unwell(); len(bad) > 0 {
-		t.Errorf("seed %d: %v\nstatus %+v\n%s", seed, bad, w.c.Status(), strings.Join(w.log, "\n"))
+		t.Errorf("seed %d: %v\nstatus %+v\n%s", seed, bad, w.c.Status(), strings.Join(w.notes(), "\n"))
 	}
-	n := len(w.log)
+	n := len(w.notes())
 	time.Sleep(10 * time.Minute)
-	if len(w.log) != n {
-		t.Errorf("seed %d: does not rest: %v", seed, w.log[n:])
+	if len(w.notes()) != n {
+		t.Errorf("seed %d: does not rest: %v", seed, w.notes()[n:])
 	}
 }
 
@@ -353,7 +356,7 @@ func TestAnEffectThatIsNotSeenIsNotProposedInAHotLoop(t *testing.T) {
 		w.change(func() { w.lost = true }) // claims are answered and nothing comes of them
 		w.deploy("application: b\ncomponents:\n- {name: y, artifact: y}\n")
 		time.Sleep(time.Minute)
-		if n := w.calls; n > 12 {
+		if n := read(w, func() int { return w.calls }); n > 12 {
 			t.Errorf("%d proposals in a minute", n)
 		}
 		w.change(func() { w.lost = false })

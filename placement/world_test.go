@@ -281,6 +281,15 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// read looks at the world while nobody changes it.
+func read[T any](w *world, f func() T) T {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return f()
+}
+
+func (w *world) notes() []string { return read(w, func() []string { return slices.Clone(w.log) }) }
+
 // owners is who owns what, sorted.
 func (w *world) owners() []string {
 	w.mu.Lock()
