@@ -27,7 +27,11 @@ import (
 
 func TestMain(m *testing.M) {
 	runnertest.Main()
-	os.Exit(m.Run())
+	code := m.Run()
+	if built != "" {
+		os.RemoveAll(built)
+	}
+	os.Exit(code)
 }
 
 const instance = "test/counter-0"
@@ -169,7 +173,7 @@ func newWorld(t *testing.T) *world {
 func (w *world) process(env ...string) runner.Process {
 	w.t.Helper()
 	p, err := w.run.Start(w.t.Context(), runner.Spec{
-		Instance: instance, Exec: runner.ExecFile{Path: "/proc/self/exe"}, Env: env,
+		Instance: instance, Exec: runner.ExecFile{Path: "/proc/self/exe"}, Env: append([]string{runnertest.EnvQuickExit}, env...),
 		RunDir: filepath.Join(w.dir, "r"), LogDir: filepath.Join(w.dir, "l"), DataDir: filepath.Join(w.dir, "d"),
 		NodeSocket: filepath.Join(w.dir, "n"),
 	})
@@ -299,23 +303,6 @@ func eventually(t *testing.T, what string, ok func() bool) {
 		if time.Now().After(limit) {
 			t.Fatal("waited in vain for: " + what)
 		}
-	}
-}
-
-// follow commits every mark of a backend as its journal tells them, until its process ends.
-func follow(t *testing.T, b *Backend) {
-	t.Helper()
-	r, err := b.Deltas(context.Background(), &componentv1.CheckpointFrom{SinceMark: b.Committed()})
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	for {
-		f, err := r.NextState()
-		if err != nil {
-			return
-		}
-		b.SetCommitted(f.GetMark())
 	}
 }
 

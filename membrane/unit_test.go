@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -141,7 +142,8 @@ func TestSequence(t *testing.T) {
 		t.Fatal(s.lowWater())
 	}
 	q := sequences{base: "b", byTarget: map[string]*sequence{}}
-	if q.of("a") != q.of("a") || q.of("a").name == q.of("a-0").name {
+	first := q.of("a")
+	if first != q.of("a") || first.name == q.of("a-0").name {
 		t.Fatal("two names of one instance must not share numbers")
 	}
 }
@@ -203,7 +205,7 @@ func TestGateRace(t *testing.T) {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	var calls atomic.Int64
-	for range 16 {
+	for range 6 {
 		wg.Go(func() {
 			for {
 				select {
@@ -227,10 +229,11 @@ func TestGateRace(t *testing.T) {
 				calls.Add(1)
 				inside[i].Add(-1)
 				g.exit(p)
+				runtime.Gosched()
 			}
 		})
 	}
-	for n := range uint64(300) {
+	for n, limit := uint64(0), time.Now().Add(time.Second); n < 300 && time.Now().Before(limit); n++ {
 		time.Sleep(time.Duration(rnd.IntN(200)) * time.Microsecond)
 		if err := g.hold("test"); err != nil {
 			t.Fatal(err)

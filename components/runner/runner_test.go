@@ -50,6 +50,7 @@ func specIn(dir string) Spec {
 	return Spec{
 		Instance: "test/counter-0", Exec: ExecFile{Path: "/proc/self/exe", Digest: "sha256:test"},
 		RunDir: filepath.Join(dir, "r"), LogDir: filepath.Join(dir, "l"), DataDir: filepath.Join(dir, "d"),
+		Env: []string{runnertest.EnvQuickExit},
 	}
 }
 
@@ -209,7 +210,7 @@ func TestStopLadderOnStoppedProcess(t *testing.T) {
 
 func TestStopOfOneThatIgnoresIt(t *testing.T) {
 	spec := specIn(shortDir(t))
-	spec.Env = []string{runnertest.EnvMode + "=" + runnertest.ModeIgnoreTerm}
+	spec.Env = []string{runnertest.EnvQuickExit, runnertest.EnvMode + "=" + runnertest.ModeIgnoreTerm}
 	p := start(t, newRunner(t, Config{}), spec)
 	if err := p.Stop(t.Context(), 100*time.Millisecond); err != nil {
 		t.Fatal(err)
@@ -248,8 +249,8 @@ func TestStartErrors(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.mode, func(t *testing.T) {
 			spec := specIn(shortDir(t))
-			spec.Env = []string{runnertest.EnvMode + "=" + c.mode}
-			spec.Limits.Start = 400 * time.Millisecond
+			spec.Env = []string{runnertest.EnvQuickExit, runnertest.EnvMode + "=" + c.mode}
+			spec.Limits.Start = time.Second
 			p, err := r.Start(t.Context(), spec)
 			if err == nil {
 				<-p.Done()
@@ -268,7 +269,7 @@ func TestStartErrors(t *testing.T) {
 
 func TestStartGivenUp(t *testing.T) {
 	spec := specIn(shortDir(t))
-	spec.Env = []string{runnertest.EnvMode + "=" + runnertest.ModeHangHello}
+	spec.Env = []string{runnertest.EnvQuickExit, runnertest.EnvMode + "=" + runnertest.ModeHangHello}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	at := time.Now()
@@ -383,7 +384,7 @@ func TestSandbox(t *testing.T) {
 				t.Fatal(err)
 			}
 			spec := specIn(dir)
-			spec.Env = []string{"RUNNERTEST_DIAL=" + l.Addr().String(), "RUNNERTEST_READ=" + declared}
+			spec.Env = []string{runnertest.EnvQuickExit, "RUNNERTEST_DIAL=" + l.Addr().String(), "RUNNERTEST_READ=" + declared}
 			spec.Sandbox = Sandbox{Network: NetworkNone, Read: []string{declared, "/not/there"}}
 			spec.Limits = Limits{MemoryBytes: 1 << 30, OpenFiles: 500}
 			p := start(t, newRunner(t, cfg), spec)

@@ -34,6 +34,9 @@ const EnvMode = "RUNNERTEST_MODE"
 // EnvVersion is the version that Describe and the http interface tell; default "1.0".
 const EnvVersion = "RUNNERTEST_VERSION"
 
+// EnvQuickExit is to be in the environment of a component that is a test binary: with the race detector it would take a second to exit.
+const EnvQuickExit = "GORACE=atexit_sleep_ms=0"
+
 // Ways to misbehave.
 const (
 	ModeHangHello    = "hang-hello"    // runs and never says hello
