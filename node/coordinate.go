@@ -29,6 +29,9 @@ const (
 
 	// builtinPlacement is the digest of the solver that the binary brings along.
 	builtinPlacement = supervisor.BuiltinPrefix + "placement"
+
+	// officeEvery is how often a node looks whether it is coordinator.
+	officeEvery = 100 * time.Millisecond
 )
 
 // coordinator is what the placement loop needs of the node: who leads, what is known, and how to carry a plan out.
@@ -242,6 +245,25 @@ func (c coordinator) Forget(ctx context.Context, application string, version uin
 		Nonce: c.n.nonce(), Compares: []arbiter.Compare{{Key: key, Field: "revision", Equal: a.revision}}, Then: []arbiter.Op{{Delete: key}},
 	})
 	return err
+}
+
+// followOffice wakes the placement loop when this node becomes coordinator or ceases to be.
+func (n *Node) followOffice(ctx context.Context) error {
+	tick := time.NewTicker(officeEvery)
+	defer tick.Stop()
+	was := false
+	for {
+		if is := (coordinator{n}).Coordinator(); is != was {
+			was = is
+			n.log.Info("placement", "coordinator", is)
+			n.coord.Trigger()
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
 }
 
 // found commits what a new cluster begins with: its first member and the application of its own components.

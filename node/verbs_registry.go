@@ -37,7 +37,7 @@ func (v *verbs) RegistryPush(ctx context.Context, s *connect.ClientStream[apiv1.
 			f.Close() // only read from here on
 		}
 		if len(files) > 0 {
-			if err := os.RemoveAll(filepath.Dir(files[0].Name())); err != nil {
+			if err := os.RemoveAll(filepath.Dir(filepath.Dir(files[0].Name()))); err != nil {
 				n.log.Warn("remove pushed files", "error", err)
 			}
 		}
@@ -118,7 +118,22 @@ func (n *Node) receive(s *connect.ClientStream[apiv1.RegistryPushRequest]) ([]*o
 			return files, nil, api.Fail(connect.CodeInvalidArgument, "push "+f.GetName(), fmt.Sprintf("its bytes are %s on arrival, not %s", got, f.GetSha256()), "push it again")
 		}
 	}
-	return files, header, nil
+	return files, header, readOnly(files)
+}
+
+// readOnly opens files anew for reading: what is open for writing cannot be executed.
+func readOnly(files []*os.File) error {
+	for i, w := range files {
+		r, err := os.Open(w.Name())
+		if err != nil {
+			return err
+		}
+		files[i] = r
+		if err := w.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (v *verbs) RegistryList(ctx context.Context, _ *apiv1.RegistryListRequest) (*apiv1.RegistryListResponse, error) {

@@ -193,6 +193,7 @@ func (c *Coordinator) round(ctx context.Context) time.Duration {
 	if d.Digest, err = Digest(d.Request); err != nil {
 		return c.skip(ctx, Decision{Time: mem.Now, Err: err}, &view, expected)
 	}
+	c.bringSolver(ctx, view, expected, mem.Now)
 	d.Plan, d.Err = c.solve(ctx, d.Request)
 	if d.Err != nil {
 		return c.skip(ctx, d, &view, expected)
@@ -208,6 +209,14 @@ func (c *Coordinator) round(ctx context.Context) time.Duration {
 		}
 	}
 	return wait
+}
+
+// bringSolver starts the placing of the system's own components before the solver is asked: it is one of them, and the call to it waits
+// until it is there.
+func (c *Coordinator) bringSolver(ctx context.Context, view View, expected map[string]components.InstanceSpec, now time.Time) {
+	actions, _ := Decide(view, expected, nil, now)
+	actions = slices.DeleteFunc(actions, func(a Action) bool { return a.Kind != Place && a.Kind != Move })
+	c.start(ctx, actions, len(actions))
 }
 
 // takeOffice notes whether this node is coordinator; a new time in office starts with no memory.
@@ -226,7 +235,7 @@ func (c *Coordinator) takeOffice(now bool) bool {
 
 // solve calls the solver and checks what it says.
 func (c *Coordinator) solve(ctx context.Context, req *placementv1.SolveRequest) (*placementv1.Plan, error) {
-	if len(req.GetSnapshot().GetComponents()) == 0 {
+	if !slices.ContainsFunc(req.GetSnapshot().GetComponents(), func(c *placementv1.Component) bool { return !c.GetSystem() }) {
 		return &placementv1.Plan{Feasible: true}, nil // nothing to ask for
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, c.cfg.SolveTimeout, fmt.Errorf("no plan within %s", c.cfg.SolveTimeout))
