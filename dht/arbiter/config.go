@@ -15,6 +15,7 @@ import (
 // Member is what the arbiter needs to know about a member of the view.
 type Member struct {
 	ID       peer.ID
+	Boot     uint64 // of its process; 0: unknown. Another one means that the process before is gone
 	Alive    bool
 	Dead     bool          // confirmed dead, left, or expelled; neither Alive nor Dead: suspect
 	For      time.Duration // how long it has been in this state, as this node saw it

@@ -284,9 +284,9 @@ func (a *Arbiter) tellOnce(r *raft.Raft, busy map[peer.ID]chan struct{}) (again 
 // ===== a proven death of the leader =====
 
 // memberChanged is told by the members' view.
-func (a *Arbiter) memberChanged(_, now Member) {
+func (a *Arbiter) memberChanged(old, now Member) {
 	a.keeper.kick()
-	if now.Dead {
+	if now.Dead || old.Boot != 0 && now.Boot != 0 && old.Boot != now.Boot {
 		a.leaderDied(now.ID)
 	}
 }
@@ -339,7 +339,8 @@ func (a *Arbiter) standAtStart(r *raft.Raft) {
 	go a.standForElection(r, "", r.CurrentTerm(), rank, len(voters), "starting without a leader")
 }
 
-// standForElection waits its turn and stands, as long as nobody leads; three rounds, then raft's own time-outs have it.
+// standForElection waits its turn and stands, as long as nobody leads and nobody else does the same; a few rounds, then
+// raft's own time-outs have it.
 func (a *Arbiter) standForElection(r *raft.Raft, dead peer.ID, term uint64, rank, of int, why string) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -351,16 +352,22 @@ func (a *Arbiter) standForElection(r *raft.Raft, dead peer.ID, term uint64, rank
 		}
 	}()
 	wait := time.Duration(rank) * a.t.Stagger
-	for range 3 {
+	for round := range 4 {
 		if wait > 0 && !sleep(ctx, wait) {
 			return
 		}
-		if l := leaderOf(r); ctx.Err() != nil || l != "" && l != dead || r.CurrentTerm() > term && l != "" {
+		if l := leaderOf(r); ctx.Err() != nil || l != "" && l != dead {
 			return
+		}
+		now := r.CurrentTerm()
+		wait = time.Duration(of<<round) * a.t.Stagger
+		if now != term {
+			term = now
+			continue // another voter stands: its election must not be disturbed
 		}
 		a.voted.Add(1)
 		a.log.Info("arbiter: standing for election", "why", why, "node", dead, "rank", rank)
 		a.trans.electSelf()
-		wait = time.Duration(of) * a.t.Stagger
+		term++ // the own one
 	}
 }

@@ -129,7 +129,9 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	former := a.fsm.former()
 	for _, m := range list {
 		can := eligible(m, slices.Contains(former, m.ID), young, a.t.Settle) && !k.isLeaving(m.ID)
-		s.members[m.ID] = standing{alive: m.Alive, dead: m.Dead && m.For >= a.t.DeadFor, eligible: can, zone: m.Zone}
+		// After a restart the view begins with everybody dead: what raft hears is not.
+		quiet := min(m.For, time.Since(k.since), time.Since(a.trans.of(m.ID).heard))
+		s.members[m.ID] = standing{alive: m.Alive, dead: m.Dead && quiet >= a.t.DeadFor, eligible: can, zone: m.Zone}
 	}
 	for _, id := range append(slices.Clone(s.voters), s.learners...) {
 		if _, known := s.members[id]; known {
