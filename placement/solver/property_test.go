@@ -11,93 +11,114 @@ import (
 
 // draw makes a snapshot from a seed: small enough to be cramped, with every constraint there is.
 func draw(seed uint64) *placementv1.SolveRequest {
-	r := rand.New(rand.NewPCG(seed, 1))
-	pick := func(p float64) bool { return r.Float64() < p }
+	d := &drawing{Rand: rand.New(rand.NewPCG(seed, 1))}
 	snap := &placementv1.Snapshot{}
-	var ids []string
-	for i := range 1 + r.IntN(12) {
-		n := &placementv1.Node{
-			Id: fmt.Sprintf("id%02d", i), Name: fmt.Sprintf("n%d", i), Zone: string(rune('a' + r.IntN(3))), State: "alive", Role: "full", Platform: "linux/amd64",
-			CpuMillis: uint64(r.IntN(4)) * 1000, MemoryBytes: uint64(1+r.IntN(4)) << 30, DiskBytes: 10 << 30,
-			Labels: map[string]string{"rack": string(rune('r' + r.IntN(2)))}, Facts: map[string]float64{"load5": r.Float64() * 4, "free_mib": r.Float64() * 4096},
-		}
-		switch r.IntN(12) {
-		case 0:
-			n.State = []string{"dead", "left", "suspect", "quarantined"}[r.IntN(4)]
-		case 1:
-			n.Draining = true
-		case 2:
-			n.Role = "voter"
-		case 3:
-			n.Platform, n.Labels = "linux/arm64", nil
-		}
-		ids = append(ids, n.Id)
+	for i := range 1 + d.IntN(12) {
+		n := d.node(i)
+		d.ids = append(d.ids, n.Id)
 		snap.Nodes = append(snap.Nodes, n)
 	}
-	for range r.IntN(3 * len(ids)) {
-		snap.Links = append(snap.Links, &placementv1.Link{From: ids[r.IntN(len(ids))], To: ids[r.IntN(len(ids))], RttMs: r.Float64() * 50})
+	for range d.IntN(3 * len(d.ids)) {
+		snap.Links = append(snap.Links, &placementv1.Link{From: d.id(), To: d.id(), RttMs: d.Float64() * 50})
 	}
-	some := func() (out []string) {
-		for _, id := range ids {
-			if pick(0.2) {
-				out = append(out, id)
-			}
-		}
-		return out
-	}
-	for i := range 1 + r.IntN(6) {
-		c := &placementv1.Component{
-			Key: fmt.Sprintf("app/c%d", i), Count: uint32(r.IntN(5)), CpuMillis: uint64(r.IntN(4)) * 400, MemoryBytes: uint64(r.IntN(3)) << 29,
-			Platforms: []string{"linux/amd64"},
-		}
-		if pick(0.3) {
-			c.Spread = []string{"node", "zone", "rack"}[r.IntN(3)]
-		}
-		if pick(0.3) && i > 0 {
-			c.Near, c.NearRttMs = fmt.Sprintf("app/c%d", r.IntN(i+1)), 25
-		}
-		if pick(0.3) {
-			c.Require = []string{"node.load5 < 3", "node.zone != 'c'"}[:1+r.IntN(2)]
-		}
-		if pick(0.3) {
-			c.Objective = []*placementv1.Term{{Value: "node.load5", From: 0, To: 4, Weight: 2}, {Value: "node.free_mib", From: 0, To: 4096, Weight: 1, BetterHigh: true}}
-		}
-		if pick(0.15) {
-			c.EachNode, c.Near, c.Spread = true, "", ""
-		}
-		names := []string{}
-		if c.EachNode {
-			names = ids
-		} else {
-			for k := range c.Count {
-				names = append(names, fmt.Sprintf("%d", k))
-			}
-		}
-		for _, name := range names {
-			in := &placementv1.Instance{Name: c.Key + "-" + name, StateBytes: uint64(r.IntN(64)) << 20, SettledMs: r.Float64() * 4000, Holders: some()}
-			if pick(0.6) {
-				in.Node = ids[r.IntN(len(ids))]
-			}
-			if pick(0.1) {
-				in.Excluded = some()
-			}
-			if pick(0.1) {
-				in.Pinned = ids[r.IntN(len(ids))]
-			}
-			if c.EachNode {
-				in.Name, in.Pinned = c.Key+"@"+name, name
-				if in.Node != "" {
-					in.Node = name
-				}
-			}
-			in.Stopped = pick(0.05)
-			c.Instances = append(c.Instances, in)
-		}
+	for i := range 1 + d.IntN(6) {
+		c := d.component(i)
+		d.instances(c)
 		snap.Components = append(snap.Components, c)
 	}
 	policy := DefaultPolicy()
-	policy.MaxMoves, policy.MinSettledMs, policy.Successors = uint32(r.IntN(5)), 1000, uint32(r.IntN(4))
+	policy.MaxMoves, policy.MinSettledMs, policy.Successors = uint32(d.IntN(5)), 1000, uint32(d.IntN(4))
 	return &placementv1.SolveRequest{Snapshot: snap, Policy: policy}
+}
+
+type drawing struct {
+	*rand.Rand
+	ids []string
+}
+
+func (d *drawing) chance(p float64) bool { return d.Float64() < p }
+func (d *drawing) id() string            { return d.ids[d.IntN(len(d.ids))] }
+
+func (d *drawing) some() (out []string) {
+	for _, id := range d.ids {
+		if d.chance(0.2) {
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+func (d *drawing) node(i int) *placementv1.Node {
+	n := &placementv1.Node{
+		Id: fmt.Sprintf("id%02d", i), Name: fmt.Sprintf("n%d", i), Zone: string(rune('a' + d.IntN(3))), State: "alive", Role: "full", Platform: "linux/amd64",
+		CpuMillis: uint64(d.IntN(4)) * 1000, MemoryBytes: uint64(1+d.IntN(4)) << 30, DiskBytes: 10 << 30,
+		Labels: map[string]string{"rack": string(rune('r' + d.IntN(2)))}, Facts: map[string]float64{"load5": d.Float64() * 4, "free_mib": d.Float64() * 4096},
+	}
+	switch d.IntN(12) {
+	case 0:
+		n.State = []string{"dead", "left", "suspect", "quarantined"}[d.IntN(4)]
+	case 1:
+		n.Draining = true
+	case 2:
+		n.Role = "voter"
+	case 3:
+		n.Platform, n.Labels = "linux/arm64", nil
+	}
+	return n
+}
+
+func (d *drawing) component(i int) *placementv1.Component {
+	c := &placementv1.Component{
+		Key: fmt.Sprintf("app/c%d", i), Count: uint32(d.IntN(5)), CpuMillis: uint64(d.IntN(4)) * 400, MemoryBytes: uint64(d.IntN(3)) << 29,
+		Platforms: []string{"linux/amd64"},
+	}
+	if d.chance(0.3) {
+		c.Spread = []string{"node", "zone", "rack"}[d.IntN(3)]
+	}
+	if d.chance(0.3) && i > 0 {
+		c.Near, c.NearRttMs = fmt.Sprintf("app/c%d", d.IntN(i+1)), 25
+	}
+	if d.chance(0.3) {
+		c.Require = []string{"node.load5 < 3", "node.zone != 'c'"}[:1+d.IntN(2)]
+	}
+	if d.chance(0.3) {
+		c.Objective = []*placementv1.Term{{Value: "node.load5", From: 0, To: 4, Weight: 2}, {Value: "node.free_mib", From: 0, To: 4096, Weight: 1, BetterHigh: true}}
+	}
+	if d.chance(0.15) {
+		c.EachNode, c.Near, c.Spread = true, "", ""
+	}
+	return c
+}
+
+func (d *drawing) instances(c *placementv1.Component) {
+	var names []string
+	if c.EachNode {
+		names = d.ids
+	} else {
+		for k := range c.Count {
+			names = append(names, fmt.Sprint(k))
+		}
+	}
+	for _, name := range names {
+		in := &placementv1.Instance{Name: c.Key + "-" + name, StateBytes: uint64(d.IntN(64)) << 20, SettledMs: d.Float64() * 4000, Holders: d.some()}
+		if d.chance(0.6) {
+			in.Node = d.id()
+		}
+		if d.chance(0.1) {
+			in.Excluded = d.some()
+		}
+		if d.chance(0.1) {
+			in.Pinned = d.id()
+		}
+		if c.EachNode {
+			in.Name, in.Pinned = c.Key+"@"+name, name
+			if in.Node != "" {
+				in.Node = name
+			}
+		}
+		in.Stopped = d.chance(0.05)
+		c.Instances = append(c.Instances, in)
+	}
 }
 
 // FuzzSolve holds, for any snapshot: the hard constraints, the moves of a round, never worse than the current plan, and that solving
