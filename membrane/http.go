@@ -30,22 +30,24 @@ func (p *bufferPool) Get() []byte {
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
 // newProxy returns a reverse proxy whose requests go through rt.
-func newProxy(rt http.RoundTripper, fail func(http.ResponseWriter, *http.Request, error)) *httputil.ReverseProxy {
+func newProxy(rt http.RoundTripper, pool *bufferPool, fail func(http.ResponseWriter, *http.Request, error)) *httputil.ReverseProxy {
 	return &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			pr.Out.URL.Scheme, pr.Out.URL.Host = "http", "component"
 			pr.Out.Host = pr.In.Host
 			pr.SetXForwarded()
 		},
-		Transport: rt, FlushInterval: -1, BufferPool: &bufferPool{}, ErrorHandler: fail,
+		Transport: rt, FlushInterval: -1, BufferPool: pool, ErrorHandler: fail,
 		ErrorLog: log.New(io.Discard, "", 0), // failures are counted at the gate and answered; clients that go away are no news
 	}
 }
 
 // HTTP returns the component's http interface behind the gate: held, counted, and answered only when its effects are safe, as every call. It
 // serves this node's own routers and other nodes' (PeerHTTP); it repeats nothing.
-func (m *Membrane) HTTP() http.Handler {
-	return newProxy(&gateTransport{m}, func(w http.ResponseWriter, _ *http.Request, err error) {
+func (m *Membrane) HTTP() http.Handler { return m.http }
+
+func (m *Membrane) newHTTP() http.Handler {
+	return newProxy(&gateTransport{m}, &bufferPool{}, func(w http.ResponseWriter, _ *http.Request, err error) {
 		var ce *callError
 		if errors.As(err, &ce) && ce.outcome != final {
 			h := w.Header()

@@ -22,12 +22,12 @@ const maxReplay = 1 << 20
 // Requests that may be repeated without harm (safe methods; others by their Idempotency-Key, which is made up when there is none and the
 // component keeps answers by key) survive the death, replacement and move of the instance within their deadline.
 func (r *Router) HTTP(target string) http.Handler {
-	return newProxy(&routeTransport{r, target, ""}, func(w http.ResponseWriter, _ *http.Request, err error) { httpError(w, err) })
+	return r.HTTPAs(target, "")
 }
 
 // HTTPAs is HTTP for requests of another instance, named to the callee in X-Coppice-Caller.
 func (r *Router) HTTPAs(target, caller string) http.Handler {
-	return newProxy(&routeTransport{r, target, caller}, func(w http.ResponseWriter, _ *http.Request, err error) { httpError(w, err) })
+	return newProxy(&routeTransport{r, target, caller}, &r.buffers, func(w http.ResponseWriter, _ *http.Request, err error) { httpError(w, err) })
 }
 
 type routeTransport struct {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,6 +43,7 @@ type Config struct {
 type Membrane struct {
 	cfg  Config
 	gate *gate
+	http http.Handler
 
 	verbs chan struct{} // held while a verb runs
 	turn  atomic.Uint64 // of the targets of a binding to many
@@ -69,10 +71,12 @@ func New(cfg Config) *Membrane {
 	if cfg.HeartbeatMisses <= 0 {
 		cfg.HeartbeatMisses = 3
 	}
-	return &Membrane{
+	m := &Membrane{
 		cfg: cfg, verbs: make(chan struct{}, 1), bindings: map[string]*Binding{},
 		gate: newGate(gateConfig{maxHeld: int64(cfg.MaxHeld), holdLimit: cfg.HoldLimit, serving: cfg.Serving, onStale: cfg.OnStale}),
 	}
+	m.http = m.newHTTP()
+	return m
 }
 
 // Instance returns its name.

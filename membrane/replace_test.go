@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -145,6 +146,37 @@ func TestDrainDeadlineGoesBack(t *testing.T) {
 	}
 }
 
+// ledger is the committed state, as holders would have it.
+type ledger struct {
+	mu    sync.Mutex
+	frame *componentv1.StateFrame
+}
+
+func (l *ledger) last() *componentv1.StateFrame {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.frame
+}
+
+// follow commits what the process's journal tells, until it ends.
+func (l *ledger) follow(t *testing.T, b *Backend) {
+	r, err := b.Deltas(context.Background(), &componentv1.CheckpointFrom{SinceMark: b.Committed()})
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	for {
+		f, err := r.NextState()
+		if err != nil {
+			return
+		}
+		l.mu.Lock()
+		l.frame = f
+		l.mu.Unlock()
+		b.SetCommitted(f.GetMark())
+	}
+}
+
 // The process is killed under load, again and again: every answered call counts once, no call fails.
 func TestCrashUnderLoad(t *testing.T) {
 	w := newWorld(t)
@@ -152,27 +184,8 @@ func TestCrashUnderLoad(t *testing.T) {
 	m := w.serve(Config{OnEnd: func(b *Backend, _ runner.ExitStatus) { ended <- b }})
 	m.SetDurable(true)
 
-	// The committed state, as holders would have it: frames by mark.
-	var mu sync.Mutex
-	var saved *componentv1.StateFrame
-	commit := func(b *Backend) {
-		r, err := b.Deltas(context.Background(), &componentv1.CheckpointFrom{SinceMark: b.Committed()})
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		for {
-			f, err := r.NextState()
-			if err != nil {
-				return
-			}
-			mu.Lock()
-			saved = f
-			mu.Unlock()
-			b.SetCommitted(f.GetMark())
-		}
-	}
-	go commit(m.Backend())
+	var saved ledger
+	go saved.follow(t, m.Backend())
 	l := startLoad(t, 8, func(ctx context.Context) error { _, err := addVia(ctx, w.r, 1); return err })
 	reads := startLoad(t, 2, func(ctx context.Context) error { _, err := getVia(ctx, w.r); return err })
 	for range 4 {
@@ -186,9 +199,6 @@ func TestCrashUnderLoad(t *testing.T) {
 			t.Fatal(s)
 		}
 		m.Backend().marks.discard() // the outstanding commit is settled; nothing more of that process becomes durable
-		mu.Lock()
-		frame := saved
-		mu.Unlock()
 		b, err := m.Attach(w.process(), runnertest.Description("1.0"), Token{1, 1})
 		if err != nil {
 			t.Fatal(err)
@@ -197,7 +207,7 @@ func TestCrashUnderLoad(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := sw.Send(frame); err != nil {
+		if err := sw.Send(saved.last()); err != nil {
 			t.Fatal(err)
 		}
 		reply, err := sw.Finish()
@@ -205,7 +215,7 @@ func TestCrashUnderLoad(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.SetCommitted(reply.GetMark())
-		go commit(b)
+		go saved.follow(t, b)
 		if err := m.Start(within(t, 5*time.Second), &componentv1.StartRequest{Instance: instance, Restored: true}); err != nil {
 			t.Fatal(err)
 		}
@@ -432,5 +442,54 @@ func TestConcurrencyLimit(t *testing.T) {
 	l.end(t)
 	if len(b.slots) != 0 || b.Inside() != 0 {
 		t.Fatalf("left inside: %d slots, %d calls", len(b.slots), b.Inside())
+	}
+}
+
+// The next daemon's membrane goes on with the process that the last one started.
+func TestAdoptedProcessServes(t *testing.T) {
+	w := newWorld(t)
+	m := w.serve(Config{})
+	if _, err := addVia(t.Context(), w.r, 4); err != nil {
+		t.Fatal(err)
+	}
+	m.unwatch()
+	w.r.Remove(instance)
+	id := m.Backend().Process().Ident()
+	p, err := w.run.Adopt(t.Context(), id, runner.Spec{LogDir: w.dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	next := New(Config{Instance: instance, OnEnd: func(*Backend, runner.ExitStatus) { close(ended) }})
+	if _, err := next.Attach(p, runnertest.Description("1.0"), Token{1, 1}); err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Adopted(within(t, 5*time.Second), "1.0"); err != nil {
+		t.Fatal(err)
+	}
+	w.r.Add(next)
+	if v, err := getVia(t.Context(), w.r); err != nil || v != 4 {
+		t.Fatal(v, err)
+	}
+	if _, v, err := httpGet(t.Context(), next.HTTP(), http.MethodGet, "/", nil); err != nil || v != 4 {
+		t.Fatalf("the http socket is told by the heartbeat: %d %v", v, err)
+	}
+	if err := unix.Kill(id.Pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-ended
+	if held, why := next.Held(); !held || !strings.Contains(why, "ended") {
+		t.Fatal(held, why)
+	}
+}
+
+func TestForeignHTTPSocketIsRefused(t *testing.T) {
+	w := newWorld(t)
+	b := newBackend(w.process(), runnertest.Description("1.0"))
+	for _, sock := range []string{"/run/coppice/control.sock", b.proc.Ident().SocketDir + "/../x", b.proc.Ident().SocketDir} {
+		err := b.told(&componentv1.Status{Info: map[string]string{componentv1.InfoHTTPSocket: sock}})
+		if err == nil || b.http.Load() != nil {
+			t.Errorf("%s was accepted", sock)
+		}
 	}
 }

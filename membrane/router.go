@@ -61,6 +61,8 @@ type Router struct {
 	keys  sequences
 	stats RouterStats
 
+	buffers bufferPool // of http bodies
+
 	mu    sync.Mutex // serialises changes of local
 	local atomic.Pointer[locals]
 }

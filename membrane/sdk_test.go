@@ -159,6 +159,47 @@ func (w *sdkWorld) add(ctx context.Context) error {
 	return err
 }
 
+// swap replaces the serving process with its state.
+func (w *sdkWorld) swap(to Token) *Backend {
+	w.t.Helper()
+	ctx := within(w.t, 10*time.Second)
+	must := func(err error) {
+		w.t.Helper()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	old, next := w.m.Backend(), w.launch()
+	_, mark, err := CopyState(ctx, old, next, 0)
+	must(err)
+	at := time.Now()
+	must(w.m.Hold("swap"))
+	must(w.m.Drain(ctx))
+	must(old.Quiesce(ctx, componentv1.QuiesceRequest_SWAP))
+	_, mark, err = CopyState(ctx, old, next, mark)
+	must(err)
+	next.SetCommitted(mark) // drained: everything the old one did is committed
+	w.serve(next, to, true)
+	w.t.Logf("swap: paused %s", time.Since(at))
+	must(w.m.Retire(ctx, old, time.Second, 0))
+	return next
+}
+
+// crash kills the serving process and starts another from what is committed.
+func (w *sdkWorld) crash(b *Backend, to Token) {
+	w.t.Helper()
+	at := time.Now()
+	if err := unix.Kill(b.Process().Ident().Pid, unix.SIGKILL); err != nil {
+		w.t.Fatal(err)
+	}
+	<-w.ended
+	b.marks.discard()
+	again := w.launch()
+	w.restore(again)
+	w.serve(again, to, true)
+	w.t.Logf("crash: serving again after %s", time.Since(at))
+}
+
 // The real SDK under load, over swaps and crashes: no call fails, none counts twice.
 func TestCounterOverSwapsAndCrashes(t *testing.T) {
 	w := newSDKWorld(t, 2*time.Second)
@@ -181,44 +222,9 @@ func TestCounterOverSwapsAndCrashes(t *testing.T) {
 	})
 	for i := range uint64(3) {
 		l.until(t, 100)
-		old := w.m.Backend()
-		next := w.launch()
-		ctx := within(t, 10*time.Second)
-		_, mark, err := CopyState(ctx, old, next, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		at := time.Now()
-		if err := w.m.Hold("swap"); err != nil {
-			t.Fatal(err)
-		}
-		if err := w.m.Drain(ctx); err != nil {
-			t.Fatal(err)
-		}
-		if err := old.Quiesce(ctx, componentv1.QuiesceRequest_SWAP); err != nil {
-			t.Fatal(err)
-		}
-		if _, mark, err = CopyState(ctx, old, next, mark); err != nil {
-			t.Fatal(err)
-		}
-		next.SetCommitted(mark) // drained: everything the old one did is committed
-		w.serve(next, Token{1, 2 * (i + 1)}, true)
-		t.Logf("swap: paused %s", time.Since(at))
-		if err := w.m.Retire(ctx, old, time.Second, 0); err != nil {
-			t.Fatal(err)
-		}
-
+		next := w.swap(Token{1, 2 * (i + 1)})
 		l.until(t, 100)
-		at = time.Now()
-		if err := unix.Kill(next.Process().Ident().Pid, unix.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		<-w.ended
-		next.marks.discard()
-		again := w.launch()
-		w.restore(again)
-		w.serve(again, Token{1, 2*(i+1) + 1}, true)
-		t.Logf("crash: serving again after %s", time.Since(at))
+		w.crash(next, Token{1, 2*(i+1) + 1})
 	}
 	l.until(t, 100)
 	total := l.end(t) + hl.end(t)

@@ -206,32 +206,7 @@ func TestGateRace(t *testing.T) {
 	var wg sync.WaitGroup
 	var calls atomic.Int64
 	for range 6 {
-		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				p, err := g.enter(context.Background())
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				i := 0
-				if p.backend == backends[1] {
-					i = 1
-				}
-				inside[i].Add(1)
-				if (p.token.Epoch%2 == 0) != (i == 1) {
-					t.Error("wrong backend for its epoch")
-				}
-				calls.Add(1)
-				inside[i].Add(-1)
-				g.exit(p)
-				runtime.Gosched()
-			}
-		})
+		wg.Go(func() { raceCaller(t, g, backends[1], &inside, &calls, stop) })
 	}
 	for n, limit := uint64(0), time.Now().Add(time.Second); n < 300 && time.Now().Before(limit); n++ {
 		time.Sleep(time.Duration(rnd.IntN(200)) * time.Microsecond)
@@ -262,6 +237,34 @@ func TestGateRace(t *testing.T) {
 	wg.Wait()
 	if calls.Load() == 0 || backends[0].Inside() != 0 || backends[1].Inside() != 0 {
 		t.Fatal(calls.Load(), backends[0].Inside(), backends[1].Inside())
+	}
+}
+
+// raceCaller passes the gate until stop, and says where it is meanwhile.
+func raceCaller(t *testing.T, g *gate, second *Backend, inside *[2]atomic.Int64, calls *atomic.Int64, stop <-chan struct{}) {
+	for {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		p, err := g.enter(context.Background())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		i := 0
+		if p.backend == second {
+			i = 1
+		}
+		inside[i].Add(1)
+		if (p.token.Epoch%2 == 0) != (i == 1) {
+			t.Error("wrong backend for its epoch")
+		}
+		calls.Add(1)
+		inside[i].Add(-1)
+		g.exit(p)
+		runtime.Gosched()
 	}
 }
 
