@@ -264,3 +264,18 @@ func (c *cluster) never(ids ...peer.ID) (check func()) {
 		}
 	}
 }
+
+// locked runs f under the view's lock.
+func (n *node) locked(f func()) {
+	n.Members.mu.Lock()
+	defer n.Members.mu.Unlock()
+	f()
+}
+
+// without runs f while a node is out of c.nodes: its own opinion does not count.
+func (c *cluster) without(id peer.ID, f func() func()) func() {
+	n := c.nodes[id]
+	delete(c.nodes, id)
+	defer func() { c.nodes[id] = n }()
+	return f()
+}

@@ -80,6 +80,7 @@ type Members struct {
 	saving    bool
 	leaving   bool
 	stopped   bool
+	lastHeal  time.Time
 	outranked time.Time // last refutation of another life of this node
 	nextMeet  time.Time // exchange
 	nextSave  time.Time

@@ -3,6 +3,7 @@ package members
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"testing"
 	"time"
@@ -51,24 +52,10 @@ func TestSilenceIsConfirmedInTime(t *testing.T) {
 				simulate(t, seedOf(t, 3), size, func(c *cluster) {
 					time.Sleep(time.Duration(c.rng.Int64N(int64(time.Second))))
 					others := slices.DeleteFunc(slices.Clone(c.ids), func(id peer.ID) bool { return id == "n2" })
-					check := func() {}
-					if what == "freeze" || size > 2 {
-						delete2 := c.nodes["n2"]
-						delete(c.nodes, "n2")
-						check = c.never(others...)
-						c.nodes["n2"] = delete2
-					}
+					check := c.without("n2", func() func() { return c.never(others...) })
 					hit(c)
 					start := time.Now()
-					dead := func() error {
-						for _, id := range others {
-							if m, _ := c.nodes[id].Member("n2"); m.State != Dead {
-								return fmt.Errorf("%s holds it to be %v", id, m.State)
-							}
-						}
-						return nil
-					}
-					c.eventually(2*time.Second, "confirmed", dead)
+					c.eventually(2*time.Second, "confirmed", func() error { return c.holds("n2", Dead) })
 					if d := time.Since(start); d < time.Second {
 						t.Errorf("called dead after %v of silence already", d)
 					} else {
@@ -407,4 +394,83 @@ func TestIdleTrafficIsSmall(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestAnUpdateSentJustBeforeADeathDoesNotUndoIt(t *testing.T) {
+	simulate(t, seedOf(t, 16), 5, func(c *cluster) {
+		last := c.nodes["n2"].Self().Info
+		c.kill("n2")
+		if c.eventually(time.Second, "dead", func() error { return c.holds("n2", Dead) }); t.Failed() {
+			return
+		}
+		last.Counter += 2 // sent to n4 alone in its last moment
+		n4 := c.nodes["n4"]
+		n4.locked(func() { n4.merge("n3", state{info: last}) })
+		time.Sleep(15 * time.Second)
+		if err := c.holds("n2", Dead); err != nil {
+			t.Error(err)
+		}
+		if got := n4.saw(func(ch Change) bool { return ch.New.ID == "n2" && ch.Old.State == Dead }); len(got) != 0 {
+			t.Errorf("it rose: %+v", got)
+		}
+	})
+}
+
+func TestAfterAStandstillNobodyIsEvenSuspect(t *testing.T) {
+	simulate(t, seedOf(t, 17), 5, func(c *cluster) {
+		n1 := c.nodes["n1"]
+		n1.clock.jump(time.Minute) // a suspended laptop wakes
+		time.Sleep(10 * time.Second)
+		if got := n1.saw(func(ch Change) bool { return ch.New.State == Suspect || ch.New.State == Dead }); len(got) != 0 {
+			t.Errorf("%+v", got)
+		}
+	})
+}
+
+func TestANodeThatDiesWithAllItsWatchersIsMissed(t *testing.T) {
+	simulate(t, seedOf(t, 18), 20, func(c *cluster) {
+		gone := append(slices.Clone(c.nodes["n1"].Self().Watchers), "n1")
+		for _, id := range gone {
+			c.net.Isolate(id)
+		}
+		rest := slices.DeleteFunc(slices.Clone(c.ids), func(id peer.ID) bool { return slices.Contains(gone, id) })
+		d := c.eventually(5*time.Second, "all six are found dead", func() error { return c.agree(rest) })
+		t.Logf("found after %v", d)
+		away := map[peer.ID]*node{} // they hold everybody dead, but nobody else is to believe it
+		for _, id := range gone {
+			away[id] = c.nodes[id]
+			delete(c.nodes, id)
+		}
+		check := c.never(rest...)
+		maps.Copy(c.nodes, away)
+		time.Sleep(2 * time.Minute) // redials are far apart by now
+		c.net.Heal()
+		d = c.eventually(redialMost, "the first is met again", func() error {
+			if len(c.nodes[rest[0]].Alive()) == len(rest) {
+				return fmt.Errorf("none is")
+			}
+			return nil
+		})
+		e := c.eventually(20*time.Second, "then all are, soon", func() error { return c.agree(c.ids) })
+		t.Logf("first after %v, all %v later", d, e)
+		check()
+	})
+}
+
+func TestSilenceOverAWideNetwork(t *testing.T) {
+	simulateWith(t, seedOf(t, 19), 6, func(cfg *Config) { cfg.Profile = WAN }, func(c *cluster) {
+		c.net.SetDelay(func(_, _ peer.ID) time.Duration {
+			return 40*time.Millisecond + time.Duration(c.rng.Int64N(int64(40*time.Millisecond)))
+		})
+		time.Sleep(time.Minute)
+		check := c.without("n3", func() func() { return c.never("n1", "n2", "n4", "n5", "n6") })
+		c.net.Isolate("n3")
+		d := c.eventually(6*time.Second, "confirmed", func() error { return c.holds("n3", Dead) })
+		t.Logf("after %v", d)
+		time.Sleep(time.Minute)
+		if n := c.nodes["n3"]; len(n.Alive()) != 1 {
+			t.Errorf("the cut-off one holds %d to be alive", len(n.Alive()))
+		}
+		check()
+	})
 }

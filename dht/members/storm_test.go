@@ -14,7 +14,7 @@ import (
 // TestStorm throws faults at a cluster for a minute, heals it, and wants: all agree in the end, and from five seconds after healing on
 // nobody that runs is called dead. COPPICE_SEEDS=n runs so many storms, COPPICE_SEED one.
 func TestStorm(t *testing.T) {
-	seeds := 20
+	seeds := 12
 	if s := os.Getenv("COPPICE_SEEDS"); s != "" {
 		seeds, _ = strconv.Atoi(s)
 	}

@@ -215,6 +215,7 @@ func (m *Members) merge(from peer.ID, s state) {
 	if trigger != "" {
 		if wasCovered && !e.verdict.covers(e.info.version()) && trigger != "reboot" {
 			trigger = "refuted"
+			m.healed()
 		}
 		m.dirty[e.id] = true
 		m.touch(e, trigger)
@@ -330,6 +331,22 @@ func (m *Members) reportedAlive(e *entry) {
 	e.reported = time.Now()
 	if soon := time.Now().Add(m.jitter(min(time.Second, time.Duration(len(m.entries))*10*time.Millisecond))); soon.Before(e.nextDial) {
 		e.nextDial = soon
+	}
+}
+
+// healed: a node called dead for its silence lives, so a cut has ended. The others lost to silence are dialled soon. Locked.
+func (m *Members) healed() {
+	now := time.Now()
+	if now.Sub(m.lastHeal) < reportPause {
+		return
+	}
+	m.lastHeal = now
+	for _, e := range m.entries {
+		if e.member() && e.verdict.kind == Dead && !e.verdict.proof && e.verdict.covers(e.info.version()) {
+			if soon := now.Add(m.jitter(2 * time.Second)); soon.Before(e.nextDial) {
+				e.nextDial, e.backoff = soon, redialFirst
+			}
+		}
 	}
 }
 
