@@ -30,6 +30,8 @@ const (
 	// builtinPlacement is the digest of the solver that the binary brings along.
 	builtinPlacement = supervisor.BuiltinPrefix + "placement"
 
+	// failuresElsewhere is after how many starts that failed in a row an instance is tried on another node.
+	failuresElsewhere = 3
 	// officeEvery is how often a node looks whether it is coordinator.
 	officeEvery = 100 * time.Millisecond
 )
@@ -61,6 +63,7 @@ func (c coordinator) View(ctx context.Context) (placement.View, error) {
 			return v, fmt.Errorf("register %s: %w", reg.Key, err)
 		}
 		name := components.InstanceOfKey(reg.Key)
+		c.failing(reg, reports[name])
 		r := placement.Register{Instance: name, Boot: reg.Boot, Epoch: reg.Epoch, StateBytes: reports[name].Bytes, Body: body}
 		if reg.Owner != "" {
 			r.Owner = reg.Owner.String()
@@ -80,11 +83,26 @@ func (c coordinator) View(ctx context.Context) (placement.View, error) {
 			Since: m.Since, Evidence: m.Evidence, Boot: m.Boot,
 		}
 		v.Nodes = append(v.Nodes, p)
-		if m.RTT > 0 {
-			v.Links = append(v.Links, &placementv1.Link{From: n.id.String(), To: m.ID.String(), RttMs: ms(m.RTT)})
+		for to, rtt := range facts[m.ID].RTTMs {
+			v.Links = append(v.Links, &placementv1.Link{From: m.ID.String(), To: to, RttMs: rtt})
 		}
 	}
 	return v, nil
+}
+
+// failing tells placement, once for each epoch, that an instance does not come up where it is: it is tried elsewhere.
+func (c coordinator) failing(reg arbiter.Register, r instanceReport) {
+	if r.Failures < failuresElsewhere || r.Epoch != 0 && r.Epoch > reg.Epoch || r.Node != reg.Owner.String() {
+		return
+	}
+	n := c.n
+	n.failedMu.Lock()
+	told := n.failed[reg.Key] >= reg.Epoch
+	n.failed[reg.Key] = reg.Epoch
+	n.failedMu.Unlock()
+	if !told {
+		n.coord.Failed(r.Instance, r.Node, r.Reason)
+	}
 }
 
 func bodyOf(reg arbiter.Register) (*componentsv1.InstanceBody, error) {

@@ -72,6 +72,9 @@ type Node struct {
 	goes  sync.WaitGroup
 	stops []func()
 
+	failedMu sync.Mutex        // guards failed
+	failed   map[string]uint64 // by register: the epoch that was told to fail where it is
+
 	randMu sync.Mutex // guards rand
 	rand   *rand.Rand
 	clock  atomic.Int64 // the latest wall clock seen, ms: expiry never goes back in time
@@ -90,7 +93,7 @@ func New(ctx context.Context, cfg Config) (_ *Node, err error) {
 	}
 	n := &Node{
 		cfg: cfg, log: cfg.Log, stopped: make(chan struct{}), instancesChanged: make(chan struct{}, 1), toldInstances: map[string]string{},
-		rand: rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())), faults: newFaults(cfg.Log),
+		rand: rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())), faults: newFaults(cfg.Log), failed: map[string]uint64{},
 	}
 	n.boot = n.nonce()
 	defer func() {

@@ -22,12 +22,16 @@ const (
 	reportEvery   = reportTTL / 3
 	sampleEvery   = 2 * time.Second
 	scatterWithin = 500 * time.Millisecond
+	// maxRTTs bounds how many distances a node tells about: those of its watchers and whom it watches.
+	maxRTTs = 32
 )
 
 // hostReport is what a node tells about its machine.
 type hostReport struct {
 	Node  string      `json:"node"`
 	Facts facts.Facts `json:"facts"`
+	// RTTMs is how far other nodes are from this one, by peer id.
+	RTTMs map[string]float64 `json:"rtt_ms,omitempty"`
 }
 
 // instanceReport is what an owner tells about one instance.
@@ -49,6 +53,7 @@ type instanceReport struct {
 	Holders    []string `json:"holders,omitempty"`
 	StartedMs  float64  `json:"started_ms"`
 	Durable    string   `json:"durable,omitempty"`
+	Failures   int      `json:"failures,omitempty"` // starts in a row
 
 	age time.Duration // since the reader's record was written
 }
@@ -84,7 +89,13 @@ func (n *Node) report(ctx context.Context) error {
 }
 
 func (n *Node) tellHost(ctx context.Context, f facts.Facts) error {
-	b, err := json.Marshal(hostReport{Node: n.cfg.Name, Facts: f})
+	h := hostReport{Node: n.cfg.Name, Facts: f, RTTMs: map[string]float64{}}
+	for _, m := range n.members.Alive() {
+		if m.RTT > 0 && len(h.RTTMs) < maxRTTs {
+			h.RTTMs[m.ID.String()] = ms(m.RTT)
+		}
+	}
+	b, err := json.Marshal(h)
 	if err != nil {
 		return err
 	}
@@ -103,7 +114,7 @@ func (n *Node) tell(ctx context.Context, key string, value []byte) error {
 // tellInstances tells about the instances whose state changed, or about all.
 func (n *Node) tellInstances(ctx context.Context, all bool) error {
 	for _, in := range n.sup.Infos() {
-		word := string(in.State) + "\x00" + in.Reason + "\x00" + fmt.Sprint(in.Epoch, in.Restarts, in.Version)
+		word := string(in.State) + "\x00" + in.Reason + "\x00" + fmt.Sprint(in.Epoch, in.Restarts, in.Version, in.Failures)
 		if !all && n.toldInstances[in.Instance] == word {
 			continue
 		}
@@ -123,7 +134,7 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 	r := instanceReport{
 		Instance: in.Instance, Node: n.id.String(), State: string(in.State), Reason: in.Reason, Epoch: in.Epoch, Version: in.Version, Artifact: in.Artifact,
 		Digest: in.Digest, Pid: in.Pid, UptimeMs: in.Uptime().Milliseconds(), Restarts: in.Restarts, Seq: in.Saved.Seq, SavedAgeMs: -1, Bytes: in.Saved.Bytes,
-		StartedMs: in.StartedMs, Durable: in.Durable,
+		StartedMs: in.StartedMs, Durable: in.Durable, Failures: in.Failures,
 	}
 	if in.Saved.Seq > 0 && !in.Saved.At.IsZero() {
 		r.SavedAgeMs = time.Since(in.Saved.At).Milliseconds()

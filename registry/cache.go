@@ -70,22 +70,26 @@ func (r *Registry) Cached(digest string) bool {
 	if !ok {
 		return false
 	}
+	r.mu.Lock()
+	_, described := r.descs[digest]
+	r.mu.Unlock()
 	for _, p := range art.GetPlatforms() {
 		if runnable(p.GetOsArch()) {
 			_, err := os.Stat(r.path(p.GetDigest()))
-			return err == nil
+			return err == nil && (described || art.GetKind() == KindProgram)
 		}
 	}
 	return false
 }
 
-// Warm brings an artifact here before it is needed.
+// Warm brings an artifact and its description here before they are needed.
 func (r *Registry) Warm(ctx context.Context, digest string) error {
 	f, _, err := r.Open(ctx, digest)
 	if err != nil {
 		return err
 	}
-	return f.Close()
+	_, err = r.Description(ctx, digest)
+	return errors.Join(err, f.Close())
 }
 
 func (r *Registry) path(digest string) string {

@@ -66,6 +66,7 @@ type Info struct {
 	TxnCalls  bool
 	Durable   string
 	StartedMs float64 // how long its last start took
+	Failures  int     // starts in a row that failed
 }
 
 func newInstance(s *Supervisor, name string) *instance {
@@ -352,6 +353,10 @@ func (i *instance) launchEpoch(ctx context.Context, reg arbiter.Register, body *
 	if err := i.open(eff); err != nil {
 		return nil, err
 	}
+	clock := newStopwatch()
+	defer func() {
+		i.sup.cfg.Log.Debug("launched", "instance", i.name, "epoch", reg.Epoch, "steps", clock.String())
+	}()
 	pages := make(chan error, 1)
 	root := blobs.Hash{}
 	if reg.Seq > 0 && len(reg.Root) == len(root) {
@@ -359,7 +364,9 @@ func (i *instance) launchEpoch(ctx context.Context, reg arbiter.Register, body *
 	}
 	go func() { pages <- i.sup.fetch(ctx, root, reg) }()
 	g, err := i.sup.launch(ctx, i.name, body.GetDigest(), eff, i.shell, func(st components.State) { i.show(st, "") })
+	clock.lap("process")
 	perr := <-pages
+	clock.lap("pages")
 	if err != nil {
 		return nil, err
 	}
@@ -373,12 +380,14 @@ func (i *instance) launchEpoch(ctx context.Context, reg arbiter.Register, body *
 			return nil, err
 		}
 	}
+	clock.lap("restore")
 	g.saved = Saved{Seq: reg.Seq, Root: root, Mark: g.mark, Holders: reg.Holders, At: time.Now()}
 	token := components.Token{Incarnation: reg.Incarnation, Epoch: reg.Epoch}
 	if err := i.bring(ctx, g, token, eff, !root.IsZero()); err != nil {
 		i.sup.end(g, 0)
 		return nil, err
 	}
+	clock.lap("start")
 	i.save(i.sup.ctx, g, reg, eff)
 	i.note(g, eff)
 	if eff.Frozen {
@@ -444,6 +453,9 @@ func (s *Supervisor) fetch(ctx context.Context, root blobs.Hash, reg arbiter.Reg
 // failed notes a start that did not succeed and when the next one is.
 func (i *instance) failed(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective, why error) time.Duration {
 	i.failures++
+	i.mu.Lock()
+	i.info.Failures = i.failures
+	i.mu.Unlock()
 	wait := min(minBackoff<<min(i.failures-1, 10), maxBackoff)
 	i.notUntil = time.Now().Add(wait)
 	i.sup.cfg.Log.Warn("start failed", "instance", i.name, "epoch", reg.Epoch, "failures", i.failures, "next_in", wait, "error", why)
@@ -541,7 +553,7 @@ func (i *instance) note(g *generation, eff *components.Effective) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.info.Epoch, i.info.Version, i.info.Digest, i.info.Artifact = g.token.Epoch, g.version, g.digest, g.artifact
-	i.info.Started = g.since
+	i.info.Started, i.info.Failures = g.since, 0
 	i.info.Pid, i.info.TxnCalls = g.proc.Ident().Pid, g.has("txn-calls")
 	i.info.Durable = components.DurableName(eff.Durable, eff.Interval)
 	i.applied = appliedFrom(eff)

@@ -225,7 +225,9 @@ func (i *instance) claimSwap(ctx context.Context, reg arbiter.Register, body *co
 	if !res.Succeeded {
 		return arbiter.Register{}, errors.New("the desired state was changed meanwhile; try again")
 	}
-	i.sup.adopt(res.Registers[0])
+	for _, r := range res.Registers {
+		i.sup.adopt(r) // the desired state, too: the local view may still show the one before
+	}
 	return res.Registers[0], nil
 }
 

@@ -292,8 +292,8 @@ func (s *Supervisor) adopt(reg arbiter.Register) {
 		s.newer[reg.Key] = reg
 	}
 	s.mu.Unlock()
-	if reg.Owner == s.cfg.Self {
-		if a := s.actor(instanceOf(reg.Key)); a != nil {
+	if name := instanceOf(reg.Key); name != "" && reg.Owner == s.cfg.Self {
+		if a := s.actor(name); a != nil {
 			a.poke()
 		}
 	}
@@ -306,7 +306,7 @@ func (s *Supervisor) adopt(reg arbiter.Register) {
 // effective returns a component as it should be now; nil when no application has it (any more).
 func (s *Supervisor) effective(component string) (*components.Effective, error) {
 	app, name, _ := strings.Cut(component, "/")
-	reg, ok := s.cfg.Arbiter.Get(components.ApplicationRegister(app))
+	reg, ok := s.register(components.ApplicationRegister(app))
 	if !ok {
 		return nil, nil
 	}
