@@ -153,7 +153,7 @@ func (b *Backend) told(st *componentv1.Status) error {
 
 // Heartbeat asks the process for a sign of life and takes what it tells.
 func (b *Backend) Heartbeat(ctx context.Context, t Token) (*componentv1.Beat, error) {
-	beat, err := b.client.Heartbeat(ctx, &componentv1.Beat{Seq: b.beats.Add(1), Token: t.Proto()})
+	beat, err := b.client.Heartbeat(ctx, &componentv1.Beat{Seq: b.beats.Add(1), Token: t.Proto(), DurableMark: b.Committed()})
 	if err != nil {
 		return nil, fmt.Errorf("heartbeat: %w", err)
 	}
