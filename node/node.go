@@ -14,6 +14,7 @@ import (
 
 	record "github.com/libp2p/go-libp2p-record"
 	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 
@@ -239,9 +240,20 @@ func (n *Node) openMembers(p *peers.Libp2p) error {
 			DiskBytes: or(n.cfg.Capacity.DiskBytes, st.DiskBytes), Version: n.cfg.Version, Platform: runtime.GOOS + "/" + runtime.GOARCH, MaxFormat: 1,
 		},
 		Profile: profile, Peers: p, Links: p, BootTime: n.cfg.BootTime, Log: n.log,
-		Book: members.FileBook(n.cfg.FS, filepath.Join(n.cfg.Data, "members")),
+		Book: members.FileBook(n.cfg.FS, filepath.Join(n.cfg.Data, "members")), Connection: n.connection,
 	})
 	return err
+}
+
+// connection says how this node is connected to another.
+func (n *Node) connection(id peer.ID) string {
+	switch n.overlay.Host().Network().Connectedness(id) {
+	case network.Connected:
+		return "direct"
+	case network.Limited:
+		return "relayed"
+	}
+	return ""
 }
 
 func (n *Node) isAlive(id peer.ID) bool {

@@ -40,7 +40,7 @@ type Config struct {
 	// Suspended is told that this process stood still for d (SIGSTOP, suspend, starvation): longer than others wait before they
 	// call it dead. It runs before any watching goes on; it must not block.
 	Suspended func(d time.Duration)
-	// Connection says how a peer is connected (direct, relayed). Nil: "direct" whenever it is.
+	// Connection says how a peer is connected (direct, relayed; "" not at all). Nil: "direct" while Links told of a connection.
 	Connection func(id peer.ID) string
 	// FlapDeaths is how many deaths within two minutes a node may die before it is quarantined; 0: 3; negative: any number.
 	FlapDeaths int

@@ -139,7 +139,7 @@ func (m *Members) memberOf(e *entry, s State) Member {
 	switch {
 	case e == m.self:
 		out.Connection = "self"
-	case e.connected && m.cfg.Connection != nil:
+	case m.cfg.Connection != nil:
 		out.Connection = m.cfg.Connection(e.id)
 	case e.connected:
 		out.Connection = "direct"
