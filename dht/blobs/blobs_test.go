@@ -40,13 +40,13 @@ func TestStreamsOfAllSizes(t *testing.T) {
 func TestAChangeInPlaceCostsFewPages(t *testing.T) {
 	inGrove(t, 2, func(t *testing.T, g *grove) {
 		a, b := g.nodes[0], g.nodes[1]
-		state := content(1, 8<<20)
+		state := content(1, 6<<20)
 		l := a.write(state)
 		if _, err := a.Push(ctx, l.Hash, g.ids(1), 1); err != nil {
 			t.Fatal(err)
 		}
 		before := a.Usage().NodesSent
-		copy(state[4<<20:], content(2, len(state)/100))
+		copy(state[3<<20:], content(2, len(state)/100))
 		l = a.write(state)
 		if _, err := a.Push(ctx, l.Hash, g.ids(1), 1); err != nil {
 			t.Fatal(err)
@@ -162,8 +162,9 @@ func TestPipelinedPushesInFlight(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 200 {
 			tip = a.put(Node{Kind: "delta", Links: []Link{tip}, Data: fmt.Appendf(nil, "%d", i)})
+			root := tip.Hash
 			wg.Go(func() {
-				if acked, err := a.Push(ctx, tip.Hash, g.ids(1, 2), 2); err != nil || len(acked) != 2 {
+				if acked, err := a.Push(ctx, root, g.ids(1, 2), 2); err != nil || len(acked) != 2 {
 					t.Errorf("delta %d: %v, %v", i, acked, err)
 				}
 			})
@@ -246,14 +247,14 @@ func TestPushFailsFastAndHonestly(t *testing.T) {
 func TestFetchFromSeveralWithAHolderKilledMidWay(t *testing.T) {
 	inGrove(t, 4, func(t *testing.T, g *grove) {
 		a := g.nodes[0]
-		b := content(9, 6<<20)
+		b := content(9, 2<<20)
 		l := a.write(b)
 		if _, err := a.Push(ctx, l.Hash, g.ids(1, 2), 2); err != nil {
 			t.Fatal(err)
 		}
 		n := g.nodes[3]
 		go func() {
-			for n.Usage().NodesReceived < 100 {
+			for n.Usage().NodesReceived < 30 {
 				time.Sleep(100 * time.Microsecond)
 			}
 			g.net.Kill(simID(1))

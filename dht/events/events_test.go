@@ -316,8 +316,8 @@ func TestACrashLosesNothingThatOthersHave(t *testing.T) {
 }
 
 func TestTheHistoryIsBoundedAndTheLastValueStays(t *testing.T) {
-	inGrove(t, 3, func(t *testing.T, g *grove) {
-		g.nodes[0].say("/quiet", "said once")
+	inGrove(t, 4, func(t *testing.T, g *grove) {
+		g.nodes[3].say("/quiet", "said once") // and node 3 says nothing else: its only event leaves the history
 		for i := range 1000 {
 			g.nodes[i%2].say("/loud", fmt.Sprint(i))
 			time.Sleep(time.Millisecond)
@@ -346,6 +346,9 @@ func TestTheHistoryIsBoundedAndTheLastValueStays(t *testing.T) {
 		nd.start(g)
 		eventually(t, time.Minute, "the rest of the history", func() bool { return nd.Status().Kept == 100 })
 		inOrder(t, nd.said())
+		if len(nd.said()) != 100 || nd.Status().GivenUp != 0 {
+			t.Errorf("told %d, %+v", len(nd.said()), nd.Status())
+		}
 		time.Sleep(time.Minute)
 		_, bytes := nd.end.Sent()
 		time.Sleep(time.Minute)
