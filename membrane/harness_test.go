@@ -139,7 +139,9 @@ func listen(t *testing.T, path string) net.Listener {
 	return l
 }
 
-func shortDir(t *testing.T) string {
+func listenIn(dir string) (net.Listener, error) { return net.Listen("unix", filepath.Join(dir, "s")) }
+
+func shortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "cmt")
 	if err != nil {

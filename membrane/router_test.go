@@ -194,7 +194,7 @@ func TestMoveUnderLoad(t *testing.T) {
 
 // n1 falls silent in the middle of calls (SIGSTOP, blackhole); when the route changes they are asked at the new owner.
 func TestSilentNodeIsLeft(t *testing.T) {
-	p, m := newPair(t, Config{})
+	p, _ := newPair(t, Config{})
 	silent := shortDir(t)
 	l := listen(t, filepath.Join(silent, "s"))
 	defer l.Close()
@@ -217,7 +217,7 @@ func TestSilentNodeIsLeft(t *testing.T) {
 		_, _, err := httpGet(within(t, 5*time.Second), p.r2.HTTP("test/counter"), http.MethodPost, "/?n=1", nil)
 		done <- err
 	}()
-	time.Sleep(20 * time.Millisecond)
+	eventually(t, "both calls are on their way", func() bool { return p.r2.Stats().Calls.Load() == 2 })
 	at := time.Now()
 	p.routeFrom2("n1", Token{1, 1})
 	for range 2 {
@@ -231,7 +231,6 @@ func TestSilentNodeIsLeft(t *testing.T) {
 	if v, err := getVia(t.Context(), p.r2); err != nil || v != 2 {
 		t.Fatal(v, err)
 	}
-	_ = m
 }
 
 func TestCallsWaitForAnOwner(t *testing.T) {
