@@ -97,6 +97,7 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
+	s.remember(proc)
 	g.proc, g.comp = proc, componentv1.NewComponentClient(proc.Conn())
 	if g.desc == nil {
 		dctx, cancel := context.WithTimeout(ctx, startDeadline)
@@ -115,13 +116,22 @@ func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blo
 	if err != nil {
 		return err
 	}
+	if len(steps) == 0 {
+		return nil
+	}
 	if head != nil && !s.reads(g, head.meta.GetSchema()) {
 		return fmt.Errorf("%s@%s cannot read the state's schema %d (it reads %v): deploy a version that can", g.artifact, g.version, head.meta.GetSchema(), g.desc.GetState().GetReadsSchemas())
 	}
-	for _, node := range steps {
-		if err := g.receive(ctx, func(send func(*componentv1.StateFrame) error) error { return stepFrames(s.cfg.Blobs, node, send) }); err != nil {
-			return fmt.Errorf("restore %s: %w", g.instance, err)
+	// One stream for the whole chain: frames of a base and of the deltas after it are restore input in this order.
+	if err := g.receive(ctx, func(send func(*componentv1.StateFrame) error) error {
+		for _, node := range steps {
+			if err := stepFrames(s.cfg.Blobs, node, send); err != nil {
+				return err
+			}
 		}
+		return nil
+	}); err != nil {
+		return fmt.Errorf("restore %s: %w", g.instance, err)
 	}
 	if head != nil {
 		g.head = head

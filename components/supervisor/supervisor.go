@@ -143,6 +143,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	s.mu.Lock()
 	s.ctx = ctx
 	s.mu.Unlock()
+	s.endLeftovers(ctx)
 	defer s.cfg.Arbiter.Watch(func(_, _ *arbiter.Register) { s.Wake() })()
 	defer s.cfg.Members.Subscribe(func(c members.Change) {
 		s.onMember(c)
