@@ -191,7 +191,7 @@ func (s *Store) discard(bad Hash) error {
 // parents returns, for each node linked to, the nodes that link to it.
 func (s *Store) parents() (map[Hash][]Hash, error) {
 	up := map[Hash][]Hash{}
-	err := s.eachHead(func(h Hash, hd head) error {
+	err := s.eachHead(s.db, func(h Hash, hd head) error {
 		for _, l := range hd.links {
 			up[l.Hash] = append(up[l.Hash], h)
 		}
@@ -201,9 +201,9 @@ func (s *Store) parents() (map[Hash][]Hash, error) {
 }
 
 // eachHead calls f for each node here, in order of hash. An unreadable head is passed over: whoever gets it discards it.
-func (s *Store) eachHead(f func(Hash, head) error) error {
+func (s *Store) eachHead(db pebble.Reader, f func(Hash, head) error) error {
 	lo := append([]byte(s.cfg.Prefix), headKey)
-	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: lo, UpperBound: append([]byte(s.cfg.Prefix), headKey+1)})
+	it, err := db.NewIter(&pebble.IterOptions{LowerBound: lo, UpperBound: append([]byte(s.cfg.Prefix), headKey+1)})
 	if err != nil {
 		return err
 	}

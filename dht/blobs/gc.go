@@ -137,7 +137,7 @@ func (s *Store) doom(ctx context.Context, marked map[Hash]struct{}) (*doomed, er
 	d := &doomed{old: map[Hash]int64{}, young: map[Hash]struct{}{}}
 	horizon := time.Now().Add(-s.cfg.PinFor)
 	n := 0
-	err := s.eachHead(func(h Hash, hd head) error {
+	err := s.eachHead(s.db, func(h Hash, hd head) error {
 		n++
 		if err := pause(ctx, n); err != nil {
 			return err
@@ -259,11 +259,15 @@ func (s *Store) spare(d *doomed) error {
 	return nil
 }
 
-// recount counts what is stored, once, in the background of a start.
-func (s *Store) recount(ctx context.Context) error {
-	var nodes, bytes int64
+// recount counts what was stored before the start, once, in the background.
+func (s *Store) recount(ctx context.Context) (err error) {
+	s.sweeping.Lock() // nothing is added between the snapshot and the look at what was added before it
+	snapshot := s.db.NewSnapshot()
+	nodes, bytes := -s.stats.nodes.Load(), -s.stats.bytes.Load()
+	s.sweeping.Unlock()
+	defer func() { err = errors.Join(err, snapshot.Close()) }()
 	n := 0
-	err := s.eachHead(func(_ Hash, hd head) error {
+	err = s.eachHead(snapshot, func(_ Hash, hd head) error {
 		n++
 		nodes++
 		bytes += int64(hd.size)

@@ -117,7 +117,7 @@ func collectUnderLoad(t *testing.T, seed uint64) {
 		// What is marked complete is complete, for every node there is.
 		for _, nd := range g.nodes {
 			var all []Hash
-			if err := nd.eachHead(func(h Hash, _ head) error { all = append(all, h); return nil }); err != nil {
+			if err := nd.eachHead(nd.db, func(h Hash, _ head) error { all = append(all, h); return nil }); err != nil {
 				t.Fatal(err)
 			}
 			for _, h := range all {

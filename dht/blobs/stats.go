@@ -33,7 +33,7 @@ func (s *stats) add(nodes, bytes int64) {
 
 func (s *stats) sub(nodes, bytes int64) { s.add(-nodes, -bytes) }
 
-// counted takes what a walk at the start found; what came in during the walk may be counted twice.
+// counted takes what a walk found that was there before the start.
 func (s *stats) counted(nodes, bytes int64) {
 	s.baseMu.Lock()
 	defer s.baseMu.Unlock()
@@ -52,8 +52,7 @@ func (s *stats) swept(sw Sweep, err error) {
 
 // Usage is what the store holds and does.
 type Usage struct {
-	// Nodes and Bytes (of encodings) stored. Counted is false until the walk at the start is done; they are approximate by what came
-	// in during it.
+	// Nodes and Bytes (of encodings) stored; only those of this start until Counted, when the walk at the start is done.
 	Nodes, Bytes int64
 	Counted      bool
 	Pins         int
