@@ -50,6 +50,7 @@ type Arbiter struct {
 	halted  atomic.Bool // stopped for good
 	lagging atomic.Bool // commits to be noticed
 
+	ids      idCache
 	failures failures
 	once     sync.Once
 }
@@ -85,7 +86,7 @@ func New(cfg Config) (*Arbiter, error) {
 		return m.index
 	}
 	a.fsm = &fsm{m: newMachine(), view: a.view, halt: a.halt, onApply: a.onApply}
-	a.trans = newTransport(cfg.Peers, cfg.Self, a.t.RPC, newRaftLog(cfg.Log))
+	a.trans = newTransport(cfg.Peers, cfg.Self, a.t.RPC, newRaftLog(cfg.Log), &a.ids)
 	a.follow = &follower{a: a}
 	a.queue = newQueue()
 	a.reads = &rounds{a: a}

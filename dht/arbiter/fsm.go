@@ -17,15 +17,16 @@ var errHalted = errors.New("this node has stopped applying")
 // fsm is the machine as raft wants it. An entry that this build does not know stops it for good: nothing after it is applied, no
 // snapshot is made, and the node leaves the group's votes to others until a build that knows the entry is started.
 type fsm struct {
-	m        *machine // used by raft's own goroutine only
-	view     *view
-	halt     func(error)         // told once, must not block
-	onApply  func(log *raft.Log) // told after each batch with its last entry, must not block
-	halted   atomic.Bool
-	applied  atomic.Uint64 // last command or configuration applied
-	entries  atomic.Uint64 // applied since start
-	progress pulse
-	shown    atomic.Pointer[viewState] // last state applied
+	m         *machine // used by raft's own goroutine only
+	view      *view
+	halt      func(error)         // told once, must not block
+	onApply   func(log *raft.Log) // told after each batch with its last entry, must not block
+	halted    atomic.Bool
+	applied   atomic.Uint64 // last command or configuration applied
+	entries   atomic.Uint64 // applied since start
+	progress  pulse
+	shown     atomic.Pointer[viewState] // last state applied
+	regrouped pulse                     // a configuration was applied
 }
 
 var _ raft.BatchingFSM = (*fsm)(nil)
@@ -93,6 +94,7 @@ func (f *fsm) one(l *raft.Log) (any, []change, error) {
 			return nil, nil, err
 		}
 		f.m.voters(l.Index, votersOf(conf))
+		f.regrouped.beat()
 	}
 	return nil, nil, nil
 }

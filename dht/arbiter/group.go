@@ -14,14 +14,14 @@ import (
 )
 
 // configuration returns the group as this node's raft has it.
-func configuration(r *raft.Raft) (voters, learners []peer.ID) {
+func (a *Arbiter) configuration(r *raft.Raft) (voters, learners []peer.ID) {
 	f := r.GetConfiguration()
 	if f.Error() != nil {
 		return nil, nil
 	}
 	for _, s := range f.Configuration().Servers {
-		id, err := peer.Decode(string(s.ID))
-		if err != nil {
+		id, ok := a.ids.decode(string(s.ID))
+		if !ok {
 			continue
 		}
 		if s.Suffrage == raft.Voter {
@@ -33,12 +33,10 @@ func configuration(r *raft.Raft) (voters, learners []peer.ID) {
 	return voters, learners
 }
 
-func leaderOf(r *raft.Raft) peer.ID {
+// leaderOf returns the leader as this node's raft has it; "" when it has none.
+func (a *Arbiter) leaderOf(r *raft.Raft) peer.ID {
 	addr, _ := r.LeaderWithID()
-	id, err := peer.Decode(string(addr))
-	if err != nil {
-		return ""
-	}
+	id, _ := a.ids.decode(string(addr))
 	return id
 }
 
@@ -48,7 +46,7 @@ func (a *Arbiter) inGroup() (r *raft.Raft, member bool) {
 	if r == nil || a.halted.Load() {
 		return nil, false
 	}
-	voters, learners := configuration(r)
+	voters, learners := a.configuration(r)
 	return r, slices.Contains(voters, a.cfg.Self) || slices.Contains(learners, a.cfg.Self)
 }
 
@@ -96,7 +94,7 @@ func (a *Arbiter) observe(ctx context.Context, r *raft.Raft) {
 		a.refreshWhere(r)
 		select {
 		case <-events:
-		case <-a.fsm.progress.next(): // a configuration may have come with it
+		case <-a.fsm.regrouped.next():
 		case <-tick.C:
 			if c := r.CommitIndex(); c != marked && !a.halted.Load() {
 				marked = c
@@ -115,9 +113,9 @@ func (a *Arbiter) refreshWhere(r *raft.Raft) {
 	if !member {
 		return
 	}
-	voters, learners := configuration(r)
+	voters, learners := a.configuration(r)
 	term := r.CurrentTerm()
-	leader := leaderOf(r)
+	leader := a.leaderOf(r)
 	if r.CurrentTerm() != term {
 		return // it changes right now; raft will tell again
 	}
@@ -222,7 +220,7 @@ func (a *Arbiter) tellCommits(ctx context.Context, r *raft.Raft) {
 		select {
 		case <-next:
 			// The next entry tells it, too: let it go first.
-			if !sleep(ctx, time.Millisecond) {
+			if !sleep(ctx, 3*time.Millisecond) {
 				return
 			}
 		case <-retry:
@@ -251,7 +249,7 @@ func (a *Arbiter) tellOnce(r *raft.Raft, busy map[peer.ID]chan struct{}) (again 
 	if r.State() != raft.Leader || commit == 0 || a.disk.GetLog(commit, &last) != nil || last.Term != term || r.CurrentTerm() != term {
 		return false
 	}
-	voters, learners := configuration(r)
+	voters, learners := a.configuration(r)
 	for _, id := range append(voters, learners...) {
 		p := a.trans.of(id)
 		if id == a.cfg.Self || p.told >= commit || time.Since(p.heard) > 2*a.t.Heartbeat {
@@ -312,10 +310,10 @@ func (a *Arbiter) linkChanged(id peer.ID, up bool) {
 // leaderDied starts an election here, after those voters that are closer to the placement key had their chance.
 func (a *Arbiter) leaderDied(id peer.ID) {
 	r, _ := a.inGroup()
-	if r == nil || leaderOf(r) != id {
+	if r == nil || a.leaderOf(r) != id {
 		return
 	}
-	voters, _ := configuration(r)
+	voters, _ := a.configuration(r)
 	if !slices.Contains(voters, a.cfg.Self) {
 		return
 	}
@@ -327,7 +325,7 @@ func (a *Arbiter) leaderDied(id peer.ID) {
 // standAtStart stands for election when this node starts as a voter of a group of which nobody knows a leader, instead of waiting for
 // raft's time-out: at once as the only voter, else in turn.
 func (a *Arbiter) standAtStart(r *raft.Raft) {
-	voters, _ := configuration(r)
+	voters, _ := a.configuration(r)
 	voters = nearest(voters)
 	rank := slices.Index(voters, a.cfg.Self)
 	if leader, _ := a.where.current(); rank < 0 || leader != "" {
@@ -351,15 +349,19 @@ func (a *Arbiter) standForElection(r *raft.Raft, dead peer.ID, term uint64, rank
 		case <-ctx.Done():
 		}
 	}()
+	begun := time.Now()
 	wait := time.Duration(rank) * a.t.Stagger
 	for round := range 4 {
 		if wait > 0 && !sleep(ctx, wait) {
 			return
 		}
-		if l := leaderOf(r); ctx.Err() != nil || l != "" && l != dead {
+		if l := a.leaderOf(r); ctx.Err() != nil || l != "" && l != dead {
 			return
 		}
 		now := r.CurrentTerm()
+		if now == term && r.LastContact().After(begun) {
+			return // it is heard: whoever called it dead was wrong
+		}
 		wait = time.Duration(of<<round) * a.t.Stagger
 		if now != term {
 			term = now

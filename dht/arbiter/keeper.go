@@ -117,7 +117,7 @@ func (k *keeper) look(ctx context.Context, r *raft.Raft) time.Duration {
 func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	a := k.a
 	s := &situation{self: a.cfg.Self, max: a.cfg.MaxVoters, members: map[peer.ID]standing{}}
-	s.voters, s.learners = configuration(r)
+	s.voters, s.learners = a.configuration(r)
 	if st := a.fsm.shown.Load(); st != nil {
 		s.coordinator = st.meta.Coordinator
 	}

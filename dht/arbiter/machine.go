@@ -244,7 +244,7 @@ func (s *scratch) claim(c *wirev1.ArbiterClaim) *wirev1.ArbiterResult {
 		return tooOld(nil, "something was deleted at %d and the proposer knew the log up to %d", s.deleted, s.since)
 	}
 	n := s.edit(c.GetKey(), false)
-	if r == nil {
+	if n.Epoch == 0 { // never claimed since it was made, perhaps anew
 		n.Epoch = s.epochFloor
 	}
 	n.Epoch++

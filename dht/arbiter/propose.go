@@ -48,7 +48,7 @@ func (a *Arbiter) judge(leader peer.ID, resp *wirev1.ArbiterResponse, err error)
 
 // disbelieve forgets a leader that did not answer, unless this node's own raft hears it.
 func (a *Arbiter) disbelieve(leader peer.ID) {
-	if r, member := a.inGroup(); member && leaderOf(r) == leader {
+	if r, member := a.inGroup(); member && a.leaderOf(r) == leader {
 		return
 	}
 	a.where.lost(leader)

@@ -204,7 +204,7 @@ func (a *Arbiter) commitOfTerm(ctx context.Context, r *raft.Raft, term uint64) (
 
 // stillLeading asks the voters with heartbeats of this term.
 func (a *Arbiter) stillLeading(ctx context.Context, r *raft.Raft, term uint64) error {
-	voters, _ := configuration(r)
+	voters, _ := a.configuration(r)
 	need := len(voters)/2 + 1
 	agreed := 0
 	answers := make(chan bool, len(voters))

@@ -26,6 +26,7 @@ type transport struct {
 	// applied is raft's applied index, set once raft is there.
 	applied func() uint64
 	timeout time.Duration
+	ids     *idCache
 
 	mu       sync.Mutex // guards progress
 	progress map[peer.ID]*progress
@@ -45,14 +46,14 @@ var (
 	_ raft.WithClose   = (*transport)(nil)
 )
 
-func newTransport(p peers.Peers, self peer.ID, timeout time.Duration, log hclog.Logger) *transport {
+func newTransport(p peers.Peers, self peer.ID, timeout time.Duration, log hclog.Logger, ids *idCache) *transport {
 	layer := newStreams(p, self)
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Stream: layer, MaxPool: 3, Timeout: timeout, Logger: log,
 		}),
 		layer: layer, rpcs: make(chan raft.RPC), stop: make(chan struct{}), done: make(chan struct{}),
-		timeout: timeout, progress: map[peer.ID]*progress{},
+		timeout: timeout, ids: ids, progress: map[peer.ID]*progress{},
 	}
 	t.TimeoutScale = 1 << 20
 	return t
@@ -230,8 +231,8 @@ func (p *pipeline) Close() error {
 }
 
 func (t *transport) peerLocked(id raft.ServerID) *progress {
-	pid, err := peer.Decode(string(id))
-	if err != nil {
+	pid, ok := t.ids.decode(string(id))
+	if !ok {
 		return &progress{}
 	}
 	p := t.progress[pid]

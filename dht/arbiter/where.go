@@ -89,3 +89,18 @@ func (w *whereabouts) lost(leader peer.ID) {
 		w.pulse.beat()
 	}
 }
+
+// idCache turns raft's server ids, which are peer ids in base 58, back into peer ids. The zero value is ready.
+type idCache struct{ known sync.Map }
+
+func (c *idCache) decode(s string) (peer.ID, bool) {
+	if id, ok := c.known.Load(s); ok {
+		return id.(peer.ID), true
+	}
+	id, err := peer.Decode(s)
+	if err != nil {
+		return "", false
+	}
+	c.known.Store(s, id)
+	return id, true
+}
