@@ -354,6 +354,7 @@ func (n *Node) watch() (stop func()) {
 			n.overlay.Kad().Include(c.New.ID)
 		} else {
 			n.overlay.Kad().Evict(c.New.ID)
+			n.blobs.PeerDown(c.New.ID)
 		}
 		if c.Old.State != c.New.State || c.Old.Draining != c.New.Draining || c.Old.Boot != c.New.Boot {
 			n.coord.Trigger()
