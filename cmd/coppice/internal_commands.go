@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
+
+	"github.com/coppice-project/coppice/internal/load"
 )
 
 // internalCommand runs what the node starts from its own binary, before anything of the command line is set up: the shim that enters a
-// sandbox and executes a component, and the components that are inside the binary. ok is false for every other command.
+// sandbox and executes a component, the components that are inside the binary, and the demo's load generator. ok is false for every other command.
 func internalCommand(args []string) (code int, ok bool) {
 	if len(args) == 0 {
 		return 0, false
@@ -20,6 +23,17 @@ func internalCommand(args []string) (code int, ok bool) {
 			return exitUsage, true
 		}
 		return builtinComponent(args[1]), true
+	case load.Command:
+		return loadGenerator(), true
 	}
 	return 0, false
+}
+
+// loadGenerator is the load of the demo and the benchmarks: a process that ends when its standard input does.
+func loadGenerator() int {
+	if err := load.Serve(context.Background(), os.Stdin, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "coppice: "+load.Command+": "+err.Error())
+		return exitFailed
+	}
+	return 0
 }
