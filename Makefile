@@ -3,7 +3,7 @@ GO      ?= go
 BIN     := bin
 LDFLAGS := -s -w
 MODULE  := github.com/coppice-project/coppice
-# Versions of the shipped components; the demo and the tests also use the ones below them.
+# The shipped components.
 PLUGINS := counter kv shop shopweb
 # Packages of this module, without generated code, for the linters.
 GOFILES  = $(shell git ls-files '*.go' | grep -v -E '\.pb\.go$$|\.connect\.go$$')
@@ -16,6 +16,9 @@ build: ## build bin/coppice and the shipped components (the default)
 	@[ -x $(BIN)/coppice ] || echo "building coppice; the first build of its libraries takes some minutes"
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/coppice ./cmd/coppice
 	@for p in $(PLUGINS); do $(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=1.0.0' -o $(BIN)/components/$$p ./plugins/$$p || exit 1; done
+	@# what the demo swaps to: a newer version, and one that never becomes healthy
+	@$(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=1.1.0' -o $(BIN)/demo/shop-1.1.0 ./plugins/shop
+	@$(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=1.2.0 -X main.broken=never-ready' -o $(BIN)/demo/shop-1.2.0 ./plugins/shop
 
 demo: build ## run a five-node cluster with two applications, kill nodes, swap versions; every figure measured
 	$(BIN)/coppice demo

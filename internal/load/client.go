@@ -22,7 +22,7 @@ type client struct {
 	asker asker
 	rand  *rand.Rand // what it does
 	times *rand.Rand // when
-	gw    int // index of the gateway it uses until that fails it
+	gw    int        // index of the gateway it uses until that fails it
 	n     uint64
 	script
 }
