@@ -279,3 +279,9 @@ func (c *cluster) without(id peer.ID, f func() func()) func() {
 	defer func() { c.nodes[id] = n }()
 	return f()
 }
+
+// jitter sets delays of at least base and up to more above it.
+func (c *cluster) jitter(base, more time.Duration) {
+	rng := rand.New(rand.NewPCG(c.rng.Uint64(), 3)) // Net calls under its lock
+	c.net.SetDelay(func(_, _ peer.ID) time.Duration { return base + time.Duration(rng.Int64N(int64(more))) })
+}

@@ -459,9 +459,7 @@ func TestANodeThatDiesWithAllItsWatchersIsMissed(t *testing.T) {
 
 func TestSilenceOverAWideNetwork(t *testing.T) {
 	simulateWith(t, seedOf(t, 19), 6, func(cfg *Config) { cfg.Profile = WAN }, func(c *cluster) {
-		c.net.SetDelay(func(_, _ peer.ID) time.Duration {
-			return 40*time.Millisecond + time.Duration(c.rng.Int64N(int64(40*time.Millisecond)))
-		})
+		c.jitter(40*time.Millisecond, 40*time.Millisecond)
 		time.Sleep(time.Minute)
 		check := c.without("n3", func() func() { return c.never("n1", "n2", "n4", "n5", "n6") })
 		c.net.Isolate("n3")

@@ -281,11 +281,11 @@ func TestACopiedIdentityMakesNoStorm(t *testing.T) {
 	simulate(t, 22, 3, func(c *cluster) {
 		n1 := c.nodes["n1"]
 		for range 10000 { // somebody goes on claiming to be a newer life of n1
-			n1.mu.Lock()
-			info := n1.self.info.clone()
-			info.Boot, info.StartedUnixMs = 99, info.StartedUnixMs+1000
-			n1.merge("n2", state{info: info})
-			n1.mu.Unlock()
+			n1.locked(func() {
+				info := n1.self.info.clone()
+				info.Boot, info.StartedUnixMs = 99, info.StartedUnixMs+1000
+				n1.merge("n2", state{info: info})
+			})
 			time.Sleep(time.Millisecond)
 		}
 		if s := n1.Stats(); s.Rivals < 5 || s.Rivals > 12 || s.Pushes > 200 {
