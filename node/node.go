@@ -85,6 +85,9 @@ type Node struct {
 	why      string
 }
 
+// flapDeaths within two minutes quarantine a node. A person who restarts a node a few times must not reach it.
+const flapDeaths = 6
+
 // New builds a node from its data folder, or founds or joins a cluster where the folder is empty. ctx bounds the joining only. What it
 // opened it closes again when it fails.
 func New(ctx context.Context, cfg Config) (_ *Node, err error) {
@@ -240,7 +243,7 @@ func (n *Node) openMembers(p *peers.Libp2p) error {
 			DiskBytes: or(n.cfg.Capacity.DiskBytes, st.DiskBytes), Version: n.cfg.Version, Platform: runtime.GOOS + "/" + runtime.GOARCH, MaxFormat: 1,
 		},
 		Profile: profile, Peers: p, Links: p, BootTime: n.cfg.BootTime, Log: n.log,
-		Book: members.FileBook(n.cfg.FS, filepath.Join(n.cfg.Data, "members")), Connection: n.connection,
+		Book: members.FileBook(n.cfg.FS, filepath.Join(n.cfg.Data, "members")), Connection: n.connection, FlapDeaths: flapDeaths,
 	})
 	return err
 }

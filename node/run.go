@@ -166,7 +166,7 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 	defer cancel()
 	parts := map[string]func(context.Context) error{
 		"members": n.members.Run, "arbiter": n.arbiter.Run, "blobs": n.blobs.Run, "records": n.records.Run, "events": n.events.Run,
-		"registry": n.registry.Run, "supervisor": n.sup.Run, "placement": n.coord.Run, "coordinator": n.followOffice, "reports": n.report, "checkpoint index": n.indexCheckpoints,
+		"registry": n.registry.Run, "artifact copies": n.registry.Repair, "supervisor": n.sup.Run, "placement": n.coord.Run, "coordinator": n.followOffice, "reports": n.report, "checkpoint index": n.indexCheckpoints,
 	}
 	defer n.watch()()
 	failed := make(chan error, len(parts))

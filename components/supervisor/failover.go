@@ -30,6 +30,10 @@ const (
 
 // onMember reacts to the end of a node's process: its instances go to their successors.
 func (s *Supervisor) onMember(c members.Change) {
+	if c.New.ID == s.cfg.Self && c.Trigger == "refuted" {
+		s.cfg.Log.Warn("others had called this node dead: nothing is served before its ownership is confirmed")
+		s.lease.doubt()
+	}
 	gone := c.New.State == members.Dead || c.New.State == members.Left
 	was := c.Old.State == members.Alive || c.Old.State == members.Suspect || c.Old.State == members.Quarantined
 	reboot := c.Old.Boot != 0 && c.New.Boot != c.Old.Boot

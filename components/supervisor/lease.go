@@ -47,6 +47,9 @@ func (l *lease) holds() bool {
 	return !l.lost.Load() && l.boot()-time.Duration(l.ticked.Load()) < pausedFor
 }
 
+// doubt has the ownership confirmed before anything is served again: others have given this node up.
+func (l *lease) doubt() { l.lost.Store(true) }
+
 // run keeps the lease. When it was lost and the log has been read, judge marks what is not this node's any more, before anything is
 // served again; wake has the rest follow.
 func (l *lease) run(ctx context.Context, judge, wake func()) {

@@ -176,7 +176,7 @@ func (s *Supervisor) prepareMove(ctx context.Context, from peer.ID, req *compone
 		return nil, peers.Fail(wirev1.Failure_NOT_FOUND, "no application has %s", body.GetComponent())
 	}
 	p := &prepared{move: req.GetMove(), from: from, root: hashFrom(req.GetRoot())}
-	if p.shell, err = s.cfg.Shell(name, eff, s.hooks(name)); err != nil {
+	if p.shell, err = s.cfg.Shell(name, eff, s.hooks(name, eff)); err != nil {
 		return nil, err
 	}
 	if err = p.shell.Bind(eff); err == nil {

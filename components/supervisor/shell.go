@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/coppice-project/coppice/components"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/membrane"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
@@ -40,9 +41,9 @@ const (
 )
 
 // hooks are for the membrane of an instance, which may exist before the instance has an actor: a move prepares it.
-func (s *Supervisor) hooks(name string) Hooks {
+func (s *Supervisor) hooks(name string, eff *components.Effective) Hooks {
 	stale := s.staleFlag(name)
-	return Hooks{
+	h := Hooks{
 		Stale: func() { s.goes.Go(func() { s.lookUp(name) }) },
 		Hung: func(err error) {
 			if i, gerr := s.get(name); gerr == nil {
@@ -52,8 +53,12 @@ func (s *Supervisor) hooks(name string) Hooks {
 				i.poke()
 			}
 		},
-		Serving: func() bool { return !stale.Load() && s.lease.holds() },
 	}
+	// What keeps no state may go on in any partition: whoever reaches it is served.
+	if eff.Durable != componentsv1.Durability_DURABILITY_NONE || eff.Guarantee == components.ExactlyOne {
+		h.Serving = func() bool { return !stale.Load() && s.lease.holds() }
+	}
+	return h
 }
 
 // staleFlag is set while the log says that the instance is not this node's.
@@ -103,7 +108,7 @@ func (i *instance) open(eff *components.Effective) error {
 		i.mem().Reopen("it is starting")
 		return nil
 	}
-	sh, err := i.sup.cfg.Shell(i.name, eff, i.sup.hooks(i.name))
+	sh, err := i.sup.cfg.Shell(i.name, eff, i.sup.hooks(i.name, eff))
 	if err != nil {
 		return err
 	}
