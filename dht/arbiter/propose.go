@@ -15,16 +15,12 @@ import (
 // judge says what an answer means, and takes its hints.
 func (a *Arbiter) judge(leader peer.ID, resp *wirev1.ArbiterResponse, err error) verdict {
 	if err != nil {
-		if remote := peers.CodeOf(err); remote != wirev1.Failure_OK {
+		if peers.CodeOf(err) != wirev1.Failure_OK {
 			a.where.lost(leader)
 			return notDone // its handler did not get to it
 		}
-		if leader != a.cfg.Self {
-			a.disbelieve(leader)
-		}
-		if errors.Is(err, peers.ErrUnreachable) {
-			return notDone
-		}
+		a.disbelieve(leader)
+		// Even an unreachable peer may have got it: the call may have gone into a pooled stream first, and only then have dialled.
 		return doubtful
 	}
 	a.raise(resp.GetIndex())
