@@ -35,7 +35,8 @@ func (s *Supervisor) onMember(c members.Change) {
 		s.lease.doubt()
 	}
 	gone := c.New.State == members.Dead || c.New.State == members.Left
-	was := c.Old.State == members.Alive || c.Old.State == members.Suspect || c.Old.State == members.Quarantined
+	// A node that appears dead (Old is empty: this node has just started and has not heard of it yet) has not died here and now.
+	was := c.Old.ID != "" && (c.Old.State == members.Alive || c.Old.State == members.Suspect || c.Old.State == members.Quarantined)
 	reboot := c.Old.Boot != 0 && c.New.Boot != c.Old.Boot
 	if c.New.ID == s.cfg.Self || !((gone && was) || reboot) {
 		return
