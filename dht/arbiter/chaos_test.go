@@ -109,7 +109,7 @@ func (c *chaos) run() {
 
 // inspect asserts I1 and I2 on everything that a node shows.
 func (c *chaos) inspect(n *node) {
-	n.a.Watch(func(_, r *Register) {
+	n.arb().Watch(func(_, r *Register) {
 		if r == nil {
 			return
 		}
@@ -149,7 +149,7 @@ func (c *chaos) client(r *rand.Rand, end time.Time) {
 			time.Sleep(50 * time.Millisecond)
 			continue
 		}
-		a := n.a
+		a := n.arb()
 		if a == nil {
 			continue
 		}
@@ -339,7 +339,7 @@ func (c *chaos) faults(end time.Time) {
 				c.net.Heal()
 			}
 		case 5: // wrongly suspected, by all
-			if n.a != nil {
+			if n.arb() != nil {
 				c.suspect(n)
 			}
 		case 6:
@@ -363,7 +363,7 @@ func (c *chaos) faults(end time.Time) {
 }
 
 func (c *chaos) crash(n *node) {
-	if n.a != nil {
+	if n.arb() != nil {
 		c.kill(n)
 		return
 	}
@@ -373,7 +373,7 @@ func (c *chaos) crash(n *node) {
 
 func (c *chaos) restart() {
 	for _, n := range c.nodes {
-		if n.a == nil {
+		if n.arb() == nil {
 			c.up(n, false)
 			c.inspect(n)
 		}
@@ -384,7 +384,7 @@ func (c *chaos) restart() {
 func (c *chaos) isolate(n *node) {
 	c.net.Isolate(n.id)
 	time.Sleep(1600 * time.Millisecond)
-	if n.a != nil {
+	if n.arb() != nil {
 		c.suspect(n)
 	}
 	time.Sleep(time.Duration(c.intn(3000)) * time.Millisecond)
@@ -395,9 +395,9 @@ func (c *chaos) isolate(n *node) {
 func (c *chaos) suspect(n *node) {
 	for _, o := range c.live() {
 		if o != n {
-			o.members.set(n, false)
-			if n.a != nil {
-				n.members.set(o, false)
+			o.view().set(n, false)
+			if n.arb() != nil {
+				n.view().set(o, false)
 			}
 		}
 	}
@@ -410,7 +410,7 @@ func (c *chaos) suspect(n *node) {
 func (c *chaos) unsuspect(n *node) {
 	for _, o := range c.live() {
 		for _, p := range c.live() {
-			o.members.set(p, true)
+			o.view().set(p, true)
 		}
 	}
 }
@@ -428,17 +428,17 @@ func (c *chaos) agree() {
 	time.Sleep(5 * time.Second) // I10
 	ctx, cancel := within(10 * time.Second)
 	defer cancel()
-	if err := put(c.nodes[0].a, "end", "end", 5*time.Second); err != nil {
+	if err := put(c.nodes[0].arb(), "end", "end", 5*time.Second); err != nil {
 		c.t.Errorf("no progress 5 s after healing: %v", err)
 		return
 	}
 	var want []Register
 	for i, n := range c.nodes {
-		if err := n.a.Sync(ctx); err != nil {
-			c.t.Errorf("sync %s: %v", n.id, err)
+		if err := n.arb().Sync(ctx); err != nil {
+			c.t.Errorf("sync %s: %v\nits status: %+v\nthe leader's: %+v", n.id, err, n.arb().Status(), c.leader2(nil).arb().Status())
 			return
 		}
-		got := n.a.List("")
+		got := n.arb().List("")
 		if i == 0 {
 			want = got
 		}

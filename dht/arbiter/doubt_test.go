@@ -13,7 +13,7 @@ import (
 
 // lostAnswer has proposer p send something to leader l whose answer is lost, runs meanwhile, and heals. f is called on p.
 func lostAnswer(c *cluster, p, l *node, request bool, meanwhile func(), f func(ctx context.Context)) {
-	if err := put(p.a, "warm", "up", time.Second); err != nil { // so that the stream is there
+	if err := put(p.arb(), "warm", "up", time.Second); err != nil { // so that the stream is there
 		c.t.Fatal(err)
 	}
 	c.net.Cut(l.id, p.id, false)
@@ -48,12 +48,12 @@ func TestInDoubt(t *testing.T) {
 		ctx, done := within(time.Minute)
 		defer done()
 		claimBy := func(n *node, key string, expect uint64) (Register, error) {
-			return n.a.Claim(ctx, ClaimRequest{Key: key, Expect: expect, Owner: n.id, Boot: 1})
+			return n.arb().Claim(ctx, ClaimRequest{Key: key, Expect: expect, Owner: n.id, Boot: 1})
 		}
 		nothing := func() {}
 
 		lostAnswer(c, p, l, false, nothing, func(ctx context.Context) {
-			r, err := p.a.Claim(ctx, ClaimRequest{Key: "once", Owner: p.id, Boot: 1})
+			r, err := p.arb().Claim(ctx, ClaimRequest{Key: "once", Owner: p.id, Boot: 1})
 			if err != nil || r.Epoch != 1 || r.Owner != p.id {
 				c.t.Errorf("a claim whose answer was lost: %+v %v", r, err)
 			}
@@ -63,7 +63,7 @@ func TestInDoubt(t *testing.T) {
 				c.t.Errorf("the second claim: %v", err)
 			}
 		}, func(ctx context.Context) {
-			_, err := p.a.Claim(ctx, ClaimRequest{Key: "overtaken", Owner: p.id, Boot: 1})
+			_, err := p.arb().Claim(ctx, ClaimRequest{Key: "overtaken", Owner: p.id, Boot: 1})
 			var d *InDoubtError
 			if !errors.Is(err, ErrInDoubt) || !errors.As(err, &d) || d.Current == nil || d.Current.Owner != q.id {
 				c.t.Errorf("a claim that happened and was overtaken: %v", err)
@@ -74,7 +74,7 @@ func TestInDoubt(t *testing.T) {
 				c.t.Errorf("the faster claim: %v", err)
 			}
 		}, func(ctx context.Context) {
-			_, err := p.a.Claim(ctx, ClaimRequest{Key: "slower", Owner: p.id, Boot: 1})
+			_, err := p.arb().Claim(ctx, ClaimRequest{Key: "slower", Owner: p.id, Boot: 1})
 			if r, refused := errors.AsType[*RefusedError](err); !refused || r.Current.Owner != q.id {
 				c.t.Errorf("a claim that certainly came too late: %v", err)
 			}
@@ -91,7 +91,7 @@ func TestInDoubt(t *testing.T) {
 				c.t.Errorf("the next owner: %+v %v", r, err)
 			}
 		}, func(ctx context.Context) {
-			_, err := p.a.Commit(ctx, CommitRequest{Key: "state", Epoch: 1, Nonce: own.Nonce, Seq: 1, Root: []byte("r"), Holders: []peer.ID{p.id}, W: 1})
+			_, err := p.arb().Commit(ctx, CommitRequest{Key: "state", Epoch: 1, Nonce: own.Nonce, Seq: 1, Root: []byte("r"), Holders: []peer.ID{p.id}, W: 1})
 			if !errors.Is(err, ErrInDoubt) {
 				c.t.Errorf("a commit that happened before the fence: %v", err)
 			}
@@ -99,16 +99,16 @@ func TestInDoubt(t *testing.T) {
 
 		// A transaction answers with its first result, however often it goes out and whatever came after.
 		lostAnswer(c, p, l, false, func() {
-			if err := put(q.a, "counter", "other", time.Second); err != nil {
+			if err := put(q.arb(), "counter", "other", time.Second); err != nil {
 				c.t.Error(err)
 			}
 		}, func(ctx context.Context) {
-			res, err := p.a.Txn(ctx, TxnRequest{Nonce: 77, Compares: []Compare{{"counter", "exists", 0}}, Then: []Op{{Put: &PutOp{Key: "counter", Body: []byte("mine")}}}})
+			res, err := p.arb().Txn(ctx, TxnRequest{Nonce: 77, Compares: []Compare{{"counter", "exists", 0}}, Then: []Op{{Put: &PutOp{Key: "counter", Body: []byte("mine")}}}})
 			if err != nil || !res.Succeeded || string(res.Registers[0].Body) != "mine" {
 				c.t.Errorf("a transaction whose answer was lost: %+v %v", res, err)
 			}
 		})
-		r, _, err := p.a.Read(ctx, "counter")
+		r, _, err := p.arb().Read(ctx, "counter")
 		if err != nil || string(r.Body) != "other" || r.Revision != 2 {
 			c.t.Errorf("done twice: %+v %v", r, err)
 		}
@@ -124,18 +124,18 @@ func TestNothingDoneWithoutALeader(t *testing.T) {
 			}
 		}
 		time.Sleep(3 * time.Second) // the leader has stepped down
-		err := put(l.a, "k", "v", time.Second)
+		err := put(l.arb(), "k", "v", time.Second)
 		if !errors.Is(err, ErrNoLeader) || errors.Is(err, ErrInDoubt) {
 			c.t.Errorf("without a leader: %v", err)
 		}
 		if _, _, err := func() (Register, bool, error) {
 			ctx, done := within(time.Second)
 			defer done()
-			return l.a.Read(ctx, "k")
+			return l.arb().Read(ctx, "k")
 		}(); !errors.Is(err, ErrNoLeader) {
 			c.t.Errorf("read without a leader: %v", err)
 		}
-		if s := l.a.Status(); s.HasLeader || s.FeedAge < time.Second {
+		if s := l.arb().Status(); s.HasLeader || s.FeedAge < time.Second {
 			c.t.Errorf("status: %+v", s)
 		}
 	})
@@ -143,7 +143,7 @@ func TestNothingDoneWithoutALeader(t *testing.T) {
 
 func TestBadRequests(t *testing.T) {
 	inCluster(t, 23, 1, func(c *cluster) {
-		a := c.nodes[0].a
+		a := c.nodes[0].arb()
 		ctx, done := within(time.Second)
 		defer done()
 		long := string(make([]byte, MaxKey+1))
@@ -187,20 +187,20 @@ func TestBatching(t *testing.T) {
 				n = x
 			}
 		}
-		before := c.leader().a.Status().Commits
+		before := c.leader().arb().Status().Commits
 		var wg sync.WaitGroup
 		for i := range 1000 {
 			wg.Go(func() {
 				ctx, done := within(10 * time.Second)
 				defer done()
-				r, err := n.a.Claim(ctx, ClaimRequest{Key: fmt.Sprint("k", i), Owner: n.id, Boot: 1})
+				r, err := n.arb().Claim(ctx, ClaimRequest{Key: fmt.Sprint("k", i), Owner: n.id, Boot: 1})
 				if err != nil || r.Key != fmt.Sprint("k", i) || r.Epoch != 1 {
 					c.t.Errorf("claim %d: %+v %v", i, r, err)
 				}
 			})
 		}
 		wg.Wait()
-		if used := c.leader().a.Status().Commits - before; used > 20 {
+		if used := c.leader().arb().Status().Commits - before; used > 20 {
 			c.t.Errorf("1000 claims took %d entries", used)
 		}
 	})

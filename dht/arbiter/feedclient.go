@@ -158,8 +158,8 @@ func (f *follower) follow(ctx context.Context, to peer.ID) (heard bool, err erro
 		if age := time.Duration(u.GetAgeMs()) * time.Millisecond; u.GetIndex() > 0 && age > 3*f.a.t.Heartbeat+f.a.t.FeedKeepalive {
 			return heard, fmt.Errorf("the feeder has not heard the leader for %s", age)
 		}
-		if f.a.machineCurrent() {
-			return heard, nil
+		if f.a.machineCurrent() || f.a.view.now().fromRaft {
+			return heard, nil // the machine has caught up; should it fall behind again, the feed must begin anew
 		}
 	}
 }

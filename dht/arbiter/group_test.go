@@ -41,22 +41,22 @@ func inCluster(t *testing.T, seed uint64, n int, f func(c *cluster)) {
 func TestOneNode(t *testing.T) {
 	inCluster(t, 1, 1, func(c *cluster) {
 		n := c.nodes[0]
-		if err := put(n.a, "a", "1", 10*time.Second); err != nil {
+		if err := put(n.arb(), "a", "1", 10*time.Second); err != nil {
 			c.t.Fatal(err)
 		}
 		ctx, cancel := within(time.Second)
 		defer cancel()
-		r, ok, err := n.a.Read(ctx, "a")
+		r, ok, err := n.arb().Read(ctx, "a")
 		if err != nil || !ok || string(r.Body) != "1" {
 			c.t.Fatalf("read: %+v %v %v", r, ok, err)
 		}
-		if err := n.a.Sync(ctx); err != nil {
+		if err := n.arb().Sync(ctx); err != nil {
 			c.t.Fatal(err)
 		}
-		if r, ok := n.a.Get("a"); !ok || string(r.Body) != "1" {
+		if r, ok := n.arb().Get("a"); !ok || string(r.Body) != "1" {
 			c.t.Fatalf("get: %+v", r)
 		}
-		s := n.a.Status()
+		s := n.arb().Status()
 		if s.Role != "leader" || s.Cluster == "" || s.Coordinator != n.id || s.FeedAge != 0 || s.Boots != 1 {
 			c.t.Fatalf("status: %+v", s)
 		}
@@ -75,14 +75,14 @@ func TestVotersFollowMembership(t *testing.T) {
 		c.settled(5*time.Second, 3, 0)
 		c.grow(2)
 		c.settled(5*time.Second, 5, 0)
-		if err := put(c.nodes[4].a, "x", "five", time.Second); err != nil {
+		if err := put(c.nodes[4].arb(), "x", "five", time.Second); err != nil {
 			t.Fatal(err)
 		}
 		// They die one by one; each is confirmed, and the group shrinks in odd steps.
 		for i, want := range []struct{ voters, learners int }{{3, 0}, {3, 0}, {1, 1}, {1, 0}} {
 			victims := c.live()
 			if i == 3 { // of two nodes, the learner may go
-				victims = slices.DeleteFunc(victims, func(n *node) bool { return n.a.Status().Role != "learner" })
+				victims = slices.DeleteFunc(victims, func(n *node) bool { return n.arb().Status().Role != "learner" })
 			}
 			c.kill(victims[c.intn(len(victims))])
 			c.settled(10*time.Second, want.voters, want.learners)
@@ -90,19 +90,19 @@ func TestVotersFollowMembership(t *testing.T) {
 		last := c.live()[0]
 		ctx, cancel := within(time.Second)
 		defer cancel()
-		if r, ok, err := last.a.Read(ctx, "x"); err != nil || !ok || string(r.Body) != "five" {
+		if r, ok, err := last.arb().Read(ctx, "x"); err != nil || !ok || string(r.Body) != "five" {
 			t.Fatalf("read at the last node: %+v %v %v", r, ok, err)
 		}
 		// And back, with their old disks.
 		for _, n := range c.nodes {
-			if n.a == nil {
+			if n.arb() == nil {
 				c.up(n, false)
 			}
 		}
 		c.settled(15*time.Second, 5, 0)
 		want := nearest(ids(c.nodes))[0]
 		c.eventually(10*time.Second, "the closest is coordinator, everywhere", func() bool {
-			return !slices.ContainsFunc(c.live(), func(n *node) bool { return n.a.Status().Coordinator != want })
+			return !slices.ContainsFunc(c.live(), func(n *node) bool { return n.arb().Status().Coordinator != want })
 		})
 	})
 }
@@ -119,7 +119,7 @@ func TestClosestNodesVote(t *testing.T) {
 	inCluster(t, 3, 9, func(c *cluster) {
 		want := nearest(ids(c.nodes))[:5]
 		c.eventually(time.Minute, "the closest five vote and the first of them leads", func() bool {
-			s := c.nodes[0].a.Status()
+			s := c.nodes[0].arb().Status()
 			return slices.Equal(s.Voters, want) && s.Coordinator == want[0] && s.Leader == want[0]
 		})
 	})
@@ -136,12 +136,12 @@ func TestLeaderDiesNextCommit(t *testing.T) {
 					for other == leader {
 						other = c.live()[c.intn(len(c.live()))]
 					}
-					if err := put(other.a, "k", fmt.Sprint(i), time.Second); err != nil {
+					if err := put(other.arb(), "k", fmt.Sprint(i), time.Second); err != nil {
 						c.t.Fatal(err)
 					}
 					c.kill(leader)
 					begun := time.Now()
-					if err := put(other.a, "k", fmt.Sprint(i, "after"), 5*time.Second); err != nil {
+					if err := put(other.arb(), "k", fmt.Sprint(i, "after"), 5*time.Second); err != nil {
 						c.t.Fatal(err)
 					}
 					took := time.Since(begun)
@@ -163,12 +163,12 @@ func TestFollowersApplyPromptly(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		for i := range 5 {
 			time.Sleep(3 * time.Second) // idle
-			if err := put(c.leader().a, "k", fmt.Sprint(i), time.Second); err != nil {
+			if err := put(c.leader().arb(), "k", fmt.Sprint(i), time.Second); err != nil {
 				c.t.Fatal(err)
 			}
 			begun := time.Now()
 			c.eventually(50*time.Millisecond, "all voters show it", func() bool {
-				return !slices.ContainsFunc(c.live(), func(n *node) bool { r, _ := n.a.Get("k"); return string(r.Body) != fmt.Sprint(i) })
+				return !slices.ContainsFunc(c.live(), func(n *node) bool { r, _ := n.arb().Get("k"); return string(r.Body) != fmt.Sprint(i) })
 			})
 			if took := time.Since(begun); took > 20*time.Millisecond {
 				c.t.Errorf("took %s", took)
@@ -182,13 +182,13 @@ func TestFollowerOutsideTheGroup(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		var out *node
 		for _, n := range c.live() {
-			if n.a.Status().Role == "follower" {
+			if n.arb().Status().Role == "follower" {
 				out = n
 			}
 		}
 		var mu sync.Mutex
 		var seen []string
-		cancel := out.a.Watch(func(old, now *Register) {
+		cancel := out.arb().Watch(func(old, now *Register) {
 			mu.Lock()
 			defer mu.Unlock()
 			switch {
@@ -207,11 +207,11 @@ func TestFollowerOutsideTheGroup(t *testing.T) {
 				c.t.Fatal(err)
 			}
 		}
-		must(put(out.a, "a", "1", time.Second))
-		r, err := c.leader().a.Claim(ctx, ClaimRequest{Key: "a", Owner: out.id, Boot: 1})
+		must(put(out.arb(), "a", "1", time.Second))
+		r, err := c.leader().arb().Claim(ctx, ClaimRequest{Key: "a", Owner: out.id, Boot: 1})
 		must(err)
 		commit := func(seq uint64) {
-			_, err := c.leader().a.Commit(ctx, CommitRequest{Key: "a", Epoch: r.Epoch, Nonce: r.Nonce, Seq: seq, Root: []byte{byte(seq)}, Holders: []peer.ID{out.id}, W: 1})
+			_, err := c.leader().arb().Commit(ctx, CommitRequest{Key: "a", Epoch: r.Epoch, Nonce: r.Nonce, Seq: seq, Root: []byte{byte(seq)}, Holders: []peer.ID{out.id}, W: 1})
 			must(err)
 		}
 		// A run of checkpoints: the feed passes about one a second, Sync gets the last.
@@ -220,13 +220,13 @@ func TestFollowerOutsideTheGroup(t *testing.T) {
 			time.Sleep(50 * time.Millisecond)
 		}
 		begun := time.Now()
-		must(out.a.Sync(ctx))
-		if x, _ := out.a.Get("a"); x.Seq != 40 || time.Since(begun) > 100*time.Millisecond {
+		must(out.arb().Sync(ctx))
+		if x, _ := out.arb().Get("a"); x.Seq != 40 || time.Since(begun) > 100*time.Millisecond {
 			c.t.Errorf("after Sync (%s): seq %d", time.Since(begun), x.Seq)
 		}
-		_, err = out.a.Txn(ctx, TxnRequest{Then: []Op{{Delete: "a"}}})
+		_, err = out.arb().Txn(ctx, TxnRequest{Then: []Op{{Delete: "a"}}})
 		must(err)
-		must(out.a.Sync(ctx))
+		must(out.arb().Sync(ctx))
 		mu.Lock()
 		n := len(seen)
 		first, last := seen[0], seen[n-1]
@@ -234,22 +234,22 @@ func TestFollowerOutsideTheGroup(t *testing.T) {
 		if first != "a=1/0/0" || last != "-a" || n > 10 {
 			c.t.Errorf("seen: %v", seen)
 		}
-		if s := out.a.Status(); s.FeedAge < 0 || s.FeedAge > 2*time.Second || s.Role != "follower" {
+		if s := out.arb().Status(); s.FeedAge < 0 || s.FeedAge > 2*time.Second || s.Role != "follower" {
 			c.t.Errorf("status: %+v", s)
 		}
 		// Its feeder dies: another one feeds on.
-		feeder := c.of(out.a.follow.from)
+		feeder := c.of(out.arb().follow.from)
 		c.kill(feeder)
-		must(put(c.leader2(feeder).a, "b", "2", 5*time.Second))
-		c.eventually(2*time.Second, "fed by another", func() bool { r, _ := out.a.Get("b"); return string(r.Body) == "2" })
+		must(put(c.leader2(feeder).arb(), "b", "2", 5*time.Second))
+		c.eventually(2*time.Second, "fed by another", func() bool { r, _ := out.arb().Get("b"); return string(r.Body) == "2" })
 		// A cut shows as age.
 		c.net.Isolate(out.id)
 		time.Sleep(10 * time.Second)
-		if age := out.a.Status().FeedAge; age < 8*time.Second {
+		if age := out.arb().Status().FeedAge; age < 8*time.Second {
 			c.t.Errorf("cut off for 10 s, but the view claims to be %s old", age)
 		}
 		c.net.Heal()
-		c.eventually(5*time.Second, "fresh again", func() bool { return out.a.Status().FeedAge < 2*time.Second })
+		c.eventually(5*time.Second, "fresh again", func() bool { return out.arb().Status().FeedAge < 2*time.Second })
 	})
 }
 
@@ -268,7 +268,7 @@ func TestAllDownAndUp(t *testing.T) {
 		c.adjust = func(cfg *Config) { cfg.Timings.Snapshot, cfg.Timings.SnapshotAfter = time.Second, 50 }
 		for round := range 3 {
 			for i := range 100 {
-				if err := put(c.live()[i%5].a, fmt.Sprintf("r%d/%03d", round, i), "v", 5*time.Second); err != nil {
+				if err := put(c.live()[i%5].arb(), fmt.Sprintf("r%d/%03d", round, i), "v", 5*time.Second); err != nil {
 					c.t.Fatal(err)
 				}
 				if round > 0 && i%10 == 0 {
@@ -281,21 +281,21 @@ func TestAllDownAndUp(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 			for _, n := range c.nodes {
 				c.up(n, false)
-				if got := len(n.a.List(fmt.Sprintf("r%d/", round))); got < 90 {
+				if got := len(n.arb().List(fmt.Sprintf("r%d/", round))); got < 90 {
 					c.t.Errorf("right after its start, without a leader, node shows %d of 100", got)
 				}
 			}
 			for _, n := range c.nodes {
-				if err := n.a.Sync(ctx); err != nil {
+				if err := n.arb().Sync(ctx); err != nil {
 					c.t.Fatal(err)
 				}
-				if got := len(n.a.List("r")); got != 100*(round+1) {
+				if got := len(n.arb().List("r")); got != 100*(round+1) {
 					c.t.Errorf("node has %d registers of %d", got, 100*(round+1))
 				}
 			}
 			c.settled(20*time.Second, 5, 0)
 		}
-		if s := c.nodes[0].a.Status(); s.Boots != 4 {
+		if s := c.nodes[0].arb().Status(); s.Boots != 4 {
 			c.t.Errorf("boots: %d", s.Boots)
 		}
 	})
@@ -308,23 +308,23 @@ func TestNewcomerGetsSnapshot(t *testing.T) {
 		defer c.close()
 		c.grow(1)
 		for i := range 12000 { // beyond TrailingLogs
-			if err := put(c.nodes[0].a, fmt.Sprint("k", i%100), "v", time.Second); err != nil {
+			if err := put(c.nodes[0].arb(), fmt.Sprint("k", i%100), "v", time.Second); err != nil {
 				t.Fatal(err)
 			}
 		}
 		time.Sleep(5 * time.Second)
-		if first, _ := c.nodes[0].a.disk.FirstIndex(); first == 1 {
+		if first, _ := c.nodes[0].arb().disk.FirstIndex(); first == 1 {
 			t.Fatal("the log was not compacted: the test shows nothing")
 		}
 		c.grow(2)
 		c.settled(20*time.Second, 3, 0)
 		for _, n := range c.nodes {
-			if len(n.a.List("k")) != 100 {
-				t.Errorf("node has %d registers", len(n.a.List("k")))
+			if len(n.arb().List("k")) != 100 {
+				t.Errorf("node has %d registers", len(n.arb().List("k")))
 			}
 		}
 		c.kill(c.nodes[0])
-		if err := put(c.nodes[2].a, "k", "on", 5*time.Second); err != nil {
+		if err := put(c.nodes[2].arb(), "k", "on", 5*time.Second); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -335,21 +335,21 @@ func TestDrain(t *testing.T) {
 		time.Sleep(15 * time.Second)
 		leader := c.leader()
 		for _, n := range c.live() {
-			n.members.change(leader.id, func(m *Member) { m.Draining = true })
+			n.view().change(leader.id, func(m *Member) { m.Draining = true })
 		}
 		ctx, done := within(20 * time.Second)
 		defer done()
 		begun := time.Now()
-		if err := leader.a.StepDown(ctx); err != nil {
+		if err := leader.arb().StepDown(ctx); err != nil {
 			c.t.Fatal(err)
 		}
 		c.t.Logf("stepped down after %s", time.Since(begun))
 		c.settled(10*time.Second, 5, 0)
-		s := leader.a.Status()
+		s := leader.arb().Status()
 		if slices.Contains(s.Voters, leader.id) || s.Leader == leader.id || s.Coordinator == leader.id {
 			c.t.Errorf("after stepping down: %+v", s)
 		}
-		if err := put(leader.a, "x", "1", time.Second); err != nil {
+		if err := put(leader.arb(), "x", "1", time.Second); err != nil {
 			c.t.Error("a node outside the group proposes:", err)
 		}
 	})
@@ -359,10 +359,10 @@ func TestOnlyVoterCannotStepDown(t *testing.T) {
 	inCluster(t, 10, 1, func(c *cluster) {
 		ctx, done := within(3 * time.Second)
 		defer done()
-		if err := c.nodes[0].a.StepDown(ctx); err == nil {
+		if err := c.nodes[0].arb().StepDown(ctx); err == nil {
 			c.t.Fatal("the only voter stepped down")
 		}
-		if err := put(c.nodes[0].a, "x", "1", time.Second); err != nil {
+		if err := put(c.nodes[0].arb(), "x", "1", time.Second); err != nil {
 			c.t.Error(err)
 		}
 	})
@@ -378,16 +378,16 @@ func TestUnknownCommandStopsTheNode(t *testing.T) {
 			c.t.Fatal(err)
 		}
 		b = append(b, 0xfa, 0x3f, 0x01, 'x') // field 1023
-		if resp := leader.a.propose(b); resp.GetCode() != wirev1.ArbiterResponse_FORMAT {
+		if resp := leader.arb().propose(b); resp.GetCode() != wirev1.ArbiterResponse_FORMAT {
 			c.t.Fatalf("the leader let it through: %v", resp)
 		}
-		before := leader.a.Status().Index
-		if err := leader.a.raft.Load().Apply(b, time.Second).Error(); err != nil {
+		before := leader.arb().Status().Index
+		if err := leader.arb().raft.Load().Apply(b, time.Second).Error(); err != nil {
 			c.t.Fatal(err)
 		}
 		stopped := func() (n int) {
 			for _, x := range c.live() {
-				if s := x.a.Status(); s.Role == "halted" && s.Halted != "" && x.a.raft.Load().State() == raft.Shutdown {
+				if s := x.arb().Status(); s.Role == "halted" && s.Halted != "" && x.arb().raft.Load().State() == raft.Shutdown {
 					n++
 				}
 			}
@@ -395,7 +395,7 @@ func TestUnknownCommandStopsTheNode(t *testing.T) {
 		}
 		c.eventually(10*time.Second, "a majority has stopped; the others do not know that it is committed", func() bool { return stopped() >= 3 })
 		for _, n := range c.live() {
-			if s := n.a.Status(); s.Index > before {
+			if s := n.arb().Status(); s.Index > before {
 				c.t.Errorf("went on: %+v", s)
 			}
 		}
@@ -404,7 +404,7 @@ func TestUnknownCommandStopsTheNode(t *testing.T) {
 		n.stop()
 		c.up(n, false)
 		time.Sleep(5 * time.Second)
-		if err := put(n.a, "k", "v", 3*time.Second); err == nil {
+		if err := put(n.arb(), "k", "v", 3*time.Second); err == nil {
 			c.t.Error("something was applied behind what is unknown")
 		}
 	})
@@ -416,7 +416,7 @@ func TestRolledBackDiskIsRefused(t *testing.T) {
 		n := c.nodes[2]
 		old := n.fs.CrashClone(vfs.CrashCloneCfg{})
 		for i := range 20 {
-			if err := put(n.a, fmt.Sprint(i), "v", time.Second); err != nil {
+			if err := put(n.arb(), fmt.Sprint(i), "v", time.Second); err != nil {
 				c.t.Fatal(err)
 			}
 		}
@@ -431,11 +431,11 @@ func TestRolledBackDiskIsRefused(t *testing.T) {
 				}
 				c.t.Log(err)
 			case <-time.After(10 * time.Second):
-				c.t.Errorf("%s: it takes part: %+v", what, n.a.Status())
+				c.t.Errorf("%s: it takes part: %+v", what, n.arb().Status())
 				n.cancel()
 				<-n.done
 			}
-			n.a = nil
+			n.end()
 			c.net.Kill(n.id)
 			c.announce(n, false, 0)
 			time.Sleep(time.Second)
@@ -469,7 +469,7 @@ func TestZonesAreSpread(t *testing.T) {
 		}
 		c.eventually(time.Minute, "no zone has more than two of five voters", func() bool {
 			used := map[string]int{}
-			s := c.nodes[0].a.Status()
+			s := c.nodes[0].arb().Status()
 			for _, v := range s.Voters {
 				used[c.of(v).zone]++
 			}
@@ -501,13 +501,13 @@ func TestMirrorAtTheLeader(t *testing.T) {
 		c.settled(10*time.Second, 3, 0)
 		time.Sleep(5 * time.Second)
 		for i := range 50 {
-			if err := put(c.live()[i%3].a, fmt.Sprint("k", i%5), fmt.Sprint(i), time.Second); err != nil {
+			if err := put(c.live()[i%3].arb(), fmt.Sprint("k", i%5), fmt.Sprint(i), time.Second); err != nil {
 				t.Fatal(err)
 			}
 		}
 		ctx, done := within(5 * time.Second)
 		defer done()
-		if _, err := c.nodes[0].a.Txn(ctx, TxnRequest{Then: []Op{{Delete: "k0"}}}); err != nil {
+		if _, err := c.nodes[0].arb().Txn(ctx, TxnRequest{Then: []Op{{Delete: "k0"}}}); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Second)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -38,10 +39,36 @@ type node struct {
 	zone string
 	boot uint64
 
-	a       *Arbiter // nil while dead
+	cancel context.CancelFunc
+	done   chan error
+	life   atomic.Pointer[life] // nil while dead
+}
+
+// life is one run of a node.
+type life struct {
+	a       *Arbiter
 	members *fakeMembers
-	cancel  context.CancelFunc
-	done    chan error
+}
+
+func (n *node) arb() *Arbiter {
+	if l := n.life.Load(); l != nil {
+		return l.a
+	}
+	return nil
+}
+
+// view returns the view of the running node, or an empty one.
+func (n *node) view() *fakeMembers {
+	if l := n.life.Load(); l != nil {
+		return l.members
+	}
+	return newFakeMembers(n.id)
+}
+
+func (n *node) end() { n.life.Store(nil) }
+
+func newFakeMembers(self peer.ID) *fakeMembers {
+	return &fakeMembers{self: self, states: map[peer.ID]*fakeState{}, subs: map[int]func(old, new Member){}}
 }
 
 // testID makes a well-formed peer id from a number.
@@ -82,10 +109,10 @@ func (n *node) tryStart(bootstrap bool) error {
 	c := n.c
 	ep := c.net.Join(n.id)
 	n.boot = c.draw() | 1
-	n.members = &fakeMembers{self: n.id, states: map[peer.ID]*fakeState{}, subs: map[int]func(old, new Member){}}
-	for _, o := range c.nodes {
-		if o == n || o.a != nil {
-			n.members.set(o, true)
+	view := newFakeMembers(n.id)
+	for _, o := range c.all() {
+		if o == n || o.arb() != nil {
+			view.set(o, true)
 		}
 	}
 	var mu sync.Mutex
@@ -97,7 +124,7 @@ func (n *node) tryStart(bootstrap bool) error {
 	var w io.Writer = os.Stderr
 	begun := time.Now()
 	cfg := Config{
-		Self: n.id, Boot: n.boot, Peers: ep, Links: ep, Members: n.members, FS: n.fs, Dir: "raft", Timings: testTimings,
+		Self: n.id, Boot: n.boot, Peers: ep, Links: ep, Members: view, FS: n.fs, Dir: "raft", Timings: testTimings,
 		Rand:     func() uint64 { mu.Lock(); defer mu.Unlock(); return r.Uint64() },
 		Log:      slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level})).With("self", n.id.String()[:8]),
 		BootTime: func() time.Duration { return time.Since(begun) },
@@ -115,7 +142,8 @@ func (n *node) tryStart(bootstrap bool) error {
 		}
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	n.a, n.cancel, n.done = a, cancel, make(chan error, 1)
+	n.cancel, n.done = cancel, make(chan error, 1)
+	n.life.Store(&life{a, view})
 	done := n.done
 	go func() { done <- a.Run(ctx) }()
 	return nil
@@ -131,17 +159,17 @@ func (c *cluster) intn(n int) int { return int(c.draw() % uint64(n)) }
 
 // announce tells everybody about a node's state after a while.
 func (c *cluster) announce(n *node, alive bool, after time.Duration) {
-	a := n.a
+	a := n.arb()
 	c.wg.Add(1)
 	go func() {
 		defer c.wg.Done()
 		time.Sleep(after)
-		if n.a != a {
+		if n.arb() != a {
 			return // it has another life by now
 		}
-		for _, o := range c.nodes {
-			if o != n && o.a != nil {
-				o.members.set(n, alive)
+		for _, o := range c.all() {
+			if o != n && o.arb() != nil {
+				o.view().set(n, alive)
 			}
 		}
 	}()
@@ -167,7 +195,7 @@ func (c *cluster) kill(n *node) {
 	cancel, done := n.cancel, n.done
 	n.fs = n.fs.CrashClone(vfs.CrashCloneCfg{})
 	c.net.Kill(n.id)
-	n.a = nil
+	n.end()
 	cancel()
 	c.wg.Add(1)
 	go func() {
@@ -179,14 +207,14 @@ func (c *cluster) kill(n *node) {
 
 // stop ends a node in order.
 func (n *node) stop() {
-	if n.a == nil {
+	if n.arb() == nil {
 		return
 	}
 	n.cancel()
 	if err := <-n.done; err != nil {
 		n.c.t.Errorf("run %s: %v", n.id, err)
 	}
-	n.a = nil
+	n.end()
 	n.c.net.Kill(n.id)
 }
 
@@ -198,10 +226,17 @@ func (c *cluster) close() {
 	c.net.Close()
 }
 
+// all returns the nodes, dead ones too.
+func (c *cluster) all() []*node {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.nodes)
+}
+
 func (c *cluster) live() []*node {
 	var out []*node
-	for _, n := range c.nodes {
-		if n.a != nil {
+	for _, n := range c.all() {
+		if n.arb() != nil {
 			out = append(out, n)
 		}
 	}
@@ -210,7 +245,7 @@ func (c *cluster) live() []*node {
 
 func (c *cluster) leader() *node {
 	for _, n := range c.live() {
-		if n.a.Status().Role == "leader" {
+		if n.arb().Status().Role == "leader" {
 			return n
 		}
 	}
@@ -232,7 +267,7 @@ func (c *cluster) eventually(within time.Duration, what string, cond func() bool
 	for end := time.Now().Add(within); !cond(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			for _, n := range c.live() {
-				s := n.a.Status()
+				s := n.arb().Status()
 				c.t.Logf("%s %s voters=%d learners=%d index=%d age=%s keeper=%q last=%q", n.id.String()[:8], s.Role, len(s.Voters), len(s.Learners), s.Index, s.FeedAge, s.Keeper, s.LastError)
 			}
 			c.t.Fatalf("not within %s: %s", within, what)
@@ -246,7 +281,7 @@ func (c *cluster) settled(within time.Duration, voters, learners int) {
 	c.eventually(within, fmt.Sprintf("%d voters and %d learners, known to all", voters, learners), func() bool {
 		var first Status
 		for i, n := range c.live() {
-			s := n.a.Status()
+			s := n.arb().Status()
 			if i == 0 {
 				first = s
 			}
