@@ -11,8 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"connectrpc.com/connect"
-
 	"github.com/coppice-project/coppice/internal/cluster"
 	"github.com/coppice-project/coppice/internal/load"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
@@ -103,7 +101,7 @@ func (d *demo) calm(ctx context.Context, on *cluster.Node) error {
 			if !in.GetSettled() {
 				return false, fmt.Errorf("%s has not settled in epoch %d", in.GetInstance(), in.GetEpoch())
 			}
-			d.owner, d.epoch = in.GetNode(), in.GetEpoch()
+			d.owner, d.epoch, d.pid = in.GetNode(), in.GetEpoch(), int(in.GetPid())
 		}
 		return true, nil
 	})
@@ -233,8 +231,3 @@ func msOf(x time.Duration) string {
 }
 
 func msText(ms float64) string { return msOf(time.Duration(ms * float64(time.Millisecond))) }
-
-// eventsClient is the part of the control API that findEvent needs.
-type eventsClient interface {
-	Events(ctx context.Context, req *apiv1.EventsRequest) (*connect.ServerStreamForClient[apiv1.Event], error)
-}

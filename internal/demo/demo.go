@@ -53,6 +53,7 @@ type demo struct {
 
 	owner    string // of the store, as the last step left it
 	epoch    uint64
+	pid      int // of its process
 	failed   int // calls that the load has told of as failed
 	isolated *probe
 	figures  map[string]any // of the step under way, for JSON

@@ -178,23 +178,8 @@ func (d *demo) why(ctx context.Context, on *cluster.Node) (*apiv1.Decision, erro
 
 // startLoad: a process that writes down what it is answered. It goes on until the end.
 func (d *demo) startLoad(ctx context.Context) (string, error) {
-	p, err := load.Launch(d.cluster.Command(load.Command), func(cmd *exec.Cmd) error {
-		cmd.Stderr = os.Stderr
-		return d.cluster.Network.Start(0, cmd)
-	})
+	err := d.launch(load.Config{Shop: "shop", ShopClients: 6, Store: storeComponent, StoreClients: 6, KV: kvComponent, KVClients: 4, Reads: 0.5})
 	if err != nil {
-		return "", err
-	}
-	d.load = p
-	cfg := load.Config{
-		Seed: d.Seed, Run: "demo", Ledger: filepath.Join(d.dir, "ledger.jsonl"), Shop: "shop", ShopClients: 6, Store: storeComponent, StoreClients: 6,
-		KV: kvComponent, KVClients: 4, Rate: d.Rate, Reads: 0.5,
-	}
-	for _, n := range d.cluster.Nodes {
-		cfg.Gateways = append(cfg.Gateways, load.Gateway{Name: n.Name, HTTP: n.HTTP, API: n.API})
-	}
-	d.began = time.Now()
-	if err := p.Start(cfg); err != nil {
 		return "", err
 	}
 	from := time.Now().Add(time.Second)
@@ -217,6 +202,28 @@ func (d *demo) startLoad(ctx context.Context) (string, error) {
 	d.figure("p99_ms", writes.P99)
 	return fmt.Sprintf("own process, own ledger · %.0f calls/s, %.0f of them writes · durable: each-call · p50/p99 of a write %.1f/%.1f ms",
 		all.Rate, writes.Rate, writes.P50, writes.P99), d.noneFailed()
+}
+
+// launch starts the load's process and its clients.
+func (d *demo) launch(cfg load.Config) error {
+	log, err := os.OpenFile(filepath.Join(d.dir, "load.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	d.load, err = load.Launch(d.cluster.Command(load.Command), func(cmd *exec.Cmd) error {
+		cmd.Stderr = log
+		return d.cluster.Network.Start(0, cmd)
+	})
+	if err != nil {
+		return err
+	}
+	cfg.Seed, cfg.Rate, cfg.Run, cfg.Ledger = d.Seed, d.Rate, "demo", filepath.Join(d.dir, "ledger.jsonl")
+	for _, n := range d.cluster.Nodes {
+		cfg.Gateways = append(cfg.Gateways, load.Gateway{Name: n.Name, HTTP: n.HTTP, API: n.API})
+	}
+	d.began = time.Now()
+	return d.load.Start(cfg)
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -1,0 +1,148 @@
+// Package clustertest is what tests of whole processes share: it builds the binary and the components once, and starts clusters that end with the
+// test. Tests of any package may use it; nothing else does.
+//
+// What it builds lies where make puts it, with make's flags: after make nothing is built again.
+//
+// # Goroutines
+//
+// None of its own; see internal/cluster.
+//
+// # Limits
+//
+// Linux only: elsewhere tests that use it are skipped.
+package clustertest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/coppice-project/coppice/internal/cluster"
+)
+
+var built = sync.OnceValues(build)
+
+// Binary is the path of coppice; its components lie beside it, in components/ and demo/.
+func Binary(t testing.TB) string {
+	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("clusters of processes need Linux")
+	}
+	bin, err := built()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bin
+}
+
+// build builds what is not up to date. Test processes of several packages take turns.
+func build() (string, error) {
+	root, err := moduleRoot()
+	if err != nil {
+		return "", err
+	}
+	bin := filepath.Join(root, "bin")
+	if err := os.MkdirAll(bin, 0o755); err != nil {
+		return "", fmt.Errorf("build: %w", err)
+	}
+	lock, err := os.OpenFile(filepath.Join(bin, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return "", fmt.Errorf("build: %w", err)
+	}
+	defer lock.Close() // gives the lock back
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		return "", fmt.Errorf("build: wait for another test: %w", err)
+	}
+	for _, p := range []struct{ out, flags, pkg string }{
+		{"coppice", "", "./cmd/coppice"},
+		{"components/counter", "1.0.0", "./plugins/counter"},
+		{"components/kv", "1.0.0", "./plugins/kv"},
+		{"components/shop", "1.0.0", "./plugins/shop"},
+		{"components/shopweb", "1.0.0", "./plugins/shopweb"},
+		{"demo/shop-1.1.0", "1.1.0", "./plugins/shop"},
+		{"demo/shop-1.2.0", "1.2.0 -X main.broken=never-ready", "./plugins/shop"},
+	} {
+		flags := "-s -w"
+		if p.flags != "" {
+			flags += " -X main.version=" + p.flags
+		}
+		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", flags, "-o", filepath.Join(bin, p.out), p.pkg)
+		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("build %s: %w\n%s", p.pkg, err, out)
+		}
+	}
+	return filepath.Join(bin, "coppice"), nil
+}
+
+func moduleRoot() (string, error) {
+	out, err := exec.Command("go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", fmt.Errorf("find the module: %w", err)
+	}
+	mod := strings.TrimSpace(string(out))
+	if mod == "" || mod == os.DevNull {
+		return "", fmt.Errorf("find the module: no go.mod above the test")
+	}
+	return filepath.Dir(mod), nil
+}
+
+// Config says what cluster a test wants.
+type Config struct {
+	Nodes int
+	Args  func(i int) []string // of node i; nil: none
+	// Namespaces asks for network namespaces; the test is skipped where they are not permitted. Otherwise it is loopback.
+	Namespaces bool
+}
+
+// New prepares a cluster in a folder of its own. It ends with the test; when that has failed the logs are told where they lie.
+func New(t testing.TB, cfg Config) *cluster.Cluster {
+	t.Helper()
+	bin := Binary(t)
+	dir, err := os.MkdirTemp("", "cop") // short: there are sockets in it
+	if err != nil {
+		t.Fatal(err)
+	}
+	net, err := cluster.NewLoopback(cfg.Nodes)
+	if cfg.Namespaces {
+		if net, err = cluster.NewNamespaces(cfg.Nodes); err != nil {
+			t.Skipf("network namespaces: %v", err)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := cluster.New(cluster.Config{Binary: bin, Dir: dir, Network: net, Nodes: cfg.Nodes, Args: cfg.Args})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Errorf("end the cluster: %v", err)
+		}
+		if t.Failed() {
+			t.Logf("logs are kept in %s", dir)
+			return
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// Up is New, and starts the nodes.
+func Up(t testing.TB, cfg Config) *cluster.Cluster {
+	t.Helper()
+	c := New(t, cfg)
+	if err := c.Up(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
