@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -121,7 +122,7 @@ func (v *verbs) Inspect(ctx context.Context, r *apiv1.InspectRequest) (*apiv1.In
 	}
 	out := &apiv1.InspectResponse{
 		Component: s.component, Application: s.app.GetName(), Artifact: s.eff.ArtifactName, Version: s.eff.Version, Digest: s.eff.Digest, Kind: "component",
-		Durable: components.DurableName(s.eff.Durable, s.eff.Interval), Guarantee: s.eff.Guarantee, Overlay: overlayOut(s),
+		Durable: components.DurableName(s.eff.Durable, s.eff.Interval), Guarantee: s.eff.Guarantee, Overlay: n.overlayOut(s),
 	}
 	desc, err := n.description(ctx, s)
 	if err == nil {
@@ -307,13 +308,17 @@ func attributeInfos(desc *componentv1.Description, s subject) []*apiv1.Attribute
 	return out
 }
 
-func overlayOut(s subject) *apiv1.Overlay {
+func (n *Node) overlayOut(s subject) *apiv1.Overlay {
 	o := s.eff.Overlay
 	if o == nil {
 		return nil
 	}
+	nodes := map[string]string{}
+	for instance, id := range o.GetNodes() {
+		nodes[instance] = n.shownValue(components.OverlayItem{Key: "node of " + instance, Value: id})
+	}
 	return &apiv1.Overlay{
-		Version: o.GetVersion(), Digest: o.GetDigest(), Nodes: o.GetNodes(), Stopped: o.GetStopped(), Frozen: o.GetFrozen(), Attributes: o.GetAttributes(), Bindings: o.GetBindings(),
+		Version: o.GetVersion(), Digest: o.GetDigest(), Nodes: nodes, Stopped: o.GetStopped(), Frozen: o.GetFrozen(), Attributes: o.GetAttributes(), Bindings: o.GetBindings(),
 	}
 }
 
@@ -384,8 +389,17 @@ func (v *verbs) checkAttributes(ctx context.Context, what string, s subject, set
 			continue
 		}
 		if _, err := m.SetAttributes(ctx, values, 0, true); err != nil && !membrane.IsUnimplemented(err) {
-			return api.Fail(connect.CodeInvalidArgument, what, err.Error(), "coppice attr "+s.component)
+			return api.Fail(connect.CodeInvalidArgument, what, refusal(err), "coppice attr "+s.component)
 		}
 	}
 	return nil
+}
+
+// refusal is what a component said, without the words that gRPC and the membrane put round it.
+func refusal(err error) string {
+	var st interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &st) {
+		return st.GRPCStatus().Message()
+	}
+	return err.Error()
 }

@@ -125,6 +125,18 @@ func (n *Node) appsTable() kb.Table {
 	}
 }
 
+// jsonList is a list as one value of a row: json_each takes it apart.
+func jsonList(list []string) string {
+	if len(list) == 0 {
+		return "[]"
+	}
+	b, err := json.Marshal(list)
+	if err != nil { // text always marshals
+		return "[]"
+	}
+	return string(b)
+}
+
 // viewAge is how old what this node knows of the registers may be.
 func (n *Node) viewAge() time.Duration {
 	if age := n.arbiter.Status().FeedAge; age > 0 {
@@ -210,7 +222,7 @@ func (n *Node) checkpointsTable() kb.Table {
 	return kb.Table{
 		Name: "checkpoints", Doc: "the last acknowledged checkpoint of each instance",
 		Columns: []kb.Column{
-			text("instance", ""), integer("seq", ""), text("root", "hex"), integer("replicas", ""), text("holders", ""), integer("w", "how many had to acknowledge"), integer("epoch", ""),
+			text("instance", ""), integer("seq", ""), text("root", "hex"), integer("replicas", ""), text("holders", "JSON list of nodes"), integer("w", "how many had to acknowledge"), integer("epoch", ""),
 			integer("bytes", ""), number("age_ms", "of the checkpoint"), text("source", ""),
 		},
 		List: func(ctx context.Context, f kb.Freshness) (kb.Rows, error) {
@@ -228,7 +240,7 @@ func (n *Node) checkpointsTable() kb.Table {
 					age = float64(in.GetCheckpointAgeMs())
 				}
 				out.Rows = append(out.Rows, []any{
-					in.GetInstance(), int64(max(reg.Seq, in.GetCheckpointSeq())), fmt.Sprintf("%x", reg.Root), int64(len(in.GetReplicas())), fmt.Sprint(in.GetReplicas()), int64(reg.W), int64(reg.Epoch),
+					in.GetInstance(), int64(max(reg.Seq, in.GetCheckpointSeq())), fmt.Sprintf("%x", reg.Root), int64(len(in.GetReplicas())), jsonList(in.GetReplicas()), int64(reg.W), int64(reg.Epoch),
 					int64(in.GetCheckpointBytes()), age, "arbiter",
 				})
 			}
@@ -240,7 +252,7 @@ func (n *Node) checkpointsTable() kb.Table {
 func (n *Node) artifactsTable() kb.Table {
 	return kb.Table{
 		Name: "artifacts", Doc: "the registry",
-		Columns: []kb.Column{text("name", ""), text("version", ""), text("digest", ""), text("kind", ""), integer("bytes", ""), text("platforms", ""), number("age_ms", ""), text("source", "")},
+		Columns: []kb.Column{text("name", ""), text("version", ""), text("digest", ""), text("kind", ""), integer("bytes", ""), text("platforms", "JSON list"), number("age_ms", ""), text("source", "")},
 		List: func(ctx context.Context, f kb.Freshness) (kb.Rows, error) {
 			if err := n.freshen(ctx, f); err != nil {
 				return kb.Rows{}, err
@@ -248,7 +260,7 @@ func (n *Node) artifactsTable() kb.Table {
 			out := kb.Rows{MaxAge: n.viewAge(), Asked: 1, Answered: 1}
 			for _, art := range n.registry.List() {
 				a := n.artifact(art)
-				out.Rows = append(out.Rows, []any{a.GetName(), a.GetVersion(), a.GetDigest(), a.GetKind(), int64(a.GetBytes()), fmt.Sprint(a.GetPlatforms()), ms(out.MaxAge), "arbiter"})
+				out.Rows = append(out.Rows, []any{a.GetName(), a.GetVersion(), a.GetDigest(), a.GetKind(), int64(a.GetBytes()), jsonList(a.GetPlatforms()), ms(out.MaxAge), "arbiter"})
 			}
 			return out, nil
 		},
@@ -265,9 +277,12 @@ func (n *Node) eventsTable() kb.Table {
 		List: func(context.Context, kb.Freshness) (kb.Rows, error) {
 			out := kb.Rows{Asked: 1, Answered: 1}
 			for _, ev := range n.events.List("/", time.Time{}, eventRows) {
-				fields, err := json.Marshal(ev.Fields)
-				if err != nil {
-					return out, err
+				fields := []byte("{}")
+				if len(ev.Fields) > 0 {
+					var err error
+					if fields, err = json.Marshal(ev.Fields); err != nil {
+						return out, err
+					}
 				}
 				out.Rows = append(out.Rows, []any{
 					ev.Time.UTC().Format(time.RFC3339Nano), ev.Channel, ev.Type, ev.Node, ev.Trigger, ev.Cause, ev.Message, string(fields), ev.ID, ms(time.Since(ev.Time)), ev.Node,

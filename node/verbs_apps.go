@@ -163,10 +163,15 @@ func sameDesired(a, b *componentsv1.Application) bool {
 func (n *Node) pin(ctx context.Context, app string, spec *componentsv1.ComponentSpec, local map[string]string, available []*componentsv1.Artifact) (*componentsv1.Pinned, error) {
 	what := "deploy " + components.ComponentKey(app, spec.GetName())
 	ref := spec.GetArtifact()
-	if digest, ok := local[ref]; ok {
+	digest, isFile := local[ref]
+	if isFile {
 		ref = digest
 	}
 	art, err := components.ResolveArtifact(ref, available)
+	if err != nil && isFile {
+		return nil, api.Fail(connect.CodeNotFound, what, "the registry does not have the file "+spec.GetArtifact()+" yet, and only what was pushed and described can be planned",
+			"coppice registry push "+spec.GetArtifact())
+	}
 	if err != nil {
 		return nil, api.Fail(connect.CodeNotFound, what, err.Error(), "coppice registry list")
 	}
@@ -186,7 +191,7 @@ func (n *Node) pin(ctx context.Context, app string, spec *componentsv1.Component
 	}
 	for name := range spec.GetAttributes() {
 		if !slices.ContainsFunc(desc.GetAttributes(), func(a *componentv1.AttributeSpec) bool { return a.GetName() == name }) {
-			return nil, api.Fail(connect.CodeInvalidArgument, what, fmt.Sprintf("%s has no attribute %q; it has %v", art.GetName(), name, attributeNames(desc)), "coppice registry show "+art.GetName())
+			return nil, api.Fail(connect.CodeInvalidArgument, what, fmt.Sprintf("%s has no attribute %q; it has %s", art.GetName(), name, attributeNames(desc)), "coppice registry show "+art.GetName())
 		}
 	}
 	p := &componentsv1.Pinned{Component: spec.GetName(), Digest: art.GetDigest(), Name: art.GetName(), Version: art.GetVersion(), Durable: durable}
@@ -196,12 +201,20 @@ func (n *Node) pin(ctx context.Context, app string, spec *componentsv1.Component
 	return p, nil
 }
 
-func attributeNames(d *componentv1.Description) []string {
+func attributeNames(d *componentv1.Description) string {
 	var out []string
 	for _, a := range d.GetAttributes() {
 		out = append(out, a.GetName())
 	}
-	return out
+	return listed(out)
+}
+
+// listed are names in a sentence.
+func listed(names []string) string {
+	if len(names) == 0 {
+		return "none"
+	}
+	return strings.Join(names, ", ")
 }
 
 // commitApps makes what a file wants the desired state, all of its applications in one transaction.

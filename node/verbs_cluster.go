@@ -254,15 +254,26 @@ func (v *verbs) Revoke(ctx context.Context, r *apiv1.RevokeRequest) (*apiv1.Revo
 	return &apiv1.RevokeResponse{Node: m.Name, Id: m.ID.String()}, nil
 }
 
-func (v *verbs) Readmit(_ context.Context, r *apiv1.ReadmitRequest) (*apiv1.ReadmitResponse, error) {
+// Readmit ends a quarantine, or a drain: of that only the node itself can say that it is over.
+func (v *verbs) Readmit(ctx context.Context, r *apiv1.ReadmitRequest) (*apiv1.ReadmitResponse, error) {
 	m, err := v.n.findNode("readmit", r.GetNode())
 	if err != nil {
 		return nil, err
 	}
-	if m.State != members.Quarantined {
-		return nil, api.Fail(connect.CodeFailedPrecondition, "readmit "+m.Name, "it is "+m.State.String()+", not quarantined", "")
+	switch {
+	case m.State == members.Quarantined:
+		v.n.members.Readmit(m.ID)
+	case m.Draining && m.ID != v.n.id:
+		c, err := api.Forward(ctx, v.n, m.ID.String())
+		if err != nil {
+			return nil, err
+		}
+		return c.Readmit(ctx, r)
+	case m.Draining:
+		v.n.members.UpdateSelf(func(i *members.Info) { i.Draining = false })
+	default:
+		return nil, api.Fail(connect.CodeFailedPrecondition, "readmit "+m.Name, "it is "+m.State.String()+", neither quarantined nor drained", "coppice nodes")
 	}
-	v.n.members.Readmit(m.ID)
 	m, _ = v.n.members.Member(m.ID)
 	return &apiv1.ReadmitResponse{Node: m.Name, Id: m.ID.String(), State: m.State.String()}, nil
 }
@@ -399,15 +410,22 @@ func (v *verbs) DhtClosest(_ context.Context, r *apiv1.DhtClosestRequest) (*apiv
 	}
 	point := keys.Of(key)
 	out := &apiv1.DhtClosestResponse{Key: key, Hash: hex.EncodeToString(point[:])}
-	st := n.arbiter.Status()
 	for i, m := range n.members.Closest(key, count, func(m members.Member) bool { return m.State != members.Left }) {
-		d := keys.Distance(point, keys.OfPeer(m.ID))
-		out.Nodes = append(out.Nodes, &apiv1.DhtNode{
-			Rank: uint32(i + 1), Name: m.Name, Id: m.ID.String(), Distance: hex.EncodeToString(d[:8]), State: m.State.String(),
-			Eligible: m.State == members.Alive && !m.NoVoter && !m.Draining && m.Role != components.RoleWorker, Voter: slices.Contains(st.Voters, m.ID),
-		})
+		out.Nodes = append(out.Nodes, n.dhtNode(i+1, m.ID, point))
 	}
 	return out, nil
+}
+
+// dhtNode is one of those responsible for a point of the key space.
+func (n *Node) dhtNode(rank int, id peer.ID, point keys.Point) *apiv1.DhtNode {
+	d := keys.Distance(point, keys.OfPeer(id))
+	out := &apiv1.DhtNode{Rank: uint32(rank), Name: n.nameOf(id), Id: id.String(), Distance: hex.EncodeToString(d[:8])}
+	if m, ok := n.members.Member(id); ok {
+		out.State = m.State.String()
+		out.Eligible = m.State == members.Alive && !m.NoVoter && !m.Draining && m.Role != components.RoleWorker
+		out.Voter = slices.Contains(n.arbiter.Status().Voters, id)
+	}
+	return out
 }
 
 // findNode returns a member by name or id.

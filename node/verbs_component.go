@@ -2,10 +2,8 @@ package node
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -46,6 +44,10 @@ func (v *verbs) lifecycle(ctx context.Context, what string, r *apiv1.LifecycleRe
 	s, err := n.find(what, r.GetComponent())
 	if err != nil {
 		return nil, err
+	}
+	if (s.eff.EachNode || s.eff.Count > 1) && len(s.instances) == 1 && !slices.Contains([]string{s.component, s.eff.Name}, r.GetComponent()) {
+		return nil, api.Fail(connect.CodeFailedPrecondition, what+" "+s.instances[0], "it is one instance of "+s.component+", and what is laid over a manifest holds for all of them",
+			"coppice "+what+" "+s.component)
 	}
 	what += " " + s.component
 	if err := n.layOver(ctx, s, change); err != nil {
@@ -330,13 +332,21 @@ func (v *verbs) Unpin(ctx context.Context, r *apiv1.UnpinRequest) (*apiv1.UnpinR
 	out := &apiv1.UnpinResponse{Component: s.component}
 	for _, it := range components.Overlays(s.app.Application) {
 		if it.Component == s.component {
-			out.Cleared = append(out.Cleared, it.Key+"="+it.Value)
+			out.Cleared = append(out.Cleared, it.Key+"="+n.shownValue(it))
 		}
 	}
 	if err := n.layOver(ctx, s, func(o *componentsv1.Overlay) { proto.Reset(o) }); err != nil {
 		return nil, fail("unpin "+s.component, err)
 	}
 	return out, nil
+}
+
+// shownValue is what a command laid over a manifest, for people: a node by its name.
+func (n *Node) shownValue(it components.OverlayItem) string {
+	if id, err := peer.Decode(it.Value); err == nil && strings.HasPrefix(it.Key, "node of ") {
+		return n.nameOf(id)
+	}
+	return it.Value
 }
 
 func (v *verbs) Checkpoint(ctx context.Context, r *apiv1.CheckpointRequest) (*apiv1.CheckpointResponse, error) {
@@ -376,121 +386,6 @@ func (v *verbs) Checkpoint(ctx context.Context, r *apiv1.CheckpointRequest) (*ap
 		out.Replicas = append(out.Replicas, n.nameOf(h))
 	}
 	return out, nil
-}
-
-func (v *verbs) Attr(ctx context.Context, r *apiv1.AttrRequest) (*apiv1.AttrResponse, error) {
-	n := v.n
-	s, err := n.find("attr", r.GetComponent())
-	if err != nil {
-		return nil, err
-	}
-	what := "attr " + s.component
-	desc, err := n.registry.Description(ctx, s.eff.Digest)
-	if err != nil && !systemComponent(s.component) {
-		return nil, fail(what, err)
-	}
-	out := &apiv1.AttrResponse{Component: s.component, DryRun: r.GetDryRun()}
-	set := map[string]string{}
-	for k, val := range r.GetSet() {
-		spec := attributeSpec(desc, k)
-		if spec == nil {
-			return nil, api.Fail(connect.CodeNotFound, what, fmt.Sprintf("it has no attribute %q; it has %v", k, attributeNames(desc)), "coppice attr "+s.component)
-		}
-		if spec.GetReadOnly() {
-			return nil, api.Fail(connect.CodeFailedPrecondition, what, k+" can only be read", "")
-		}
-		if !json.Valid([]byte(val)) {
-			quoted, err := json.Marshal(val)
-			if err != nil {
-				return nil, fail(what, err)
-			}
-			val = string(quoted)
-		}
-		set[k] = val
-		out.RestartNeeded = out.RestartNeeded || spec.GetRestartToApply()
-	}
-	if len(set) > 0 {
-		if err := v.checkAttributes(ctx, what, s, set); err != nil {
-			return nil, err
-		}
-		if !r.GetDryRun() {
-			if err := n.layOver(ctx, s, func(o *componentsv1.Overlay) {
-				if o.Attributes == nil {
-					o.Attributes = map[string]string{}
-				}
-				maps.Copy(o.Attributes, set)
-			}); err != nil {
-				return nil, fail(what, err)
-			}
-			if s, err = n.find("attr", s.component); err != nil {
-				return nil, err
-			}
-		}
-	}
-	out.Attributes, out.Revision = attributeInfos(desc, s), s.app.revision
-	return out, nil
-}
-
-func (v *verbs) Bind(ctx context.Context, r *apiv1.BindRequest) (*apiv1.BindResponse, error) {
-	n := v.n
-	s, err := n.find("bind", r.GetComponent())
-	if err != nil {
-		return nil, err
-	}
-	what := fmt.Sprintf("bind %s %s", s.component, r.GetInterface())
-	target, err := n.find("bind to", r.GetTarget())
-	if err != nil {
-		return nil, err
-	}
-	desc, err := n.registry.Description(ctx, s.eff.Digest)
-	if err != nil {
-		return nil, fail(what, err)
-	}
-	var required []string
-	for _, i := range desc.GetRequires() {
-		required = append(required, i.GetName())
-	}
-	if !slices.Contains(required, r.GetInterface()) {
-		return nil, api.Fail(connect.CodeNotFound, what, fmt.Sprintf("it requires no interface of this name; it requires %v", required), "coppice inspect "+s.component)
-	}
-	to := target.component
-	if len(target.instances) == 1 && strings.HasSuffix(r.GetTarget(), target.instances[0]) {
-		to = target.instances[0]
-	}
-	return v.rebind(ctx, what, s, func(o *componentsv1.Overlay) {
-		if o.Bindings == nil {
-			o.Bindings = map[string]string{}
-		}
-		o.Bindings[r.GetInterface()] = to
-	})
-}
-
-func (v *verbs) Unbind(ctx context.Context, r *apiv1.UnbindRequest) (*apiv1.BindResponse, error) {
-	s, err := v.n.find("unbind", r.GetComponent())
-	if err != nil {
-		return nil, err
-	}
-	return v.rebind(ctx, "unbind "+s.component, s, func(o *componentsv1.Overlay) {
-		if o.Bindings == nil {
-			o.Bindings = map[string]string{}
-		}
-		o.Bindings[r.GetInterface()] = ""
-	})
-}
-
-func (v *verbs) rebind(ctx context.Context, what string, s subject, change func(*componentsv1.Overlay)) (*apiv1.BindResponse, error) {
-	if err := v.n.layOver(ctx, s, change); err != nil {
-		return nil, fail(what, err)
-	}
-	s, err := v.n.find(what, s.component)
-	if err != nil {
-		return nil, err
-	}
-	list, err := v.n.bindings(ctx, s)
-	if err != nil {
-		return nil, fail(what, err)
-	}
-	return &apiv1.BindResponse{Component: s.component, Bindings: list}, nil
 }
 
 func (v *verbs) Why(ctx context.Context, r *apiv1.WhyRequest) (*apiv1.WhyResponse, error) {

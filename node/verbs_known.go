@@ -179,8 +179,9 @@ func (v *verbs) DhtGet(ctx context.Context, r *apiv1.DhtGetRequest) (*apiv1.DhtG
 		out.Agree, out.AgeMs = uint32(agree), ms(own.Age)
 	}
 	for i, id := range n.records.Holders(key) {
-		d := keys.Distance(keys.Of(key), keys.OfPeer(id))
-		out.Holders = append(out.Holders, &apiv1.DhtNode{Rank: uint32(i + 1), Name: n.nameOf(id), Id: id.String(), Distance: fmt.Sprintf("%x", d[:8]), Holds: true})
+		holder := n.dhtNode(i+1, id, keys.Of(key))
+		holder.Holds = true
+		out.Holders = append(out.Holders, holder)
 	}
 	return out, nil
 }

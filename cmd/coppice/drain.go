@@ -49,7 +49,14 @@ func (c *cli) drained(st *connect.ServerStreamForClient[apiv1.DrainUpdate], what
 		case last.State == "moving":
 			p.state("%s → %s, %d left", last.Instance, last.To, last.Remaining)
 		default:
-			p.step("%s %s %s %s", last.Instance, last.State, last.To, last.Reason)
+			line := last.Instance + " " + last.State
+			if last.To != "" {
+				line += " to " + last.To
+			}
+			if last.Reason != "" {
+				line += ": " + last.Reason
+			}
+			p.step("%s", line)
 		}
 	}
 	p.clear()

@@ -12,7 +12,7 @@ func (c *cli) moveCmd() *cobra.Command {
 	return c.command(spec{
 		group: groupOne, use: "move COMPONENT NODE", short: "Move a running component to another node, with its state",
 		long: "Move a running component to another node while it serves; prints the pause, the bytes and the calls delayed. It stays there until\n" +
-			"unpin or the next deploy.",
+			"unpin.",
 		example: examples("coppice move shop/store n3", "", "coppice move shop/web-1 n2", "one instance of several"),
 		min:     2, max: 2, timeout: actTimeout + transferSlack, args: both(c.componentNames(true), c.nodeNames(1)),
 		run: func(ctx context.Context, args []string) error {

@@ -51,7 +51,11 @@ func (c *cli) interfacesText(w io.Writer, title string, list []*apiv1.Interface)
 		if i.Path != "" {
 			notes += " at " + i.Path
 		}
-		fmt.Fprintf(w, "  %s  %s %s%s\n", i.Name, i.Kind, i.Service, c.paint(dim)(notes))
+		service := ""
+		if i.Service != "" {
+			service = " " + i.Service
+		}
+		fmt.Fprintf(w, "  %s  %s%s%s\n", i.Name, i.Kind, service, c.paint(dim)(notes))
 		for _, m := range i.Methods {
 			in, out := m.Input, m.Output
 			if m.ClientStreaming {

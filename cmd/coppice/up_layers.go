@@ -40,7 +40,11 @@ func layer(fs *pflag.FlagSet, getenv func(string) string) error {
 		if bad != nil || fl.Changed || fl.Name == "config" || slices.Contains(globalFlags, fl.Name) {
 			return
 		}
-		if v := getenv(envName(fl.Name)); v != "" {
+		v := getenv(envName(fl.Name))
+		if fl.Name == "api" && !strings.Contains(v, "://") {
+			v = "" // the name of a node: that is for the commands which talk to one
+		}
+		if v != "" {
 			bad = set(fs, fl.Name, []string{v}, "$"+envName(fl.Name))
 		} else if x, ok := file[fl.Name]; ok {
 			bad = set(fs, fl.Name, x.values, x.at)
