@@ -18,9 +18,9 @@ import (
 
 // schedules is how many seeds TestChaos runs: ARBITER_SCHEDULES, or a few. ARBITER_SEED runs one.
 func schedules(t *testing.T) (from, n uint64) {
-	n = 30
+	n = 12
 	if testing.Short() {
-		n = 8
+		n = 4
 	}
 	if s := os.Getenv("ARBITER_SCHEDULES"); s != "" {
 		v, err := strconv.ParseUint(s, 10, 64)

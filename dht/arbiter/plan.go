@@ -68,7 +68,8 @@ func wanted(n, most int) int {
 	return 7
 }
 
-// settleAfter is how long everybody must have been up less than for the cluster to count as young.
+// eligible says whether a member may vote. young: nobody has been up for settle yet; former: it has voted before, with the disk that its id
+// stands for.
 func eligible(m Member, former, young bool, settle time.Duration) bool {
 	return m.Alive && !m.NoVoter && !m.Draining && (m.Role == "" || m.Role == "full" || m.Role == "voter") && (former || young || m.For >= settle)
 }
