@@ -9,7 +9,6 @@ import (
 
 	"github.com/coppice-project/coppice/dht/peers"
 	ds "github.com/ipfs/go-datastore"
-	"github.com/libp2p/go-libp2p"
 	record "github.com/libp2p/go-libp2p-record"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
@@ -30,8 +29,8 @@ type Config struct {
 	// Listen holds multiaddrs; empty: the profile's default. Advertise holds what others are told instead of the addresses listened on:
 	// host, host:port or multiaddr.
 	Listen, Advertise []string
-	// HostOptions, when there are any, replace the TCP transport (simulations).
-	HostOptions []libp2p.Option
+	// NewHost builds the host, which must not listen yet; for simulations. nil: one over TCP.
+	NewHost func(HostParams) (host.Host, error)
 
 	// Datastore keeps kad-dht's records; Validator judges the records of namespace "kb".
 	Datastore ds.Batching

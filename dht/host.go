@@ -1,7 +1,6 @@
 package dht
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -12,17 +11,12 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/libp2p/go-libp2p"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
-	"github.com/libp2p/go-libp2p/core/transport"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
-	"github.com/libp2p/go-libp2p/p2p/net/swarm"
-	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
-	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
@@ -56,7 +50,7 @@ const (
 	connGrace           = 20 * time.Second
 )
 
-// newHost builds the libp2p host without listening yet.
+// newHost builds the host without listening yet.
 func newHost(cfg *Config, adv *advertiser) (host.Host, error) {
 	t := timings[cfg.Profile]
 	limits, err := newLimits()
@@ -65,32 +59,18 @@ func newHost(cfg *Config, adv *advertiser) (host.Host, error) {
 	}
 	cm, err := connmgr.NewConnManager(connsLow, connsHigh, connmgr.WithGracePeriod(connGrace))
 	if err != nil {
-		return nil, fmt.Errorf("connection manager: %w", err)
+		return nil, fmt.Errorf("connection manager: %w", errors.Join(err, limits.Close()))
 	}
 	mux := *yamux.DefaultTransport
 	mux.KeepAliveInterval, mux.ConnectionWriteTimeout = t.keepAlive, t.writeTimeout
-	opts := []libp2p.Option{
-		libp2p.Identity(cfg.Identity),
-		libp2p.NoListenAddrs,
-		libp2p.Security(libp2ptls.ID, libp2ptls.New),
-		libp2p.Muxer(yamux.ID, &mux),
-		libp2p.DisableRelay(),
-		libp2p.DisableMetrics(),
-		libp2p.DisableIdentifyAddressDiscovery(),
-		libp2p.ForceReachabilityPublic(),
-		libp2p.Ping(false),
-		libp2p.UDPBlackHoleSuccessCounter(nil),
-		libp2p.IPv6BlackHoleSuccessCounter(nil),
-		libp2p.ResourceManager(limits),
-		libp2p.ConnectionManager(cm),
-		libp2p.AddrsFactory(adv.addrs),
-		libp2p.UserAgent("coppice"),
-		libp2p.SwarmOpts(swarm.WithDialTimeout(t.dial), swarm.WithDialTimeoutLocal(t.dialLocal), swarm.WithDialRanker(swarm.NoDelayDialRanker)),
+	build := cfg.NewHost
+	if build == nil {
+		build = tcpHost
 	}
-	if len(cfg.HostOptions) == 0 {
-		opts = append(opts, libp2p.Transport(newTCP))
-	}
-	h, err := libp2p.New(append(opts, cfg.HostOptions...)...)
+	h, err := build(HostParams{
+		Identity: cfg.Identity, UserAgent: "coppice", Muxer: &mux, Limits: limits, Conns: cm,
+		Announce: adv.addrs, DialTimeout: t.dial, DialTimeoutLocal: t.dialLocal,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("build host: %w", errors.Join(err, cm.Close(), limits.Close()))
 	}
@@ -126,53 +106,6 @@ func newLimits() (network.ResourceManager, error) {
 		return nil, fmt.Errorf("resource manager: %w", err)
 	}
 	return m, nil
-}
-
-// tcpTransport is libp2p's TCP with a low-water mark on unsent bytes: bulk waits in the streams, where it can be overtaken, and not in
-// the kernel's buffer in front of a heartbeat.
-type tcpTransport struct {
-	*tcp.TcpTransport
-	upgrader transport.Upgrader
-}
-
-func newTCP(u transport.Upgrader, r network.ResourceManager) (*tcpTransport, error) {
-	dialer := func(ma.Multiaddr) (tcp.ContextDialer, error) { return &net.Dialer{Control: lowWater}, nil }
-	t, err := tcp.NewTCPTransport(u, r, nil, tcp.DisableReuseport(), tcp.WithDialerForAddr(dialer))
-	if err != nil {
-		return nil, err
-	}
-	return &tcpTransport{t, u}, nil
-}
-
-// Listen implements transport.Transport.
-func (t *tcpTransport) Listen(a ma.Multiaddr) (transport.Listener, error) {
-	nw, addr, err := manet.DialArgs(a)
-	if err != nil {
-		return nil, err
-	}
-	l, err := (&net.ListenConfig{}).Listen(context.Background(), nw, addr)
-	if err != nil {
-		return nil, err
-	}
-	ml, err := manet.WrapNetListener(lowWaterListener{l})
-	if err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	return t.upgrader.UpgradeGatedMaListener(t, t.upgrader.GateMaListener(ml)), nil
-}
-
-// lowWaterListener marks what it accepts; not every kernel hands the mark down from the listening socket.
-type lowWaterListener struct{ net.Listener }
-
-// Accept implements net.Listener. A connection that cannot be marked works all the same.
-func (l lowWaterListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if t, ok := c.(*net.TCPConn); ok && err == nil {
-		if raw, err := t.SyscallConn(); err == nil {
-			_ = lowWater("", "", raw) //nolint:errcheck // see above
-		}
-	}
-	return c, err
 }
 
 // defaultListen is where a node listens that was not told.

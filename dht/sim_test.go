@@ -9,10 +9,23 @@ import (
 
 	"github.com/coppice-project/coppice/dht/peers"
 	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	"github.com/libp2p/go-libp2p/x/simlibp2p"
 	"github.com/marcopolo/simnet"
 )
+
+// quicHost builds hosts as tcpHost does, over another network: libp2p's simulation speaks QUIC only.
+func quicHost(network libp2p.Option) func(HostParams) (host.Host, error) {
+	return func(p HostParams) (host.Host, error) {
+		return libp2p.New(network, libp2p.NoListenAddrs, libp2p.Identity(p.Identity), libp2p.UserAgent(p.UserAgent),
+			libp2p.ResourceManager(p.Limits), libp2p.ConnectionManager(p.Conns), libp2p.AddrsFactory(p.Announce),
+			libp2p.SwarmOpts(swarm.WithDialTimeout(p.DialTimeout), swarm.WithDialTimeoutLocal(p.DialTimeoutLocal), swarm.WithDialRanker(swarm.NoDelayDialRanker)),
+			libp2p.UDPBlackHoleSuccessCounter(nil), libp2p.IPv6BlackHoleSuccessCounter(nil),
+			libp2p.DisableRelay(), libp2p.DisableMetrics(), libp2p.DisableIdentifyAddressDiscovery(), libp2p.ForceReachabilityPublic(), libp2p.Ping(false))
+	}
+}
 
 // The whole of it in virtual time over a simulated network: join, hello, lookups, probes, and an end without a goroutine left behind
 // (the bubble checks that).
@@ -26,7 +39,7 @@ func TestInVirtualTime(t *testing.T) {
 		over := func(c *Config) {
 			n++
 			c.Listen = []string{fmt.Sprintf("/ip4/1.0.0.%d/udp/8000/quic-v1", n)}
-			c.HostOptions = []libp2p.Option{simlibp2p.QUICSimnet(sim, settings)}
+			c.NewHost = quicHost(simlibp2p.QUICSimnet(sim, settings))
 		}
 		sim.Start()
 		t.Cleanup(sim.Close)

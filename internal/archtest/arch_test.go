@@ -1,11 +1,14 @@
 package archtest
 
 import (
+	"bytes"
 	"go/parser"
 	"go/token"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -81,6 +84,33 @@ func TestComponentsStaySmall(t *testing.T) {
 			}
 		}
 	})
+}
+
+// libp2p's root package and its config link every transport there is, which makes coppice too big a program; package dht takes the
+// parts it uses. Tests may import what they want.
+func TestUnusedTransportsAreNotLinked(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "./...")
+	cmd.Dir = repo(t)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v\n%s", err, &stderr)
+	}
+	const libp2p = "github.com/libp2p/go-libp2p"
+	linked := strings.Fields(string(out))
+	for _, p := range linked {
+		unwanted := p == libp2p || strings.HasPrefix(p, "github.com/quic-go/") || strings.HasPrefix(p, "github.com/pion/")
+		for _, part := range []string{"config", "x/simlibp2p", "p2p/transport/quic", "p2p/transport/quicreuse", "p2p/transport/webrtc", "p2p/transport/webtransport"} {
+			unwanted = unwanted || p == libp2p+"/"+part || strings.HasPrefix(p, libp2p+"/"+part+"/")
+		}
+		if unwanted {
+			t.Errorf("something links %s (why: go list -deps -f '{{.ImportPath}}: {{.Imports}}' ./... | grep %s)", p, p)
+		}
+	}
+	if want := libp2p + "/p2p/transport/tcp"; !slices.Contains(linked, want) {
+		t.Errorf("nothing links %s: does this test still look at the right thing?", want)
+	}
 }
 
 func TestEveryPackageIsDocumented(t *testing.T) {
