@@ -1,15 +1,12 @@
 package components
 
 import (
-	"errors"
 	"regexp"
 	"strconv"
 	"strings"
 	"unicode/utf8"
 
-	"buf.build/go/protoyaml"
 	"go.yaml.in/yaml/v3"
-	"google.golang.org/protobuf/proto"
 
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 )
@@ -129,7 +126,6 @@ func loadDocument(r *report, lines []string, p part) *document {
 	if len(tree.Content) == 0 {
 		return nil
 	}
-	before := len(r.problems)
 	root, ok := (&expansion{d: d}).expand(tree.Content[0])
 	if !ok {
 		return nil
@@ -139,22 +135,8 @@ func loadDocument(r *report, lines []string, p part) *document {
 	if root.Kind != yaml.MappingNode {
 		return nil
 	}
-	opts := protoyaml.UnmarshalOptions{Path: "m", CustomUnmarshaler: shaped{root}}
-	if err := opts.Unmarshal(text, d.manifest); err != nil {
-		d.decodeErrors(err, len(r.problems) == before)
-	}
+	d.fill(root, d.manifest.ProtoReflect(), "")
 	return d
-}
-
-// shaped hands the checked and normalised tree to the decoder in place of the one it has parsed itself.
-type shaped struct{ root *yaml.Node }
-
-// Unmarshal never decodes itself: it only exchanges the root.
-func (s shaped) Unmarshal(node *yaml.Node, m proto.Message) (bool, error) {
-	if _, ok := m.(*componentsv1.Manifest); ok {
-		*node = *s.root
-	}
-	return false, nil
 }
 
 var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?((?s).*)$`)
@@ -182,32 +164,6 @@ func (d *document) line(n int) string {
 		return ""
 	}
 	return d.lines[n-1]
-}
-
-var decodeLine = regexp.MustCompile(`^m:(\d+):(\d+) (.*)`)
-
-// decodeErrors reports what the decoder refused. The shape was checked before, so this is for what the check does not know; when
-// nothing was reported yet, something must be.
-func (d *document) decodeErrors(err error, must bool) {
-	all := []error{err}
-	var joined interface{ Unwrap() []error }
-	if errors.As(err, &joined) {
-		all = joined.Unwrap()
-	}
-	for _, e := range all {
-		m := decodeLine.FindStringSubmatch(e.Error())
-		if m == nil {
-			if must {
-				d.add(d.root.Line, d.root.Column, "", "%s", e)
-			}
-			continue
-		}
-		line, errLine := strconv.Atoi(m[1])
-		col, errCol := strconv.Atoi(m[2])
-		if errLine == nil && errCol == nil {
-			d.add(line, col, "", "%s", m[3])
-		}
-	}
 }
 
 // problem reports something at a path's value, or at the nearest thing above it that is there. One problem a path.

@@ -9,8 +9,10 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/coppice-project/coppice/components/golden"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
 )
 
 // TestManifest runs testdata/manifest: "parse" (and "parse-later") reads the manifest in its input and prints what became of it, or every problem.
@@ -53,6 +55,28 @@ func parsed(t *testing.T, input string) string {
 		out.WriteByte('\n')
 	}
 	return out.String()
+}
+
+// The decoder reads exactly the kinds of fields that the schema has. A new kind needs its case in shapeScalar and in scalar.
+func TestManifestKindsAreDecoded(t *testing.T) {
+	var visit func(m protoreflect.MessageDescriptor)
+	visit = func(m protoreflect.MessageDescriptor) {
+		for i := range m.Fields().Len() {
+			f := m.Fields().Get(i)
+			switch {
+			case f.ContainingOneof() != nil:
+				t.Errorf("%s: part of a oneof", f.FullName())
+			case f.IsMap() && (f.MapKey().Kind() != protoreflect.StringKind || f.MapValue().Kind() != protoreflect.StringKind):
+				t.Errorf("%s: a map that is not from text to text", f.FullName())
+			case f.IsMap():
+			case f.Kind() == protoreflect.MessageKind:
+				visit(f.Message())
+			case f.Kind() != protoreflect.StringKind && f.Kind() != protoreflect.DoubleKind && f.Kind() != protoreflect.Uint32Kind:
+				t.Errorf("%s: kind %s", f.FullName(), f.Kind())
+			}
+		}
+	}
+	visit((&componentsv1.Manifest{}).ProtoReflect().Descriptor())
 }
 
 // What is hostile must neither panic nor pass.
