@@ -54,23 +54,32 @@ func (m *mirror) changed(old, now *Register) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if x := m.a.raft.Load(); x == nil || x.State() != raft.Leader {
+		m.trim()
+	}
 	m.order = append(m.order, mirrored{r, time.Now()})
 	if len(m.order) > mirrorMost {
 		m.order = slices.Clone(m.order[len(m.order)-mirrorMost:])
 	}
 }
 
-// take returns the newest state of each register changed, ordered by (incarnation, index), and drops what is older than mirrorKeep,
-// all of it with drop.
+// trim drops what a new leader need not tell any more. The caller holds mu. A leader drops nothing before it told it, but for
+// mirrorMost.
+func (m *mirror) trim() {
+	i := 0
+	for i < len(m.order) && time.Since(m.order[i].at) > mirrorKeep {
+		m.order[i] = mirrored{}
+		i++
+	}
+	m.order = m.order[i:]
+}
+
+// take returns the newest state of each register changed, ordered by (incarnation, index), and drops them; without all it only trims.
 func (m *mirror) take(all bool) []Register {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !all {
-		i := 0
-		for i < len(m.order) && time.Since(m.order[i].at) > mirrorKeep {
-			i++
-		}
-		m.order = m.order[i:]
+		m.trim()
 		return nil
 	}
 	newest := map[string]Register{}
