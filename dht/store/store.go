@@ -123,6 +123,9 @@ func (s *Store) pebbleOptions(fs, root vfs.FS, opts Options) *pebble.Options {
 	return o
 }
 
+// emptyFlush is how Pebble ends a flush that found nothing to write; it does not export the error.
+const emptyFlush = "pebble: empty table"
+
 func (s *Store) listener() *pebble.EventListener {
 	failed := func(what string, err error) {
 		if err != nil && !errors.Is(err, pebble.ErrCancelledCompaction) {
@@ -135,7 +138,12 @@ func (s *Store) listener() *pebble.EventListener {
 			s.corruptions.Add(1)
 			failed("corrupt data in "+i.Path, i.Details)
 		},
-		FlushEnd:        func(i pebble.FlushInfo) { failed("flush", i.Err) },
+		FlushEnd: func(i pebble.FlushInfo) {
+			if i.Err != nil && i.Err.Error() == emptyFlush {
+				return
+			}
+			failed("flush", i.Err)
+		},
 		CompactionEnd:   func(i pebble.CompactionInfo) { failed("compaction", i.Err) },
 		WALCreated:      func(i pebble.WALCreateInfo) { failed("create WAL", i.Err) },
 		ManifestCreated: func(i pebble.ManifestCreateInfo) { failed("create manifest", i.Err) },
