@@ -168,7 +168,7 @@ func (n *Node) membership() (dht.Token, error) {
 		if n.state.Name != n.cfg.Name && n.cfg.Name != "" {
 			n.log.Warn("the node has a new name", "was", n.state.Name, "now", n.cfg.Name)
 		}
-		return dht.Token{}, nil
+		return dht.Token{}, n.joinsItsOwn()
 	}
 	if n.cfg.Join == "" {
 		n.state.Cluster = fmt.Sprintf("%016x", n.nonce())
@@ -180,6 +180,18 @@ func (n *Node) membership() (dht.Token, error) {
 	}
 	n.state.Cluster = tok.ClusterID
 	return tok, nil
+}
+
+// joinsItsOwn refuses a token of another cluster than the one that the data folder belongs to: a node does not change sides.
+func (n *Node) joinsItsOwn() error {
+	if n.cfg.Join == "" {
+		return nil
+	}
+	tok, err := dht.DecodeToken(n.cfg.Join)
+	if err != nil || tok.ClusterID == n.state.Cluster {
+		return err
+	}
+	return fmt.Errorf("%s belongs to cluster %s, the token is for cluster %s; leave out --join, or join with another --data folder", n.cfg.Data, n.state.Cluster, tok.ClusterID)
 }
 
 // openOverlay builds what joins the node to the others. Nothing listens yet.
