@@ -70,7 +70,7 @@ func (c *Config) defaults() {
 	if len(c.Listen) == 0 {
 		c.Listen = []string{"/ip4/0.0.0.0/tcp/7400"}
 		if c.Profile == "local" {
-			c.Listen = []string{"/ip4/127.0.0.1/tcp/0"}
+			c.Listen = localListen
 		}
 	}
 	if c.Plugins == "" {

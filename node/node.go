@@ -124,6 +124,9 @@ func New(ctx context.Context, cfg Config) (_ *Node, err error) {
 	if err := n.overlay.Start(); err != nil {
 		return nil, err
 	}
+	if err := n.rememberListen(); err != nil {
+		return nil, err
+	}
 	n.members.UpdateSelf(func(i *members.Info) { i.Addrs = n.overlay.Addrs() })
 	if n.state.Certificate == nil {
 		if err := n.enter(ctx, token); err != nil {
@@ -200,7 +203,7 @@ func (n *Node) openOverlay() (err error) {
 	isMember := func(id peer.ID) bool { return n.members != nil && n.members.IsMember(id) }
 	validator := records.NewValidator(isMember)
 	n.overlay, err = dht.New(dht.Config{
-		Cluster: n.state.Cluster, Identity: n.key, Profile: n.cfg.Profile, Listen: n.cfg.Listen, Advertise: n.cfg.Advertise,
+		Cluster: n.state.Cluster, Identity: n.key, Profile: n.cfg.Profile, Listen: n.listenAddrs(), Advertise: n.cfg.Advertise,
 		Datastore: late, Validator: record.NamespacedValidator{"kb": validator},
 		Member: isMember, Alive: n.isAlive, Members: n.aliveIDs, Addrs: n.addrsOf,
 		Certificate: func() []byte { return n.state.Certificate }, Info: func() []byte { return members.EncodeInfo(n.members.Self().Info) },

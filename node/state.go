@@ -14,12 +14,15 @@ import (
 
 const stateFormat = 1
 
-// state is what a data folder says about the cluster it belongs to. It is written once, when the node joins or founds it.
+// state is what a data folder says about the cluster it belongs to. It is written when the node joins or founds it, and when it listens
+// at another free port than the last time.
 type state struct {
 	Format      int    `json:"format"`
 	Cluster     string `json:"cluster"`
 	Name        string `json:"name"`
 	Certificate []byte `json:"certificate"`
+
+	Listen []string `json:"listen,omitempty"` // what localListen became
 }
 
 func loadState(fs vfs.FS, path string) (state, bool, error) {

@@ -235,7 +235,7 @@ func (v *verbs) Leave(ctx context.Context, r *apiv1.LeaveRequest, s *connect.Ser
 		return fail("leave", fmt.Errorf("hand over the vote: %w", err))
 	}
 	v.n.members.Goodbye(ctx)
-	v.n.Stop("left the cluster")
+	v.n.stopSoon("left the cluster")
 	return nil
 }
 
@@ -282,7 +282,7 @@ func (v *verbs) Down(ctx context.Context, r *apiv1.DownRequest) (*apiv1.DownResp
 	begin := time.Now()
 	if !r.GetAll() || api.ForwardedFrom(ctx) != "" {
 		n := v.n.finalCheckpoints(ctx)
-		v.n.Stop("down")
+		v.n.stopSoon("down")
 		return &apiv1.DownResponse{Nodes: []*apiv1.DownNode{{Node: v.n.cfg.Name, Stopped: true}}, Checkpoints: n, TookMs: ms(time.Since(begin))}, nil
 	}
 	out := &apiv1.DownResponse{Checkpoints: v.n.finalCheckpoints(ctx)}
@@ -315,8 +315,16 @@ func (v *verbs) Down(ctx context.Context, r *apiv1.DownRequest) (*apiv1.DownResp
 	}
 	out.Nodes = append(out.Nodes, &apiv1.DownNode{Node: v.n.cfg.Name, Stopped: true})
 	out.TookMs = ms(time.Since(begin))
-	v.n.Stop("down --all")
+	v.n.stopSoon("down --all")
 	return out, nil
+}
+
+// answerTime is what the answer to a command that ends the node gets to leave it.
+const answerTime = 200 * time.Millisecond
+
+// stopSoon ends Run once the answer that says so had time to reach who asked, maybe through another node.
+func (n *Node) stopSoon(why string) {
+	time.AfterFunc(answerTime, func() { n.Stop(why) })
 }
 
 // finalCheckpoints saves what runs here and returns how many instances that were. A failure is logged; the last acknowledged
