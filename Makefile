@@ -16,7 +16,8 @@ build: ## build bin/coppice and the shipped components (the default)
 	@[ -x $(BIN)/coppice ] || echo "building coppice; the first build of its libraries takes some minutes"
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/coppice ./cmd/coppice
 	@for p in $(PLUGINS); do $(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=1.0.0' -o $(BIN)/components/$$p ./plugins/$$p || exit 1; done
-	@# what the demo swaps to: a newer version, and one that never becomes healthy
+	@# what the demo and the benchmarks swap to: newer versions, and one that never becomes healthy
+	@$(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=1.1.0' -o $(BIN)/demo/kv-1.1.0 ./plugins/kv
 	@$(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=1.1.0' -o $(BIN)/demo/shop-1.1.0 ./plugins/shop
 	@$(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=1.2.0 -X main.broken=never-ready' -o $(BIN)/demo/shop-1.2.0 ./plugins/shop
 

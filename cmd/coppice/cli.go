@@ -108,7 +108,7 @@ func (c *cli) addCommands(root *cobra.Command) {
 		c.inspectCmd(), c.attrCmd(), c.bindCmd(), c.unbindCmd(), c.startCmd(), c.stopCmd(), c.freezeCmd(), c.thawCmd(),
 		c.swapCmd(), c.undoCmd(), c.moveCmd(), c.unpinCmd(), c.checkpointCmd(), c.callCmd(), c.whyCmd(),
 		c.logsCmd(), c.eventsCmd(), c.queryCmd(), c.dhtCmd(),
-		c.demoCmd(), c.completionCmd(), c.docsCmd(),
+		c.demoCmd(), c.benchCmd(), c.completionCmd(), c.docsCmd(),
 	)
 	root.SetHelpCommand(c.helpCmd())
 	root.SetHelpCommandGroupID(groupTool)

@@ -1,12 +1,8 @@
 package demo
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"os/exec"
 	"slices"
 	"strings"
 	"time"
@@ -18,29 +14,7 @@ import (
 
 // coppice runs a command of the binary against a node, as an operator does, and decodes what -o json prints.
 func (d *demo) coppice(ctx context.Context, on *cluster.Node, out any, args ...string) error {
-	cmd := d.cluster.Command(append(args, "-o", "json", "--api", on.API)...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("coppice %s: %w", args[0], err)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() }) // it has ended, or ends now
-	err := cmd.Wait()
-	stop()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		return errors.New(strings.TrimSpace(stderr.String()))
-	}
-	if err != nil {
-		return fmt.Errorf("coppice %s: %w", args[0], err)
-	}
-	if out == nil {
-		return nil
-	}
-	if err := json.Unmarshal(stdout.Bytes(), out); err != nil {
-		return fmt.Errorf("coppice %s: what it printed: %w", args[0], err)
-	}
-	return nil
+	return d.cluster.Coppice(ctx, on, out, args...)
 }
 
 // survivor is the first node that runs and is not the one named.
@@ -53,82 +27,22 @@ func (d *demo) survivor(not ...string) *cluster.Node {
 	return d.cluster.Nodes[0]
 }
 
-// instances lists the instances of an application as a node sees them.
-func (d *demo) instances(ctx context.Context, on *cluster.Node, app string) ([]*apiv1.Instance, error) {
-	c, err := on.Client()
-	if err != nil {
-		return nil, err
-	}
-	res, err := c.Ps(ctx, &apiv1.PsRequest{Application: app})
-	return res.GetInstances(), err
-}
-
 // store is the store's line of ps.
 func (d *demo) store(ctx context.Context, on *cluster.Node) (*apiv1.Instance, error) {
-	list, err := d.instances(ctx, on, "shop")
-	if err != nil {
-		return nil, err
-	}
-	for _, in := range list {
-		if in.GetInstance() == storeInstance {
-			return in, nil
-		}
-	}
-	return nil, fmt.Errorf("%s is not in ps", storeInstance)
+	return cluster.Instance(ctx, on, storeInstance)
 }
 
 // calm waits until every instance runs and the store's epoch has settled: from then on the death of its owner is not held against it.
 func (d *demo) calm(ctx context.Context, on *cluster.Node) error {
-	c, err := on.Client()
-	if err != nil {
-		return err
+	in, err := cluster.Calm(ctx, on, storeComponent)
+	if err == nil {
+		d.owner, d.epoch, d.pid = in.GetNode(), in.GetEpoch(), int(in.GetPid())
 	}
-	return cluster.WaitFor(ctx, time.Minute, "every instance to run and the store to settle", func(ctx context.Context) (bool, error) {
-		list, err := d.instances(ctx, on, "")
-		if err != nil {
-			return false, err
-		}
-		for _, in := range list {
-			if in.GetState() != "running" {
-				return false, fmt.Errorf("%s is %s on %s: %s", in.GetInstance(), in.GetState(), in.GetNode(), in.GetReason())
-			}
-		}
-		res, err := c.Inspect(ctx, &apiv1.InspectRequest{Component: storeComponent})
-		if err != nil {
-			return false, err
-		}
-		for _, in := range res.GetInstances() {
-			if !in.GetSettled() {
-				return false, fmt.Errorf("%s has not settled in epoch %d", in.GetInstance(), in.GetEpoch())
-			}
-			d.owner, d.epoch, d.pid = in.GetNode(), in.GetEpoch(), int(in.GetPid())
-		}
-		return true, nil
-	})
+	return err
 }
 
 // allAlive waits until every running node sees every running node alive.
-func (d *demo) allAlive(ctx context.Context) error {
-	alive := d.cluster.Alive()
-	return cluster.Each(alive, func(n *cluster.Node) error {
-		c, err := n.Client()
-		if err != nil {
-			return err
-		}
-		return cluster.WaitFor(ctx, 30*time.Second, n.Name+" to see every node alive", func(ctx context.Context) (bool, error) {
-			res, err := c.Nodes(ctx, &apiv1.NodesRequest{})
-			if err != nil {
-				return false, err
-			}
-			for _, want := range alive {
-				if !slices.ContainsFunc(res.GetNodes(), func(x *apiv1.Node) bool { return x.GetName() == want.Name && x.GetState() == "alive" }) {
-					return false, fmt.Errorf("it does not see %s alive", want.Name)
-				}
-			}
-			return true, nil
-		})
-	})
-}
+func (d *demo) allAlive(ctx context.Context) error { return d.cluster.AllAlive(ctx) }
 
 // homed waits until the voters are the eligible nodes closest to /system/placement and the first of them is the coordinator, as every
 // running node sees it, and returns them in order.
@@ -183,7 +97,7 @@ func homedAt(ctx context.Context, n *cluster.Node) ([]string, error) {
 	return first, nil
 }
 
-// sinceStep are the load's figures from a time on, of the store, or of everything.
+// since are the load's figures from a time on, of the store, or of everything.
 func (d *demo) since(from time.Time, component string) (load.Figures, error) {
 	return d.load.Figures(load.Window{From: from, To: time.Now(), Component: component})
 }

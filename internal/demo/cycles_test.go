@@ -114,7 +114,7 @@ func killCycles(t *testing.T, d *demo, n int, seed uint64) {
 			slowest = max(slowest, first.Time.Sub(at))
 			t.Logf("cycle %d: %s killed, the store was its; answered by %s after %s", cycle, victim.Name, first.Node, first.Time.Sub(at).Round(time.Millisecond))
 		}
-		must(t, sleep(ctx, time.Duration(rng.IntN(1000))*time.Millisecond))
+		must(t, cluster.Sleep(ctx, time.Duration(rng.IntN(1000))*time.Millisecond))
 		must(t, victim.Start(ctx))
 		must(t, d.allAlive(ctx))
 		must(t, d.calm(ctx, d.cluster.Nodes[0]))
@@ -144,7 +144,7 @@ func stopped(t *testing.T, d *demo, hold time.Duration) {
 	must(t, err)
 	t.Logf("%s suspended: answered by %s after %s", victim.Name, first.Node, first.Time.Sub(at).Round(time.Millisecond))
 	d.isolated = startProbe(victim, epoch, pid)
-	must(t, sleep(ctx, hold-time.Since(at)))
+	must(t, cluster.Sleep(ctx, hold-time.Since(at)))
 	text, err := d.wake(ctx)
 	must(t, err)
 	t.Log(strings.TrimSpace(text))

@@ -135,7 +135,7 @@ func (d *demo) deploy(ctx context.Context) (string, error) {
 		}
 	}
 	took := time.Since(begin)
-	list, err := d.instances(ctx, n1, "")
+	list, err := cluster.Instances(ctx, n1)
 	if err != nil {
 		return "", err
 	}
@@ -183,7 +183,7 @@ func (d *demo) startLoad(ctx context.Context) (string, error) {
 		return "", err
 	}
 	from := time.Now().Add(time.Second)
-	if err := sleep(ctx, 5*time.Second); err != nil {
+	if err := cluster.Sleep(ctx, 5*time.Second); err != nil {
 		return "", err
 	}
 	all, err := d.since(from, "")
@@ -224,15 +224,6 @@ func (d *demo) launch(cfg load.Config) error {
 	}
 	d.began = time.Now()
 	return d.load.Start(cfg)
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-time.After(d):
-		return nil
-	}
 }
 
 // facts: any node answers for all, with the age of what it knows.

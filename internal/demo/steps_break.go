@@ -191,7 +191,7 @@ func (d *demo) wake(ctx context.Context) (string, error) {
 	}
 	took := time.Since(since)
 	if err == nil {
-		err = sleep(ctx, 500*time.Millisecond) // of asking it while it is a member again
+		err = cluster.Sleep(ctx, 500*time.Millisecond) // of asking it while it is a member again
 	}
 	p.stop()
 	d.isolated = nil

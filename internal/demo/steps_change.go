@@ -30,7 +30,7 @@ func (d *demo) swap(ctx context.Context) (string, error) {
 	if err := d.runs(ctx, "1.1.0"); err != nil {
 		return "", err
 	}
-	if err := sleep(ctx, time.Second); err != nil {
+	if err := cluster.Sleep(ctx, time.Second); err != nil {
 		return "", err
 	}
 	f, err := d.since(from, storeComponent)
@@ -82,7 +82,7 @@ func (d *demo) badVersion(ctx context.Context) (string, error) {
 	if err := d.runs(ctx, "1.1.0"); err != nil {
 		return "", err
 	}
-	if err := sleep(ctx, time.Second); err != nil {
+	if err := cluster.Sleep(ctx, time.Second); err != nil {
 		return "", err
 	}
 	f, err := d.since(from, storeComponent)
@@ -132,7 +132,7 @@ func (d *demo) allDown(ctx context.Context) (string, error) {
 		return "", err
 	}
 	from := time.Now()
-	if err := sleep(ctx, 2*time.Second); err != nil {
+	if err := cluster.Sleep(ctx, 2*time.Second); err != nil {
 		return "", err
 	}
 	f, err := d.load.Figures(load.Window{From: from, To: time.Now(), Component: storeComponent, Writes: true})
@@ -160,10 +160,10 @@ func (d *demo) cost(ctx context.Context) (string, error) {
 	if err := d.calm(ctx, d.cluster.Nodes[0]); err != nil {
 		return "", err
 	}
-	if err := sleep(ctx, costAfter); err != nil {
+	if err := cluster.Sleep(ctx, costAfter); err != nil {
 		return "", err
 	}
-	c, err := Idle(ctx, d.cluster, costFor)
+	c, err := d.cluster.Idle(ctx, costFor)
 	if err != nil {
 		return "", err
 	}
@@ -175,57 +175,6 @@ func (d *demo) cost(ctx context.Context) (string, error) {
 	d.figure("rss_mib", c.RSS)
 	d.figure("cpu_percent", c.CPU)
 	return fmt.Sprintf("per node idle: RSS %.0f MiB, CPU %.1f %%, %s", c.RSS, c.CPU, bytes), nil
-}
-
-// Cost is what a node process takes, the mean over the nodes.
-type Cost struct {
-	RSS     float64 // MiB
-	CPU     float64 // percent of a core
-	Bytes   float64 // sent per second over its link
-	Counted bool    // Bytes is known
-}
-
-// Idle measures the running nodes' processes, without their components', over a time.
-func Idle(ctx context.Context, c *cluster.Cluster, over time.Duration) (Cost, error) {
-	type point struct {
-		use  cluster.Usage
-		sent uint64
-	}
-	var out Cost
-	look := func(n *cluster.Node) (point, error) {
-		use, err := cluster.UsageOf(n.PID())
-		if err != nil {
-			return point{}, err
-		}
-		sent, ok, err := c.Network.Sent(n.Index, n.PID())
-		out.Counted = ok
-		return point{use, sent}, err
-	}
-	before := map[string]point{}
-	nodes := c.Alive()
-	for _, n := range nodes {
-		p, err := look(n)
-		if err != nil {
-			return out, err
-		}
-		before[n.Name] = p
-	}
-	if err := sleep(ctx, over); err != nil {
-		return out, err
-	}
-	for _, n := range nodes {
-		p, err := look(n)
-		if err != nil {
-			return out, err
-		}
-		b := before[n.Name]
-		span := p.use.Time.Sub(b.use.Time).Seconds()
-		k := float64(len(nodes))
-		out.RSS += float64(p.use.RSS) / (1 << 20) / k
-		out.CPU += (p.use.CPU - b.use.CPU).Seconds() / span * 100 / k
-		out.Bytes += float64(p.sent-b.sent) / span / k
-	}
-	return out, nil
 }
 
 // verdict reads everything back once more.

@@ -1,0 +1,112 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/coppice-project/coppice/internal/bench"
+	"github.com/coppice-project/coppice/internal/cluster"
+)
+
+func (c *cli) benchCmd() *cobra.Command {
+	var runs int
+	var about strings.Builder
+	for _, n := range bench.Names() {
+		fmt.Fprintf(&about, "  %-10s %s\n", n, bench.About(n))
+	}
+	cmd := c.command(spec{
+		group: groupTool, use: "bench WHAT", short: "Measure what the platform promises, on this machine",
+		long: "Measure what the platform promises in time, with real processes and beside a baseline where there is one. Figures count on a quiet\n" +
+			"machine only; ratios compare. A benchmark that loses or doubles an answered write fails.\n\n" + about.String() +
+			"  all        all of them, one document each",
+		example: examples(
+			"coppice bench failover", "",
+			"coppice bench swap --runs 20 -o json", "for a script",
+			"coppice bench all", ""),
+		min: 1, max: 1, args: func(context.Context, []string) []string { return append(bench.Names(), "all") },
+		run: func(ctx context.Context, args []string) error { return c.bench(ctx, args[0], runs) },
+	})
+	cmd.Flags().IntVar(&runs, "runs", 10, "samples of each figure")
+	return cmd
+}
+
+func (c *cli) bench(ctx context.Context, what string, runs int) error {
+	names := []string{what}
+	if what == "all" {
+		names = bench.Names()
+	} else if bench.About(what) == "" {
+		return usagef("there is no benchmark %q: want %s or all", what, strings.Join(bench.Names(), ", "))
+	}
+	if runs < 1 || runs > 1000 {
+		return usagef("--runs %d: want 1 to 1000", runs)
+	}
+	bin, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this binary: %w", err)
+	}
+	if err := cluster.EnterUserNamespace(bin); err != nil {
+		return err
+	}
+	cfg := bench.Config{Binary: bin, Runs: runs, Progress: c.err}
+	if c.json() {
+		cfg.Progress = io.Discard
+	}
+	var failures []string
+	for _, n := range names {
+		rep, err := bench.Run(ctx, n, cfg)
+		if rep != nil && len(rep.Results) > 0 {
+			if err := c.benchReport(rep); err != nil {
+				return err
+			}
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			failures = append(failures, n+": "+err.Error())
+		}
+	}
+	if len(failures) > 0 {
+		return &failure{what: "bench", why: fmt.Sprintf("%d of %d failed", len(failures), len(names)), details: failures}
+	}
+	return nil
+}
+
+func (c *cli) benchReport(rep *bench.Report) error {
+	if c.json() {
+		raw, err := json.Marshal(rep)
+		if err != nil {
+			return fmt.Errorf("print the report: %w", err)
+		}
+		return c.document(raw)
+	}
+	t := c.table("FIGURE", "UNIT", "MEDIAN", "P99", "MIN", "MAX", "BASELINE", "RATIO")
+	for _, r := range rep.Results {
+		base, ratio := "-", "-"
+		if r.Baseline != nil && r.Ratio != nil {
+			base, ratio = fmt.Sprintf("%s (%s)", figure(*r.Baseline), r.Against), figure(*r.Ratio)
+		}
+		t.row(r.Name, r.Unit, figure(r.Median), figure(r.P99), figure(r.Min), figure(r.Max), base, ratio)
+	}
+	return c.text(func(w io.Writer) {
+		fmt.Fprintf(w, "bench %s · %s · %d runs\n", rep.Bench, rep.Machine, rep.Runs)
+		t.write(w)
+	})
+}
+
+// figure is a number as people read it.
+func figure(x float64) string {
+	switch {
+	case x == float64(int64(x)):
+		return fmt.Sprintf("%.0f", x)
+	case x >= 100:
+		return fmt.Sprintf("%.0f", x)
+	}
+	return fmt.Sprintf("%.3g", x)
+}

@@ -1,0 +1,124 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+// Coppice runs a command of the binary against a node, as an operator does, and decodes what -o json prints into out, which may be nil. What
+// the command complains of is the error.
+func (c *Cluster) Coppice(ctx context.Context, on *Node, out any, args ...string) error {
+	cmd := c.Command(append(args, "-o", "json", "--api", on.API)...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("coppice %s: %w", args[0], err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() }) // it has ended, or ends now
+	err := cmd.Wait()
+	stop()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return errors.New(strings.TrimSpace(stderr.String()))
+	}
+	if err != nil {
+		return fmt.Errorf("coppice %s: %w", args[0], err)
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(stdout.Bytes(), out); err != nil {
+		return fmt.Errorf("coppice %s: what it printed: %w", args[0], err)
+	}
+	return nil
+}
+
+// Instances lists all instances as a node sees them.
+func Instances(ctx context.Context, on *Node) ([]*apiv1.Instance, error) {
+	c, err := on.Client()
+	if err != nil {
+		return nil, err
+	}
+	res, err := c.Ps(ctx, &apiv1.PsRequest{})
+	return res.GetInstances(), err
+}
+
+// Instance is one of them.
+func Instance(ctx context.Context, on *Node, name string) (*apiv1.Instance, error) {
+	list, err := Instances(ctx, on)
+	if err != nil {
+		return nil, err
+	}
+	for _, in := range list {
+		if in.GetInstance() == name {
+			return in, nil
+		}
+	}
+	return nil, fmt.Errorf("%s is not in ps", name)
+}
+
+// Calm waits until every instance runs and the epoch of a component's only instance has settled: from then on the death of its owner is not
+// held against it. It returns that instance.
+func Calm(ctx context.Context, on *Node, component string) (*apiv1.InspectInstance, error) {
+	c, err := on.Client()
+	if err != nil {
+		return nil, err
+	}
+	var out *apiv1.InspectInstance
+	err = WaitFor(ctx, time.Minute, "every instance to run and "+component+" to settle", func(ctx context.Context) (bool, error) {
+		list, err := Instances(ctx, on)
+		if err != nil {
+			return false, err
+		}
+		for _, in := range list {
+			if in.GetState() != "running" {
+				return false, fmt.Errorf("%s is %s on %s: %s", in.GetInstance(), in.GetState(), in.GetNode(), in.GetReason())
+			}
+		}
+		res, err := c.Inspect(ctx, &apiv1.InspectRequest{Component: component})
+		if err != nil {
+			return false, err
+		}
+		if len(res.GetInstances()) != 1 {
+			return false, fmt.Errorf("%s has %d instances", component, len(res.GetInstances()))
+		}
+		out = res.GetInstances()[0]
+		if !out.GetSettled() || out.GetPid() == 0 {
+			return false, fmt.Errorf("%s has not settled in epoch %d", out.GetInstance(), out.GetEpoch())
+		}
+		return true, nil
+	})
+	return out, err
+}
+
+// AllAlive waits until every running node sees every running node alive.
+func (c *Cluster) AllAlive(ctx context.Context) error {
+	alive := c.Alive()
+	return Each(alive, func(n *Node) error {
+		cl, err := n.Client()
+		if err != nil {
+			return err
+		}
+		return WaitFor(ctx, 30*time.Second, n.Name+" to see every node alive", func(ctx context.Context) (bool, error) {
+			res, err := cl.Nodes(ctx, &apiv1.NodesRequest{})
+			if err != nil {
+				return false, err
+			}
+			for _, want := range alive {
+				if !slices.ContainsFunc(res.GetNodes(), func(x *apiv1.Node) bool { return x.GetName() == want.Name && x.GetState() == "alive" }) {
+					return false, fmt.Errorf("it does not see %s alive", want.Name)
+				}
+			}
+			return true, nil
+		})
+	})
+}
