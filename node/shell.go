@@ -36,7 +36,7 @@ func (n *Node) newShell(instance string, eff *components.Effective, hooks superv
 	cfg := membrane.Config{
 		Instance: instance, Log: n.log, Serving: hooks.Serving,
 		OnStale: func(membrane.Token) { hooks.Stale() },
-		OnHung:  func(_ *membrane.Backend, err error) { hooks.Hung(err) },
+		OnHung:  hooks.Hung,
 	}
 	if h := eff.Spec.GetHealth(); h != nil {
 		cfg.HeartbeatEvery, cfg.HeartbeatTimeout, cfg.HeartbeatMisses = duration(h.GetEvery()), duration(h.GetTimeout()), int(h.GetMisses())
@@ -72,6 +72,9 @@ func (s *shell) Credential() string {
 	s.socket.Allow(c)
 	return c
 }
+
+// Forbid ends what Credential began.
+func (s *shell) Forbid(credential string) { s.socket.Forbid(credential) }
 
 // Bind sets the bindings of the manifest and, where it says nothing, those whose names agree with a component of the application.
 func (s *shell) Bind(eff *components.Effective) error {

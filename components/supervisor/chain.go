@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"google.golang.org/protobuf/encoding/protodelim"
 	"google.golang.org/protobuf/proto"
@@ -25,15 +26,17 @@ const (
 	chainFormat = 1
 	// inlineFrames is how many bytes of frames ride inside a delta's own node. Above it they become a stream of pages.
 	inlineFrames = 512 << 10
-	// maxChain is how many deltas may follow a base before the next base is written: it bounds what a restore reads one by one.
+	// maxChain is how many deltas may follow a base before the next base is begun, beside the calls: it bounds what a restore reads one
+	// by one.
 	maxChain = 256
+	// fullChain is where commits wait for the next base: compaction does not keep up.
+	fullChain = 4096
+	// longestChain is what a reader takes: more than any writer makes.
+	longestChain = 16 * fullChain
 	// minCompactBytes keeps small states from being rewritten all the time: a chain is compacted when its deltas outweigh the base
 	// and this many bytes.
 	minCompactBytes = 1 << 20
 )
-
-// errNoState says that an instance has no committed checkpoint: it starts empty.
-var errNoState = errors.New("no checkpoint")
 
 // frameBuffer collects the frames of a checkpoint in their stored form: delimited messages, one after another.
 type frameBuffer struct {
@@ -108,29 +111,31 @@ func putHead(store *blobs.Store, kind string, links []blobs.Link, meta *componen
 	return &chainHead{link: link, meta: head}, nil
 }
 
-// readHead returns the head of a root that is here.
-func readHead(store *blobs.Store, root blobs.Hash) (*chainHead, *componentsv1.CheckpointMeta, blobs.Node, error) {
+// readHead returns the head of a root that is here, and its node.
+func readHead(store *blobs.Store, root blobs.Hash) (*chainHead, blobs.Node, error) {
 	node, err := store.Get(root)
 	if err != nil {
-		return nil, nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: %w", root, err)
+		return nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: %w", root, err)
 	}
 	if node.Kind != kindBase && node.Kind != kindDelta {
-		return nil, nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: it is a %q, no checkpoint", root, node.Kind)
+		return nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: it is a %q, no checkpoint", root, node.Kind)
 	}
-	var meta componentsv1.CheckpointMeta
-	if err := proto.Unmarshal(node.Data, &meta); err != nil {
-		return nil, nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: %w", root, err)
+	if node.Kind == kindDelta && len(node.Links) == 0 {
+		return nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: a delta without the root before it", root)
+	}
+	meta := &componentsv1.CheckpointMeta{}
+	if err := proto.Unmarshal(node.Data, meta); err != nil {
+		return nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: %w", root, err)
 	}
 	if meta.GetFormat() != chainFormat {
-		return nil, nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: its format %d is not known to this version; upgrade this node", root, meta.GetFormat())
+		return nil, blobs.Node{}, fmt.Errorf("read checkpoint %s: its format %d is not known to this version; upgrade this node", root, meta.GetFormat())
 	}
 	bytes := uint64(len(node.Data))
 	for _, l := range node.Links {
 		bytes += l.Bytes
 	}
-	head := proto.Clone(&meta).(*componentsv1.CheckpointMeta)
-	head.Frames = nil
-	return &chainHead{link: blobs.Link{Hash: root, Bytes: bytes}, meta: head}, &meta, node, nil
+	meta.Frames = nil
+	return &chainHead{link: blobs.Link{Hash: root, Bytes: bytes}, meta: meta}, node, nil
 }
 
 // chainSteps lists the nodes from the base up to root, without those up to and including after (zero: from the base).
@@ -138,7 +143,7 @@ func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Node, *chai
 	var steps []blobs.Node
 	var newest *chainHead
 	for at := root; at != after; {
-		head, _, node, err := readHead(store, at)
+		head, node, err := readHead(store, at)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -149,14 +154,12 @@ func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Node, *chai
 		if node.Kind == kindBase {
 			break
 		}
-		if len(steps) > 4*maxChain {
+		if len(steps) > longestChain {
 			return nil, nil, fmt.Errorf("read checkpoint %s: its chain does not end", root)
 		}
 		at = node.Links[0].Hash
 	}
-	for i, j := 0, len(steps)-1; i < j; i, j = i+1, j-1 {
-		steps[i], steps[j] = steps[j], steps[i]
-	}
+	slices.Reverse(steps)
 	return steps, newest, nil
 }
 

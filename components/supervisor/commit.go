@@ -16,45 +16,37 @@ import (
 // pushAttempt bounds one try to have a root acknowledged: after it the holders are chosen anew, without those who have died since.
 const pushAttempt = 2 * time.Second
 
+// proposal is a commit that was handed to the arbiter.
+type proposal struct {
+	head *chainHead
+	req  arbiter.CommitRequest
+}
+
 // commit makes head the instance's restore point: first on w holders' disks, then in the arbiter's log. It returns nil only when
-// both are so (DESIGN.md §10 G3), errFenced when the epoch is over, and otherwise keeps trying until ctx ends.
+// both are so (DESIGN.md §10 G3), errFenced or errForeign when it never will be, and otherwise keeps trying until ctx ends.
 func (s *saver) commit(ctx context.Context, head *chainHead) error {
 	s.mu.Lock()
 	seq := s.saved.Seq + 1
-	s.acked = map[peer.ID]bool{}
+	s.ackedNext = map[peer.ID]bool{}
+	s.doubt = &proposal{head: head} // late acknowledgements of this root count from now on
 	s.mu.Unlock()
-	for {
+	for wait := 20 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
 		acked, w, err := s.push(ctx, head.link.Hash)
-		if err != nil {
-			if ctx.Err() != nil {
-				return err
-			}
-			s.cfg.log.Debug("holders are chosen anew", "instance", s.cfg.instance, "error", err)
-			if err := pause(ctx, 20*time.Millisecond); err != nil {
-				return err
-			}
-			continue
-		}
-		reg, err := s.cfg.ledger.Commit(ctx, arbiter.CommitRequest{
-			Key: s.cfg.key, Epoch: s.cfg.epoch, Nonce: s.cfg.nonce, Seq: seq, Root: head.link.Hash[:], Holders: acked, W: uint32(w),
-		})
 		if err == nil {
-			s.acknowledge(head, reg, acked)
-			return nil
+			return s.propose(ctx, &proposal{head: head, req: arbiter.CommitRequest{
+				Key: s.cfg.key, Epoch: s.cfg.epoch, Nonce: s.cfg.nonce, Seq: seq, Root: head.link.Hash[:], Holders: acked, W: uint32(w),
+			}})
 		}
-		// The same root is tried again under the same number until the answer is certain: another root under this number could be
-		// refused although this one was committed.
-		err = s.commitError(err)
-		if errors.Is(err, errFenced) || ctx.Err() != nil {
-			return err
-		}
-		s.cfg.log.Warn("commit failed; it is tried again", "instance", s.cfg.instance, "seq", seq, "error", err)
-		if err := pause(ctx, 50*time.Millisecond); err != nil {
-			return err
+		s.note(err)
+		s.cfg.log.Debug("holders are chosen anew", "instance", s.cfg.instance, "error", err)
+		if perr := pause(ctx, wait); perr != nil {
+			s.resolved()
+			return err // nothing was proposed
 		}
 	}
 }
 
+// push brings a root to its holders and returns those who acknowledged it, at least w.
 func (s *saver) push(ctx context.Context, root blobs.Hash) ([]peer.ID, int, error) {
 	to, w := s.cfg.holders()
 	if len(to) < w {
@@ -69,22 +61,94 @@ func (s *saver) push(ctx context.Context, root blobs.Hash) ([]peer.ID, int, erro
 	return acked, w, nil
 }
 
-func (s *saver) commitError(err error) error {
-	var fenced *arbiter.FencedError
-	if errors.As(err, &fenced) {
-		return fmt.Errorf("%w (epoch %d, now %d)", errFenced, s.cfg.epoch, fenced.Current.Epoch)
+// propose has the log decide about a commit. The same root is tried under the same number until it is certain how that ended: another
+// root under this number could be refused although this one was committed. When ctx ends before that, the proposal stays in doubt
+// (see settle).
+func (s *saver) propose(ctx context.Context, p *proposal) error {
+	s.mu.Lock()
+	s.doubt = p
+	s.mu.Unlock()
+	for {
+		reg, err := s.cfg.ledger.Commit(ctx, p.req)
+		if err == nil {
+			s.acknowledge(p, reg.Holders)
+			return nil
+		}
+		if verdict, certain := s.outcome(ctx, p, err); certain {
+			return verdict
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+		s.note(err)
+		s.cfg.log.Warn("commit failed; it is tried again", "instance", s.cfg.instance, "seq", p.req.Seq, "error", err)
+		if err := pause(ctx, 50*time.Millisecond); err != nil {
+			return err
+		}
 	}
-	return fmt.Errorf("commit the checkpoint of %s: %w", s.cfg.instance, err)
 }
 
-func (s *saver) acknowledge(head *chainHead, reg arbiter.Register, acked []peer.ID) {
-	s.mu.Lock()
-	s.head = head
-	s.saved = Saved{
-		Seq: reg.Seq, Root: head.link.Hash, Mark: head.meta.GetMark(), Bytes: head.link.Bytes,
-		Holders: slices.Clone(acked), At: time.Now(),
+// outcome says what became of a proposal that was answered with an error; certain false: it may still be carried out.
+func (s *saver) outcome(ctx context.Context, p *proposal, err error) (verdict error, certain bool) {
+	cur, exists, known := currentOf(err)
+	if !known {
+		rctx, cancel := context.WithTimeout(ctx, pushAttempt)
+		defer cancel()
+		var rerr error
+		if cur, exists, rerr = s.cfg.ledger.Read(rctx, p.req.Key); rerr != nil {
+			return nil, false
+		}
 	}
-	for _, id := range acked {
+	switch {
+	case exists && cur.Seq == p.req.Seq && blobs.Hash(p.req.Root) == hashFrom(cur.Root):
+		s.acknowledge(p, cur.Holders)
+		if cur.Epoch != p.req.Epoch || cur.Nonce != p.req.Nonce {
+			return s.fenced(cur), true
+		}
+		return nil, true
+	case !exists, cur.Epoch != p.req.Epoch, cur.Nonce != p.req.Nonce:
+		s.resolved()
+		return s.fenced(cur), true
+	case cur.Seq >= p.req.Seq:
+		s.resolved()
+		return fmt.Errorf("commit the checkpoint of %s: %w: seq %d is committed, this would have been %d", s.cfg.instance, errForeign, cur.Seq, p.req.Seq), true
+	}
+	return nil, false
+}
+
+// currentOf is the register as an error of the arbiter shows it.
+func currentOf(err error) (reg arbiter.Register, exists, known bool) {
+	if e, ok := errors.AsType[*arbiter.FencedError](err); ok {
+		return e.Current, e.Exists, true
+	}
+	if e, ok := errors.AsType[*arbiter.RefusedError](err); ok {
+		return e.Current, e.Exists, true
+	}
+	if e, ok := errors.AsType[*arbiter.InDoubtError](err); ok && e.Current != nil {
+		return *e.Current, true, true
+	}
+	return arbiter.Register{}, false, false
+}
+
+func (s *saver) fenced(now arbiter.Register) error {
+	return fmt.Errorf("%w (epoch %d, now %d)", errFenced, s.cfg.epoch, now.Epoch)
+}
+
+// resolved: nothing of this saver's is under way at the arbiter.
+func (s *saver) resolved() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.doubt = nil
+}
+
+func (s *saver) acknowledge(p *proposal, holders []peer.ID) {
+	s.mu.Lock()
+	s.head, s.doubt = p.head, nil
+	s.saved = Saved{
+		Seq: p.req.Seq, Root: p.head.link.Hash, Mark: p.head.meta.GetMark(), Bytes: p.head.link.Bytes, Holders: slices.Clone(holders), At: time.Now(),
+	}
+	s.acked, s.ackedNext = s.ackedNext, map[peer.ID]bool{}
+	for _, id := range p.req.Holders {
 		s.acked[id] = true
 	}
 	mark := s.saved.Mark
@@ -92,64 +156,102 @@ func (s *saver) acknowledge(head *chainHead, reg arbiter.Register, acked []peer.
 	s.cfg.committed(mark)
 }
 
+// settle makes certain how the last commit of an ended saver came out. The next process of the epoch may be given the state of the log only
+// after that: a commit that comes through later would be a checkpoint that it does not have (DESIGN.md §5, restart).
+func (s *saver) settle(ctx context.Context) error {
+	select {
+	case <-s.done:
+	case <-ctx.Done():
+		return fmt.Errorf("settle the commits of %s: %w", s.cfg.instance, ctx.Err())
+	}
+	s.mu.Lock()
+	p := s.doubt
+	s.mu.Unlock()
+	if p == nil || p.req.Key == "" {
+		return nil
+	}
+	if err := s.propose(ctx, p); err != nil && !errors.Is(err, errFenced) && !errors.Is(err, errForeign) {
+		return fmt.Errorf("settle the commits of %s: %w", s.cfg.instance, err)
+	}
+	return nil
+}
+
 // Acked is told that a holder acknowledged a root, perhaps long after the commit.
 func (s *saver) Acked(root blobs.Hash, id peer.ID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if root == s.saved.Root {
+	switch {
+	case root == s.saved.Root:
 		s.acked[id] = true
+	case s.doubt != nil && root == s.doubt.head.link.Hash:
+		s.ackedNext[id] = true
+	}
+}
+
+// keepCopies looks after the copies of the committed checkpoint.
+func (s *saver) keepCopies(ctx context.Context) {
+	tick := time.NewTicker(copiesEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		err := s.repair(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		s.mu.Lock()
+		news := err != nil && s.copyErr == nil
+		s.copyErr = err
+		s.mu.Unlock()
+		if news {
+			s.cfg.log.Warn("copies are missing; it is tried again", "instance", s.cfg.instance, "epoch", s.cfg.epoch, "error", err)
+		}
 	}
 }
 
 // repair keeps the committed root on as many live holders as it should have: late acknowledgements are recorded, and the copies of
-// dead holders are made again elsewhere.
+// dead holders are made again elsewhere. A commit meanwhile makes it pointless, not wrong.
 func (s *saver) repair(ctx context.Context) error {
 	s.mu.Lock()
 	saved := s.saved
-	have := make([]peer.ID, 0, len(s.acked))
-	for _, h := range saved.Holders {
-		if s.cfg.alive(h) {
-			s.acked[h] = true
-		}
-	}
-	for id := range s.acked {
-		if s.cfg.alive(id) {
-			have = append(have, id)
-		}
-	}
 	s.mu.Unlock()
-	if saved.Seq == 0 {
+	if saved.Seq == 0 || time.Since(saved.At) < copiesEvery {
 		return nil
 	}
+	have := slices.DeleteFunc(s.keepers(), func(id peer.ID) bool { return !s.cfg.alive(id) })
 	to, _ := s.cfg.holders()
 	missing := slices.DeleteFunc(slices.Clone(to), func(id peer.ID) bool { return slices.Contains(have, id) })
-	if len(have) < len(to) && len(missing) > 0 {
+	if want := len(to) - len(have); want > 0 && len(missing) > 0 {
 		pctx, cancel := context.WithTimeout(ctx, 10*pushAttempt)
-		got, err := s.cfg.store.Push(pctx, saved.Root, missing[:min(len(missing), len(to)-len(have))], 1)
+		got, err := s.cfg.store.Push(pctx, saved.Root, missing[:min(len(missing), want)], 1)
 		cancel()
 		if err != nil {
 			return fmt.Errorf("repair the copies of %s: %w", s.cfg.instance, err)
+		}
+		for _, id := range got {
+			s.Acked(saved.Root, id)
 		}
 		have = append(have, got...)
 	}
 	slices.Sort(have)
 	have = slices.Compact(have)
-	was := slices.Sorted(slices.Values(saved.Holders))
-	if slices.Equal(have, was) || len(have) == 0 {
+	if len(have) == 0 || slices.Equal(have, slices.Sorted(slices.Values(saved.Holders))) {
 		return nil
 	}
 	if _, err := s.cfg.ledger.SetHolders(ctx, s.cfg.key, saved.Seq, have); err != nil {
-		var refused *arbiter.RefusedError
-		if errors.As(err, &refused) {
+		if _, refused := errors.AsType[*arbiter.RefusedError](err); refused {
 			return nil // a newer checkpoint has been committed, with holders of its own
 		}
 		return fmt.Errorf("record the holders of %s: %w", s.cfg.instance, err)
 	}
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.saved.Seq == saved.Seq {
 		s.saved.Holders = have
 	}
-	s.mu.Unlock()
 	return nil
 }
 

@@ -21,8 +21,8 @@ const (
 	rankDelay = 150 * time.Millisecond
 	// rebootGrace is what a node that has just come back gets to claim its own components before its successors do.
 	rebootGrace = 300 * time.Millisecond
-	// leaseTime is how long an instance of a dead owner may still run, by its last lease: exactly-one waits it out unless the
-	// process is known to be dead (notes: T = 3 s and 1 % clock rate error on both sides).
+	// leaseTime is how long an instance of a dead owner may still run, by its last lease: exactly-one waits it out, whatever proves that
+	// the owner is dead, for its processes outlive it by their own lease (notes: T = 3 s and 1 % clock rate error on both sides).
 	leaseTime = 3060 * time.Millisecond
 	// maxRank bounds who tries at all when no successor is alive.
 	maxRank = 5
@@ -46,7 +46,7 @@ func (s *Supervisor) onMember(c members.Change) {
 		boot = c.New.Boot
 	}
 	d := death{node: c.New.ID, name: c.New.Name, boot: boot, reboot: reboot && !gone, evidence: c.New.Evidence, at: time.Now()}
-	s.goes.Go(func() { s.succeed(s.ctx, d) })
+	s.spawn(func() { s.succeed(s.ctx, d) })
 }
 
 // death is the end of one process of one node.
@@ -67,7 +67,7 @@ func (s *Supervisor) succeed(ctx context.Context, d death) {
 		if reg.Owner != d.node || reg.Boot != d.boot {
 			continue
 		}
-		s.goes.Go(func() {
+		s.spawn(func() {
 			if err := s.takeOver(ctx, reg.Key, d); err != nil && ctx.Err() == nil {
 				s.cfg.Log.Warn("take over failed; placement claims it next", "register", reg.Key, "from", d.name, "error", err)
 			}
@@ -80,7 +80,6 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	nonce := s.nonce()
-	waited := time.Duration(0)
 	for {
 		reg, ok := s.register(key)
 		if !ok || reg.Owner != d.node || reg.Boot != d.boot {
@@ -101,15 +100,13 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 		if d.reboot {
 			wait += rebootGrace
 		}
-		if s.exactlyOne(&body) && d.evidence != evidenceRefused {
-			wait = max(wait, leaseTime-time.Since(d.at))
+		if s.exactlyOne(&body) {
+			wait = max(wait, leaseTime)
 		}
-		if waited < wait {
-			step := min(wait-waited, 50*time.Millisecond)
-			if err := pause(ctx, step); err != nil {
+		if left := wait - time.Since(d.at); left > 0 {
+			if err := pause(ctx, min(left, 50*time.Millisecond)); err != nil {
 				return err
 			}
-			waited += step
 			continue
 		}
 		claimed, err := s.claimFromDead(ctx, reg, &body, d, nonce)
@@ -129,9 +126,6 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 		nonce = s.nonce()
 	}
 }
-
-// evidenceRefused is what members reports when the dead node's host refused the connection: nothing of the node runs any more.
-const evidenceRefused = "refused"
 
 // rank is this node's place among those who may take the instance over; false: others are there for it. The named successors come
 // first, in order, the dead ones skipped; without any alive it is the order of XOR distance to the instance's key.
@@ -173,8 +167,12 @@ func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, bo
 	if err != nil {
 		return arbiter.Register{}, fmt.Errorf("encode %s: %w", reg.Key, err)
 	}
+	var root arbiter.ClaimRequest
+	if next.GetDigest() != body.GetDigest() {
+		root = s.fallbackRoot(ctx, reg, body)
+	}
 	claimed, err := s.cfg.Arbiter.Claim(ctx, arbiter.ClaimRequest{
-		Key: reg.Key, Expect: reg.Epoch, Nonce: nonce, Owner: s.cfg.Self, Boot: s.cfg.Boot, Body: data,
+		Key: reg.Key, Expect: reg.Epoch, Nonce: nonce, Owner: s.cfg.Self, Boot: s.cfg.Boot, Body: data, SetRoot: root.SetRoot, Root: root.Root,
 	})
 	if err != nil {
 		return arbiter.Register{}, fmt.Errorf("claim %s after %s: %w", reg.Key, d.name, err)
@@ -199,7 +197,10 @@ func (s *Supervisor) exactlyOne(body *componentsv1.InstanceBody) bool {
 	return err == nil && eff != nil && eff.Guarantee == components.ExactlyOne
 }
 
+// pausedKey is there while the cluster as a whole is down, or on its way.
+const pausedKey = "meta/paused"
+
 func (s *Supervisor) paused() bool {
-	_, ok := s.cfg.Arbiter.Get("meta/paused")
+	_, ok := s.cfg.Arbiter.Get(pausedKey)
 	return ok
 }

@@ -43,17 +43,53 @@ type generation struct {
 	proc     runner.Process
 	comp     componentv1.ComponentClient
 	back     *membrane.Backend
+	// credential that its process uses the node socket with.
+	credential string
 
 	token components.Token
-	nonce uint64
+	nonce uint64     // of the claim that made the epoch; 0 before it is saved
 	head  *chainHead // of the chain it was restored from or has written
 	saved Saved
 	mark  uint64 // journal mark it was restored to
 
-	saver     *saver
-	saverEnd  chan error
-	stopSaver context.CancelFunc
-	since     time.Time
+	saver    *saver
+	endSaver context.CancelFunc
+	since    time.Time // it has run as owner since then
+}
+
+// stopSaver has the saver end; it may be finishing a commit for a moment yet.
+func (g *generation) stopSaver() {
+	if g.endSaver != nil {
+		g.endSaver()
+	}
+}
+
+// waits says whether answers of the process wait for their commit.
+func waits(g *generation, eff *components.Effective) bool {
+	return mode(g, eff) == componentsv1.Durability_DURABILITY_EACH_CALL
+}
+
+// mode is how the process's state is saved. Each call can only be saved where the component makes it one transaction with its reply; what
+// cannot do that is saved as often as an interval allows, and health says so.
+func mode(g *generation, eff *components.Effective) componentsv1.Durability {
+	switch {
+	case !g.stateful():
+		return componentsv1.Durability_DURABILITY_NONE
+	case eff.Durable == componentsv1.Durability_DURABILITY_EACH_CALL && !g.has(componentv1.FeatureTxnCalls):
+		return componentsv1.Durability_DURABILITY_INTERVAL
+	}
+	return eff.Durable
+}
+
+// interval is how often an interval saves.
+func interval(g *generation, eff *components.Effective) time.Duration {
+	switch {
+	case eff.Durable == componentsv1.Durability_DURABILITY_EACH_CALL && mode(g, eff) != eff.Durable:
+		return components.MinInterval
+	case eff.Interval > 0:
+		return eff.Interval
+	}
+	return components.DefaultInterval
 }
 
 func (g *generation) stateful() bool { return g.desc.GetState().GetStateful() }
@@ -65,7 +101,7 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 	g := &generation{instance: name, digest: digest, artifact: eff.ArtifactName, version: eff.Version}
 	spec := runner.Spec{
 		Instance: name, RunDir: s.runDir(name), LogDir: filepath.Join(s.cfg.LogDir, fileName(name)), DataDir: filepath.Join(s.cfg.DataDir, fileName(name)),
-		NodeSocket: sh.NodeSocket(), Credential: sh.Credential(), Limits: runner.Limits{MemoryBytes: eff.MemoryBytes, CPUMillis: eff.CPUMillis},
+		NodeSocket: sh.NodeSocket(), Limits: runner.Limits{MemoryBytes: eff.MemoryBytes, CPUMillis: eff.CPUMillis},
 		Sandbox: runner.Sandbox{Read: eff.Spec.GetSandbox().GetRead()},
 	}
 	for k, v := range eff.Spec.GetEnv() {
@@ -93,11 +129,14 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 		}
 	}
 	phase(components.Starting)
+	spec.Credential = sh.Credential()
 	proc, err := s.cfg.Runner.Start(ctx, spec)
 	if err != nil {
+		sh.Forbid(spec.Credential)
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	s.remember(proc)
+	s.remember(proc, func() { sh.Forbid(spec.Credential) })
+	g.credential = spec.Credential
 	g.proc, g.comp = proc, componentv1.NewComponentClient(proc.Conn())
 	if g.desc == nil {
 		dctx, cancel := context.WithTimeout(ctx, startDeadline)
@@ -158,9 +197,22 @@ func (g *generation) receive(ctx context.Context, frames func(send func(*compone
 }
 
 // reads says whether the process can take a state of this schema.
-func (s *Supervisor) reads(g *generation, schema uint32) bool {
-	st := g.desc.GetState()
+func (s *Supervisor) reads(g *generation, schema uint32) bool { return readsSchema(g.desc, schema) }
+
+func readsSchema(d *componentv1.Description, schema uint32) bool {
+	st := d.GetState()
 	return schema == 0 || schema == st.GetWritesSchema() || slices.Contains(st.GetReadsSchemas(), schema)
+}
+
+func isBuiltin(digest string) bool { return strings.HasPrefix(digest, BuiltinPrefix) }
+
+func (g *generation) dead() bool {
+	select {
+	case <-g.proc.Done():
+		return true
+	default:
+		return false
+	}
 }
 
 // request is what the component is told when it starts as owner of token's epoch.
@@ -188,50 +240,46 @@ func (g *generation) start(ctx context.Context, sh Shell, token components.Token
 	return nil
 }
 
-// serve puts a started process behind the held gate and lets the calls in.
-func (i *instance) serve(g *generation, eff *components.Effective) error {
+// serve puts a started process behind the held gate and lets the calls in, unless the instance is frozen: then it stays so.
+func (i *instance) serve(ctx context.Context, g *generation, eff *components.Effective) error {
 	m := i.mem()
-	m.SetDurable(eff.Durable == componentsv1.Durability_DURABILITY_EACH_CALL && g.stateful())
+	m.SetDurable(waits(g, eff))
 	g.back.SetCommitted(g.mark)
 	if err := m.Switch(g.back, tokenOf(g.token)); err != nil {
 		return err
 	}
 	m.SetVersion(g.version)
+	if st, _ := m.State(); st == membrane.Frozen {
+		return g.back.Quiesce(ctx, reasonFreeze)
+	}
 	return m.Release()
 }
 
-// save starts the goroutine that makes its state durable.
-func (i *instance) save(ctx context.Context, g *generation, reg arbiter.Register, eff *components.Effective) {
-	mode := eff.Durable
-	if !g.stateful() {
-		mode = componentsv1.Durability_DURABILITY_NONE
+// save starts the goroutine that makes its state durable. have are those who keep its root; nil: those whom the register names.
+func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Effective, have []peer.ID) {
+	ctx, cancel := context.WithCancel(i.sup.ctx)
+	if have == nil {
+		have = g.saved.Holders
 	}
-	interval := eff.Interval
-	if interval <= 0 {
-		interval = components.DefaultInterval
+	if !g.saved.Root.IsZero() && i.sup.cfg.Blobs.Complete(g.saved.Root) {
+		have = append([]peer.ID{i.sup.cfg.Self}, have...)
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	back := g.back
-	g.nonce, g.stopSaver, g.saverEnd = reg.Nonce, cancel, make(chan error, 1)
+	g.nonce, g.endSaver = reg.Nonce, cancel
 	g.saver = newSaver(saverConfig{
-		key: reg.Key, instance: i.name, digest: g.digest, version: g.version, schema: g.desc.GetState().GetWritesSchema(), epoch: reg.Epoch, nonce: reg.Nonce,
-		mode: mode, interval: interval, incremental: g.has(componentv1.FeatureIncremental), component: g.comp, store: i.sup.cfg.Blobs,
-		ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive, committed: back.SetCommitted, log: i.sup.cfg.Log,
-	}, g.head, g.saved)
+		self: i.sup.cfg.Self, key: reg.Key, instance: i.name, digest: g.digest, version: g.version, schema: g.desc.GetState().GetWritesSchema(),
+		epoch: reg.Epoch, nonce: reg.Nonce, mode: mode(g, eff), interval: interval(g, eff), incremental: g.has(componentv1.FeatureIncremental),
+		component: g.comp, store: i.sup.cfg.Blobs, ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive,
+		committed: g.back.SetCommitted, log: i.sup.cfg.Log,
+	}, g.head, g.saved, have)
 	i.mu.Lock()
 	i.sv = g.saver
 	i.mu.Unlock()
-	end := g.saverEnd
-	i.sup.goes.Go(func() {
-		end <- g.saver.run(ctx)
+	sv := g.saver
+	if !i.sup.spawn(func() {
+		sv.run(ctx)
 		i.poke()
-	})
-	if g.head == nil && mode != componentsv1.Durability_DURABILITY_NONE {
-		i.sup.goes.Go(func() {
-			if err := g.saver.Flush(ctx, true); err != nil && ctx.Err() == nil {
-				i.sup.cfg.Log.Warn("first checkpoint failed; it is tried again", "instance", i.name, "error", err)
-			}
-		})
+	}) {
+		sv.finish(errStopping)
 	}
 }
 
@@ -266,17 +314,18 @@ func (s *Supervisor) isAlive(id peer.ID) bool {
 }
 
 // end stops a process for good: gently with a grace, at once without.
-func (s *Supervisor) end(g *generation, grace time.Duration) {
+func (s *Supervisor) end(sh Shell, g *generation, grace time.Duration) {
 	if g == nil {
 		return
 	}
-	if g.stopSaver != nil {
-		g.stopSaver()
-	}
+	g.stopSaver()
 	if g.proc == nil {
 		return
 	}
 	if grace <= 0 {
+		if sh != nil {
+			sh.Forbid(g.credential)
+		}
 		if err := g.proc.Kill(); err != nil {
 			s.cfg.Log.Warn("process could not be killed", "instance", g.instance, "pid", g.proc.Ident().Pid, "error", err)
 		}

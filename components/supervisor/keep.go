@@ -37,18 +37,27 @@ func appliedFrom(eff *components.Effective) applied {
 // keep compares a running process with what it should be.
 func (i *instance) keep(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) time.Duration {
 	g := i.gen
-	select {
-	case err := <-g.saverEnd:
+	i.mu.Lock()
+	i.info.Settled = body.GetSettled()
+	h := i.hung
+	i.mu.Unlock()
+	if err, ended := g.saver.over(); ended {
 		return i.saverEnded(ctx, reg, eff, err)
-	default:
 	}
-	token := components.Token{Incarnation: reg.Incarnation, Epoch: reg.Epoch}
+	token := tokenIn(reg)
 	switch {
+	case g.dead():
+		i.died()
+		return time.Millisecond
 	case token.Compare(g.token) < 0:
 		return 20 * time.Millisecond // the local view is behind what a claim answered
 	case token.Compare(g.token) > 0:
-		return i.retoken(reg, eff, token)
-	case eff.Digest != g.digest && i.refused[eff.Digest] == "" && !eff.Frozen:
+		return i.retoken(ctx, reg, eff)
+	case h != nil && h.process == g.back && i.hangs(ctx, h):
+		return time.Millisecond
+	case i.quiet:
+		return i.unrest(ctx)
+	case i.behind(body, eff):
 		return i.follow(ctx, reg, body, eff)
 	case eff.Frozen != i.applied.frozen:
 		return i.freeze(ctx, eff)
@@ -57,25 +66,34 @@ func (i *instance) keep(ctx context.Context, reg arbiter.Register, body *compone
 	case !maps.Equal(eff.Spec.GetBindings(), i.applied.bindings):
 		return i.rebind(eff)
 	case eff.Durable != i.applied.durable || eff.Interval != i.applied.interval:
-		return i.retoken(reg, eff, token)
+		return i.retoken(ctx, reg, eff)
 	}
-	i.health(reg, eff)
-	if !body.GetSettled() {
-		if wait := i.sup.cfg.Settle - time.Since(g.since); wait > 0 {
-			return wait
-		}
-		return i.settle(ctx, reg, body)
+	i.health(body, eff)
+	if body.GetSettled() {
+		return 0
 	}
-	return 0
+	if wait := i.sup.cfg.Settle - time.Since(g.since); wait > 0 {
+		return wait
+	}
+	return i.settle(ctx, reg, body)
 }
 
-// saverEnded: the epoch was fenced, or the node is stopping.
+// behind says whether another version than the running one is desired and worth a try now.
+func (i *instance) behind(body *componentsv1.InstanceBody, eff *components.Effective) bool {
+	return eff.Digest != i.gen.digest && eff.Digest != "" && i.refused[eff.Digest] == "" && eff.Digest != body.GetReturnedFrom() && !eff.Frozen &&
+		!time.Now().Before(i.follows.until)
+}
+
+// saverEnded: the epoch was fenced, the log has another checkpoint, or the saver was stopped to be replaced.
 func (i *instance) saverEnded(ctx context.Context, reg arbiter.Register, eff *components.Effective, err error) time.Duration {
 	if !errors.Is(err, errFenced) {
-		if ctx.Err() == nil {
-			i.retoken(reg, eff, i.gen.token)
+		if ctx.Err() != nil {
+			return 0
 		}
-		return 20 * time.Millisecond
+		if errors.Is(err, errForeign) {
+			return i.relaunch("the log has a checkpoint that its process did not write")
+		}
+		return i.retoken(ctx, reg, eff)
 	}
 	rctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -86,36 +104,60 @@ func (i *instance) saverEnded(ctx context.Context, reg arbiter.Register, eff *co
 			return i.fenced(now)
 		}
 	}
-	i.kill("its epoch is over")
-	i.crashed = true
-	return time.Millisecond
+	return i.relaunch("its epoch is over")
 }
 
-// retoken continues the running process in a newer epoch of the same owner, or under another durability.
-func (i *instance) retoken(reg arbiter.Register, eff *components.Effective, token components.Token) time.Duration {
+// retoken continues the running process in a newer epoch of the same owner, or under another durability. It needs to be the state that the
+// log names.
+func (i *instance) retoken(ctx context.Context, reg arbiter.Register, eff *components.Effective) time.Duration {
 	g := i.gen
-	saved, _ := g.saver.Saved()
+	sctx, cancel := context.WithTimeout(ctx, settleWithin)
+	defer cancel()
 	g.stopSaver()
-	g.head, g.saved, g.token = g.lastHead(), saved, token
-	i.save(i.sup.ctx, g, reg, eff)
-	if err := i.mem().SetToken(tokenOf(token)); err != nil {
-		i.sup.cfg.Log.Warn("the membrane does not take the new epoch", "instance", i.name, "error", err)
+	err := g.saver.settle(sctx)
+	var now arbiter.Register
+	if err == nil {
+		now, _, err = i.sup.cfg.Arbiter.Read(sctx, i.key)
 	}
-	i.mem().SetDurable(eff.Durable == componentsv1.Durability_DURABILITY_EACH_CALL && g.stateful())
+	switch {
+	case err != nil:
+		i.show(components.Degraded, "it cannot be saved now: "+err.Error())
+		return 100 * time.Millisecond
+	case now.Epoch != reg.Epoch || now.Owner != i.sup.cfg.Self:
+		i.sup.adopt(now)
+		return 20 * time.Millisecond
+	}
+	saved, _ := g.saver.Saved()
+	if now.Seq != saved.Seq || hashFrom(now.Root) != saved.Root {
+		return i.relaunch("another checkpoint was made its state")
+	}
+	have := g.saver.keepers()
+	g.head, g.saved, g.token = g.lastHead(), saved, tokenIn(now)
+	i.save(g, now, eff, have)
+	if err := i.mem().SetToken(tokenOf(g.token)); err != nil {
+		return i.relaunch("the membrane does not take the new epoch: " + err.Error())
+	}
+	i.mem().SetDurable(waits(g, eff))
+	frozen := i.applied.frozen
 	i.note(g, eff)
+	i.applied.frozen = frozen
 	return time.Millisecond
 }
 
-// follow swaps to the version that is desired now. A version that fails is not tried again until desired state changes.
+// follow swaps to the version that is desired now. A version that fails is not tried again until desired state changes; what was not its
+// fault is tried again after a while.
 func (i *instance) follow(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) time.Duration {
-	_, err := i.swap(ctx, reg, body, eff, swapPlan{digest: eff.Digest, artifact: eff.ArtifactName, version: eff.Version, trigger: "operator", cause: "deployed"})
+	_, err := i.swap(ctx, reg, body, eff, swapPlan{digest: eff.Digest, artifact: eff.ArtifactName, version: eff.Version, trigger: "operator", cause: "deployed", again: true})
 	if err == nil {
 		return time.Millisecond
 	}
-	if ctx.Err() != nil {
-		return 0
+	if ctx.Err() != nil || i.gen == nil {
+		return time.Millisecond
 	}
-	i.refused[eff.Digest] = err.Error()
+	if _, unfit := errors.AsType[*versionError](err); unfit {
+		i.refused[eff.Digest] = err.Error()
+	}
+	i.follows.failed(err)
 	i.sup.cfg.Log.Warn("the desired version does not come up; the old one goes on", "instance", i.name, "version", eff.Version, "error", err)
 	i.sup.cfg.Events.Publish(events.Event{
 		Channel: "/apps/" + i.name, Type: "swap-failed", Trigger: "operator", Cause: err.Error(),
@@ -159,11 +201,16 @@ func (i *instance) attributes(ctx context.Context, eff *components.Effective) ti
 		}
 	}
 	_, err := i.gen.comp.SetAttributes(ctx, &componentv1.SetAttributesRequest{Json: set})
-	i.applied.attributes = maps.Clone(eff.Spec.GetAttributes())
-	if err != nil && !unimplemented(err) {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		i.sup.cfg.Log.Warn("attributes could not be set; it is tried again", "instance", i.name, "error", err)
+		return time.Second
+	case codes.OK, codes.Unimplemented:
+	default:
 		i.sup.cfg.Log.Warn("attributes were refused", "instance", i.name, "error", err)
 		i.sup.cfg.Events.Publish(events.Event{Channel: "/apps/" + i.name, Type: "attributes-refused", Cause: err.Error(), Message: i.name + " refused its attributes"})
 	}
+	i.applied.attributes = maps.Clone(eff.Spec.GetAttributes())
 	return time.Millisecond
 }
 
@@ -177,18 +224,14 @@ func (i *instance) rebind(eff *components.Effective) time.Duration {
 	return time.Millisecond
 }
 
-// unhealthy says what is wrong with a process that runs; "" nothing.
-func (i *instance) unhealthy() string {
-	i.mu.Lock()
-	hung, sv := i.hung, i.sv
-	i.mu.Unlock()
-	if hung != nil {
-		return hung.Error()
+// unhealthy says what is promised for a running process and does not hold now; "" nothing.
+func (i *instance) unhealthy(eff *components.Effective) string {
+	if _, err := i.gen.saver.Saved(); err != nil {
+		return "its state cannot be saved now: " + err.Error()
 	}
-	if sv != nil {
-		if _, err := sv.Saved(); err != nil {
-			return "its state cannot be saved now: " + err.Error()
-		}
+	if eff.Durable == componentsv1.Durability_DURABILITY_EACH_CALL && i.gen.stateful() && !waits(i.gen, eff) {
+		return fmt.Sprintf("durable: each-call needs the feature %s, which it does not have: it is saved every %s, and answers do not wait for that",
+			componentv1.FeatureTxnCalls, interval(i.gen, eff))
 	}
 	return ""
 }
@@ -203,15 +246,18 @@ func (i *instance) defaultOf(attribute string) []byte {
 }
 
 // health shows what is promised and does not hold now.
-func (i *instance) health(reg arbiter.Register, eff *components.Effective) {
-	if eff.Frozen {
-		return
-	}
-	switch why := i.refused[eff.Digest]; {
-	case eff.Digest != i.gen.digest && why != "":
-		i.show(components.Degraded, fmt.Sprintf("version %s did not come up, %s goes on: %s", eff.Version, i.gen.version, why))
-	case i.unhealthy() != "":
-		i.show(components.Degraded, i.unhealthy())
+func (i *instance) health(body *componentsv1.InstanceBody, eff *components.Effective) {
+	why := i.unhealthy(eff)
+	switch {
+	case eff.Frozen:
+	case eff.Digest != i.gen.digest && eff.Digest == body.GetReturnedFrom():
+		i.show(components.Degraded, fmt.Sprintf("version %s was never healthy, %s goes on (%s); try coppice swap with another version, or undo", eff.Version, i.gen.version, body.GetCause()))
+	case eff.Digest != i.gen.digest && i.refused[eff.Digest] != "":
+		i.show(components.Degraded, fmt.Sprintf("version %s did not come up, %s goes on: %s", eff.Version, i.gen.version, i.refused[eff.Digest]))
+	case eff.Digest != i.gen.digest && i.follows.why != "":
+		i.show(components.Degraded, fmt.Sprintf("version %s is desired, %s goes on: %s", eff.Version, i.gen.version, i.follows.why))
+	case why != "":
+		i.show(components.Degraded, why)
 	default:
 		i.show(components.Running, "")
 	}
@@ -219,9 +265,6 @@ func (i *instance) health(reg arbiter.Register, eff *components.Effective) {
 
 // settle records that the epoch has answered and held: there is nothing to fall back to any more.
 func (i *instance) settle(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody) time.Duration {
-	if why := i.unhealthy(); why != "" && body.GetFallback() != nil {
-		return i.fallBack(ctx, reg, body, why)
-	}
 	b := proto.CloneOf(body)
 	b.Settled, b.Fallback, b.Deaths = true, nil, nil
 	data, err := proto.Marshal(b)
@@ -244,21 +287,3 @@ func (i *instance) settle(ctx context.Context, reg arbiter.Register, body *compo
 	}
 	return 100 * time.Millisecond
 }
-
-// fallBack returns an unsettled epoch to the version before it.
-func (i *instance) fallBack(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, why string) time.Duration {
-	fb := body.GetFallback()
-	eff, err := i.sup.effective(body.GetComponent())
-	if err != nil || eff == nil {
-		return time.Second
-	}
-	bad := i.gen.digest
-	if _, err := i.swap(ctx, reg, body, eff, swapPlan{digest: fb.GetDigest(), artifact: fb.GetArtifactName(), version: fb.GetVersion(), trigger: "crash", cause: "never healthy: " + why, undo: true}); err != nil {
-		i.sup.cfg.Log.Warn("return to the version before failed; it is tried again", "instance", i.name, "error", err)
-		return time.Second
-	}
-	i.refused[bad] = why
-	return time.Millisecond
-}
-
-func unimplemented(err error) bool { return status.Code(err) == codes.Unimplemented }

@@ -15,18 +15,25 @@ const (
 	// outOfTouch: a node that has not heard of the arbiter for so long stops serving what it owns; elsewhere it is taken over
 	// (notes §5: about 3 s).
 	outOfTouch = 3 * time.Second
+	// confirmWithin bounds one try to read the log. It is less than the silence after which others act.
+	confirmWithin = time.Second
+	// lateBy and lateFor: a node whose own ticks came so late within that time is starved; silence of a component says little then.
+	lateBy  = 200 * time.Millisecond
+	lateFor = 5 * time.Second
 )
 
 // lease is a node's right to serve what it owns. It is asked on each call, on the way in and on the way out, so it costs two atomic
-// reads and a look at CLOCK_BOOTTIME. It is lost at once when the process was suspended, and after outOfTouch without the arbiter;
-// it comes back when the registers have been read through the log.
+// reads and a look at CLOCK_BOOTTIME. It is lost at once when the process was suspended, after outOfTouch without the arbiter, and when
+// others have called this node dead; it comes back when the registers have been read through the log.
 type lease struct {
 	boot   func() time.Duration
 	touch  func() time.Duration
 	sync   func(ctx context.Context) error
 	log    *slog.Logger
-	ticked atomic.Int64 // boot time of the last tick
-	lost   atomic.Bool
+	ticked atomic.Int64  // boot time of the last tick
+	late   atomic.Int64  // boot time of the last tick that came late
+	lost   atomic.Uint64 // how often it was lost
+	valid  atomic.Uint64 // how many of those were before the last confirmation
 }
 
 func newLease(cfg Config) *lease {
@@ -39,16 +46,20 @@ func newLease(cfg Config) *lease {
 		l.touch = func() time.Duration { return 0 }
 	}
 	l.ticked.Store(int64(l.boot()))
+	l.late.Store(int64(-2 * lateFor))
 	return l
 }
 
 // holds says whether this node may serve what it owns right now.
 func (l *lease) holds() bool {
-	return !l.lost.Load() && l.boot()-time.Duration(l.ticked.Load()) < pausedFor
+	return l.lost.Load() == l.valid.Load() && l.boot()-time.Duration(l.ticked.Load()) < pausedFor
 }
 
+// starved says whether this node itself ran late of late.
+func (l *lease) starved() bool { return l.boot()-time.Duration(l.late.Load()) < lateFor }
+
 // doubt has the ownership confirmed before anything is served again: others have given this node up.
-func (l *lease) doubt() { l.lost.Store(true) }
+func (l *lease) doubt() { l.lost.Add(1) }
 
 // run keeps the lease. When it was lost and the log has been read, judge marks what is not this node's any more, before anything is
 // served again; wake has the rest follow.
@@ -56,24 +67,9 @@ func (l *lease) run(ctx context.Context, judge, wake func()) {
 	tick := time.NewTicker(leaseTick)
 	defer tick.Stop()
 	for {
-		now := l.boot()
-		gap := now - time.Duration(l.ticked.Load())
-		away := l.touch()
-		switch {
-		case gap >= pausedFor:
-			l.log.Warn("this node did not run for a while: nothing is served before its ownership is confirmed", "gap", gap.Round(time.Millisecond))
-			l.lost.Store(true)
-		case away > outOfTouch && !l.lost.Load():
-			l.log.Warn("the arbiter is out of reach: nothing is served until it is back", "since", away.Round(time.Millisecond))
-			l.lost.Store(true)
-		}
-		l.ticked.Store(int64(now))
-		if l.lost.Load() && l.confirm(ctx) {
-			judge()
-			l.lost.Store(false)
-			l.ticked.Store(int64(l.boot()))
-			l.log.Info("ownership is confirmed: serving again")
-			wake()
+		l.look(wake)
+		if lost := l.lost.Load(); lost != l.valid.Load() {
+			l.confirm(ctx, lost, judge, wake)
 		}
 		select {
 		case <-ctx.Done():
@@ -83,9 +79,45 @@ func (l *lease) run(ctx context.Context, judge, wake func()) {
 	}
 }
 
-// confirm has the local view catch up with the log.
-func (l *lease) confirm(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+// look says whether the lease is lost now.
+func (l *lease) look(wake func()) {
+	now := l.boot()
+	gap := now - time.Duration(l.ticked.Load())
+	held := l.lost.Load() == l.valid.Load()
+	if gap > leaseTick+lateBy {
+		l.late.Store(int64(now))
+	}
+	away := l.touch()
+	switch {
+	case gap >= pausedFor:
+		l.log.Warn("this node did not run for a while: nothing is served before its ownership is confirmed", "gap", gap.Round(time.Millisecond))
+		l.lost.Add(1)
+	case away > outOfTouch && held:
+		l.log.Warn("the arbiter is out of reach: nothing is served until it is back", "since", away.Round(time.Millisecond))
+		l.lost.Add(1)
+		wake()
+	}
+	l.ticked.Store(int64(now)) // after lost was raised: between the two the gap still shows
+}
+
+// confirm has the local view catch up with the log, and takes up serving again. What was lost meanwhile stays lost.
+func (l *lease) confirm(ctx context.Context, lost uint64, judge, wake func()) {
+	begun := l.boot()
+	sctx, cancel := context.WithTimeout(ctx, confirmWithin)
 	defer cancel()
-	return l.sync(ctx) == nil
+	if l.sync(sctx) != nil {
+		l.ticked.Store(int64(l.boot())) // this try took its time; what is lost stays lost
+		return
+	}
+	judge()
+	now := l.boot()
+	if now-begun > confirmWithin+lateBy {
+		return // it was suspended between the log's answer and now: who knows who owns what since
+	}
+	l.ticked.Store(int64(now))
+	l.valid.Store(lost)
+	if l.holds() {
+		l.log.Info("ownership is confirmed: serving again")
+	}
+	wake()
 }

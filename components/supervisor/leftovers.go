@@ -16,8 +16,8 @@ import (
 // identDir holds one file per process of this node, so that the next daemon can find what this one left behind when it is killed.
 const identDir = ".processes"
 
-// remember writes down a process that was started.
-func (s *Supervisor) remember(p runner.Process) {
+// remember writes down a process that was started, until it has ended; then it tells ended.
+func (s *Supervisor) remember(p runner.Process, ended func()) {
 	dir := filepath.Join(s.cfg.DataDir, identDir)
 	b, err := json.Marshal(p.Ident())
 	if err == nil {
@@ -27,14 +27,17 @@ func (s *Supervisor) remember(p runner.Process) {
 	}
 	if err != nil {
 		s.cfg.Log.Warn("a process could not be noted; if this node is killed it ends itself when its lease lapses", "instance", p.Ident().Instance, "error", err)
-		return
 	}
-	s.goes.Go(func() {
+	watch := func() {
 		<-p.Done()
+		ended()
 		if err := os.Remove(identFile(dir, p)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			s.cfg.Log.Warn("note of a process", "error", err)
 		}
-	})
+	}
+	if !s.spawn(watch) {
+		go watch() // it began while the node was stopping and is about to end
+	}
 }
 
 func identFile(dir string, p runner.Process) string {

@@ -36,6 +36,7 @@ const (
 type prepared struct {
 	move    string
 	from    peer.ID
+	epoch   uint64 // the source's
 	gen     *generation
 	shell   Shell
 	root    blobs.Hash
@@ -67,17 +68,12 @@ func (i *instance) move(ctx context.Context, reg arbiter.Register, body *compone
 	epoch, err := i.handOver(ctx, body, to, name, p)
 	if err != nil {
 		err = fmt.Errorf("move %s to %s: %w", i.name, out.To, err)
-		if errors.Is(err, arbiter.ErrInDoubt) || i.lostOwnership(ctx) {
+		if i.lostOwnership(ctx, reg) {
 			i.kill("it may be on another node") // it may serve there already; the register says who owns it
-			i.crashed = true
 			return out, err
 		}
 		i.abort(to, name)
-		if rerr := i.resume(ctx, g); rerr != nil {
-			return out, errors.Join(err, rerr)
-		}
-		i.release()
-		return out, err
+		return out, i.goOn(ctx, err)
 	}
 	out.Pause, out.CallsHeld, out.Epoch = time.Since(pauseBegin), i.held(), epoch
 	out.Bytes, out.Took = ready.GetBytes(), time.Since(begin)
@@ -89,29 +85,33 @@ func (i *instance) move(ctx context.Context, reg arbiter.Register, body *compone
 func (i *instance) left(to peer.ID, reg arbiter.Register, epoch uint64) {
 	reg.Owner, reg.Epoch = to, epoch
 	i.shut("it moved", &reg)
-	i.sup.end(i.gen, 0)
-	i.gen = nil
+	i.sup.end(i.shell, i.gen, 0)
+	i.ended()
 }
 
 // handOver freezes the instance, commits its last state and lets the target claim.
 func (i *instance) handOver(ctx context.Context, body *componentsv1.InstanceBody, to peer.ID, name string, p swapPlan) (uint64, error) {
-	if err := i.quiesce(ctx, reasonMove); err != nil {
+	pctx, cancel := context.WithTimeout(ctx, pauseLimit)
+	defer cancel()
+	if err := i.quiesce(pctx, reasonMove); err != nil {
 		return 0, err
 	}
-	if err := i.flush(ctx); err != nil {
+	if err := i.flush(pctx); err != nil {
 		return 0, err
 	}
 	saved, _ := i.gen.saver.Saved()
 	b := proto.CloneOf(body)
-	b.Trigger, b.Cause, b.ClaimedUnixMs, b.Settled, b.Fallback = p.trigger, p.cause, uint64(time.Now().UnixMilli()), false, nil
+	b.Trigger, b.Cause, b.ClaimedUnixMs, b.Settled = p.trigger, p.cause, uint64(time.Now().UnixMilli()), false
 	b.Successors = withoutID(b.GetSuccessors(), to.String())
 	b.Successors = append([]string{i.sup.cfg.Self.String()}, b.Successors...)
 	data, err := proto.Marshal(b)
 	if err != nil {
 		return 0, err
 	}
-	fctx, cancel := context.WithTimeout(ctx, finishDeadline)
-	defer cancel()
+	// From here on the caller's patience does not count: the target may claim.
+	fctx, fcancel := context.WithTimeout(context.WithoutCancel(ctx), finishDeadline)
+	defer fcancel()
+	defer context.AfterFunc(i.sup.ctx, fcancel)()
 	var reply componentsv1.FinishMoveReply
 	err = i.sup.cfg.Caller.Call(fctx, to, protoFinish, &componentsv1.FinishMoveRequest{
 		Instance: i.name, Move: name, Root: rootBytes(saved.Root), Holders: idStrings(saved.Holders), Body: data,
@@ -127,9 +127,10 @@ func (i *instance) handOver(ctx context.Context, body *componentsv1.InstanceBody
 
 // lostOwnership asks the log whether the target has claimed although its answer did not arrive. Not knowing counts as yes: a second
 // owner must not serve.
-func (i *instance) lostOwnership(ctx context.Context) bool {
+func (i *instance) lostOwnership(ctx context.Context, reg arbiter.Register) bool {
 	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), finishDeadline)
 	defer cancel()
+	defer context.AfterFunc(i.sup.ctx, cancel)()
 	now, ok, err := i.sup.cfg.Arbiter.Read(rctx, i.key)
 	if err != nil {
 		return true
@@ -137,14 +138,19 @@ func (i *instance) lostOwnership(ctx context.Context) bool {
 	if ok {
 		i.sup.adopt(now)
 	}
-	return !ok || now.Owner != i.sup.cfg.Self
+	return !ok || now.Epoch != reg.Epoch
 }
 
 func (i *instance) abort(to peer.ID, name string) {
-	ctx, cancel := context.WithTimeout(context.Background(), finishDeadline)
+	i.sup.spawn(func() { i.sup.callOff(i.name, to, name) })
+}
+
+// callOff tells the target of a move that nothing comes of it.
+func (s *Supervisor) callOff(instance string, to peer.ID, name string) {
+	ctx, cancel := context.WithTimeout(s.ctx, finishDeadline)
 	defer cancel()
-	if err := i.sup.cfg.Caller.Call(ctx, to, protoAbort, &componentsv1.AbortMoveRequest{Instance: i.name, Move: name}, &componentsv1.AbortMoveReply{}); err != nil {
-		i.sup.cfg.Log.Warn("the target of a move was not told that it is off; it ends what it prepared by itself", "instance", i.name, "error", err)
+	if err := s.cfg.Caller.Call(ctx, to, protoAbort, &componentsv1.AbortMoveRequest{Instance: instance, Move: name}, &componentsv1.AbortMoveReply{}); err != nil {
+		s.cfg.Log.Warn("the target of a move was not told that it is off; it ends what it prepared by itself", "instance", instance, "error", err)
 	}
 }
 
@@ -161,7 +167,7 @@ func (s *Supervisor) handleMoves() {
 func (s *Supervisor) prepareMove(ctx context.Context, from peer.ID, req *componentsv1.PrepareMoveRequest) (*componentsv1.PrepareMoveReply, error) {
 	name := req.GetInstance()
 	reg, ok := s.register(components.InstanceRegister(name))
-	if !ok || reg.Owner != from {
+	if !ok || reg.Owner != from || reg.Epoch > req.GetEpoch() {
 		return nil, peers.Fail(wirev1.Failure_REFUSED, "%s is not owned by the node that wants to move it", name)
 	}
 	var body componentsv1.InstanceBody
@@ -175,7 +181,10 @@ func (s *Supervisor) prepareMove(ctx context.Context, from peer.ID, req *compone
 	if eff == nil {
 		return nil, peers.Fail(wirev1.Failure_NOT_FOUND, "no application has %s", body.GetComponent())
 	}
-	p := &prepared{move: req.GetMove(), from: from, root: hashFrom(req.GetRoot())}
+	if err := s.cleared(ctx, name); err != nil {
+		return nil, err
+	}
+	p := &prepared{move: req.GetMove(), from: from, epoch: req.GetEpoch(), root: hashFrom(req.GetRoot())}
 	if p.shell, err = s.cfg.Shell(name, eff, s.hooks(name, eff)); err != nil {
 		return nil, err
 	}
@@ -186,13 +195,9 @@ func (s *Supervisor) prepareMove(ctx context.Context, from peer.ID, req *compone
 		s.discard(p)
 		return nil, err
 	}
-	s.mu.Lock()
-	old := s.moves[name]
-	s.moves[name] = p
-	p.timer = time.AfterFunc(preparedFor, func() { s.forgetMove(name, p) })
-	s.mu.Unlock()
-	if old != nil {
-		s.discard(old)
+	if !s.keepPrepared(name, p) {
+		s.discard(p)
+		return nil, peers.Fail(wirev1.Failure_REFUSED, "%s is stopping", s.cfg.Name)
 	}
 	var n uint64
 	if p.gen.head != nil {
@@ -201,9 +206,47 @@ func (s *Supervisor) prepareMove(ctx context.Context, from peer.ID, req *compone
 	return &componentsv1.PrepareMoveReply{Bytes: n}, nil
 }
 
+// cleared returns once nothing of an earlier ownership of the instance, and of an earlier move, is left here: its membrane has the same name
+// and the same socket.
+func (s *Supervisor) cleared(ctx context.Context, name string) error {
+	s.mu.Lock()
+	old := s.moves[name]
+	delete(s.moves, name)
+	a := s.actors[name]
+	s.mu.Unlock()
+	if old != nil {
+		s.discard(old)
+	}
+	if a == nil {
+		return nil
+	}
+	a.poke()
+	select {
+	case <-a.gone:
+		return nil
+	case <-ctx.Done():
+		return peers.Fail(wirev1.Failure_REFUSED, "%s is still being ended on %s", name, s.cfg.Name)
+	}
+}
+
+// keepPrepared puts a prepared process where finishMove finds it; false: this node is stopping.
+func (s *Supervisor) keepPrepared(name string, p *prepared) bool {
+	s.mu.Lock()
+	old := s.moves[name]
+	if !s.closed {
+		s.moves[name] = p
+		p.timer = time.AfterFunc(preparedFor, func() { s.forgetMove(name, p, false) })
+	}
+	closed := s.closed
+	s.mu.Unlock()
+	if old != nil && !closed {
+		s.discard(old)
+	}
+	return !closed
+}
+
 func (s *Supervisor) prepare(ctx context.Context, p *prepared, body *componentsv1.InstanceBody, eff *components.Effective, req *componentsv1.PrepareMoveRequest) error {
-	reg := arbiter.Register{Key: components.InstanceRegister(req.GetInstance()), Holders: idsFrom(req.GetHolders())}
-	if err := s.fetch(ctx, p.root, reg); err != nil {
+	if err := s.fetch(ctx, p.root, components.InstanceRegister(req.GetInstance()), idsFrom(req.GetHolders())); err != nil {
 		return err
 	}
 	g, err := s.launch(ctx, req.GetInstance(), body.GetDigest(), eff, p.shell, func(components.State) {})
@@ -231,20 +274,27 @@ func (s *Supervisor) finishMove(ctx context.Context, from peer.ID, req *componen
 	s.mu.Unlock()
 	reg, err := s.takeMoved(ctx, p, name, req)
 	if err != nil {
-		s.forgetMove(name, p)
+		s.forgetMove(name, p, true)
 		return &componentsv1.FinishMoveReply{Refused: err.Error()}, nil
 	}
-	s.mu.Lock()
-	p.claimed = &reg
-	s.mu.Unlock()
-	s.adopt(reg)
+	s.adopt(reg) // before the actor may take the process: it has to see that the instance is this node's
+	if hashFrom(reg.Root) != hashFrom(req.GetRoot()) {
+		s.forgetMove(name, p, true) // it has not the state that was claimed; the actor starts another that does
+	} else {
+		s.mu.Lock()
+		p.claimed = &reg
+		s.mu.Unlock()
+	}
+	if a := s.actor(name); a != nil {
+		a.poke()
+	}
 	return &componentsv1.FinishMoveReply{Claimed: true, Epoch: reg.Epoch}, nil
 }
 
 func (s *Supervisor) takeMoved(ctx context.Context, p *prepared, name string, req *componentsv1.FinishMoveRequest) (arbiter.Register, error) {
 	key := components.InstanceRegister(name)
 	reg, ok := s.register(key)
-	if !ok || reg.Owner != p.from {
+	if !ok || reg.Epoch > p.epoch {
 		return arbiter.Register{}, errors.New("the instance has another owner meanwhile")
 	}
 	var body componentsv1.InstanceBody
@@ -257,19 +307,19 @@ func (s *Supervisor) takeMoved(ctx context.Context, p *prepared, name string, re
 	}
 	root := hashFrom(req.GetRoot())
 	if !root.IsZero() && root != p.root {
-		if err := s.fetch(ctx, root, arbiter.Register{Key: key, Holders: idsFrom(req.GetHolders())}); err != nil {
+		if err := s.fetch(ctx, root, key, idsFrom(req.GetHolders())); err != nil {
 			return arbiter.Register{}, err
 		}
 		if err := s.restore(ctx, p.gen, root, p.root); err != nil {
 			return arbiter.Register{}, err
 		}
 	}
-	token := components.Token{Incarnation: reg.Incarnation, Epoch: reg.Epoch + 1}
+	token := components.Token{Incarnation: reg.Incarnation, Epoch: p.epoch + 1}
 	if err := p.gen.start(ctx, p.shell, token, eff, !root.IsZero(), swapStart); err != nil {
 		return arbiter.Register{}, err
 	}
 	claimed, err := s.cfg.Arbiter.Claim(ctx, arbiter.ClaimRequest{
-		Key: key, Expect: reg.Epoch, Nonce: s.nonce(), Owner: s.cfg.Self, Boot: s.cfg.Boot, Body: req.GetBody(),
+		Key: key, Expect: p.epoch, Nonce: s.nonce(), Owner: s.cfg.Self, Boot: s.cfg.Boot, Body: req.GetBody(),
 	})
 	if err != nil {
 		return arbiter.Register{}, fmt.Errorf("claim: %w", err)
@@ -288,7 +338,7 @@ func (s *Supervisor) abortMove(_ context.Context, from peer.ID, req *componentsv
 	p := s.moves[req.GetInstance()]
 	s.mu.Unlock()
 	if p != nil && p.move == req.GetMove() && p.from == from {
-		s.forgetMove(req.GetInstance(), p)
+		s.forgetMove(req.GetInstance(), p, true)
 	}
 	return &componentsv1.AbortMoveReply{}, nil
 }
@@ -317,8 +367,26 @@ func (s *Supervisor) takePrepared(name string, epoch uint64) *prepared {
 	return p
 }
 
-func (s *Supervisor) forgetMove(name string, p *prepared) {
+// dropClaimed ends a process whose move was finished and that nobody took: the epoch it was for is over.
+func (s *Supervisor) dropClaimed(name string) {
 	s.mu.Lock()
+	p := s.moves[name]
+	if p == nil || p.claimed == nil {
+		s.mu.Unlock()
+		return
+	}
+	delete(s.moves, name)
+	s.mu.Unlock()
+	s.discard(p)
+}
+
+// forgetMove ends what was prepared for a move; unless it is asked to in any case, not while the move is being finished.
+func (s *Supervisor) forgetMove(name string, p *prepared, always bool) {
+	s.mu.Lock()
+	if p.finish && !always {
+		s.mu.Unlock()
+		return
+	}
 	if s.moves[name] == p {
 		delete(s.moves, name)
 	}
@@ -330,7 +398,7 @@ func (s *Supervisor) discard(p *prepared) {
 	if p.timer != nil {
 		p.timer.Stop()
 	}
-	s.end(p.gen, 0)
+	s.end(p.shell, p.gen, 0)
 	if p.shell != nil {
 		p.shell.Close()
 	}

@@ -1,11 +1,9 @@
 package supervisor
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"sync"
 	"time"
@@ -16,6 +14,14 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/blobs"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
+)
+
+const (
+	// retryLeast and retryMost bound the pause before a save that failed is tried again.
+	retryLeast = 50 * time.Millisecond
+	retryMost  = 2 * time.Second
+	// copiesEvery is how often the copies of the committed checkpoint are counted. A checkpoint younger than that is left to its commit.
+	copiesEvery = time.Second
 )
 
 // Saved is the last acknowledged checkpoint of an instance.
@@ -37,6 +43,7 @@ type ledger interface {
 
 // saverConfig is fixed for one generation of one epoch: one process, one owner.
 type saverConfig struct {
+	self        peer.ID
 	key         string // register
 	instance    string
 	digest      string
@@ -47,7 +54,6 @@ type saverConfig struct {
 	mode        componentsv1.Durability
 	interval    time.Duration
 	incremental bool
-	deltas      bool
 	component   componentv1.ComponentClient
 	store       *blobs.Store
 	ledger      ledger
@@ -60,11 +66,18 @@ type saverConfig struct {
 	log       *slog.Logger
 }
 
-// errFenced ends a saver whose epoch is over: another owner, or this one in a newer epoch, has claimed the instance.
-var errFenced = errors.New("fenced: the instance has a newer epoch")
+var (
+	// errFenced ends a saver whose epoch is over: another owner, or this one in a newer epoch, has claimed the instance.
+	errFenced = errors.New("fenced: the instance has a newer epoch")
+	// errForeign ends a saver that finds a checkpoint of its own epoch that it has not written: its process has another state than the log.
+	errForeign = errors.New("the register has a checkpoint that this process did not write")
+	// errSaverEnded is what those get who ask an ended saver.
+	errSaverEnded = errors.New("its process is not saved any more")
+)
 
 // saver makes the state of one running process durable, by its durability: every call, every few seconds, or when asked.
-// One goroutine (run) commits, one at a time; while a commit is under way newer effects gather for the next (group commit).
+// One goroutine (run) commits, one at a time; while a commit is under way newer effects gather for the next (group commit). Beside it
+// work: the reader of the journal (each-call), a compaction now and then, and the keeper of the copies.
 type saver struct {
 	cfg saverConfig
 
@@ -72,16 +85,26 @@ type saver struct {
 	saved   Saved
 	head    *chainHead
 	pending []entry // journal entries not yet committed, in order
-	kept    []entry // committed entries that a base under construction does not hold yet
-	basing  bool
-	newBase *chainHead
-	acked   map[peer.ID]bool // who has acknowledged the current root
-	lastErr error
+	// gap: the journal does not reach back to what is committed, so the state itself has to be asked.
+	gap bool
+	// compaction is the one under way; nil none. Whoever commits past it otherwise than by its entries abandons it.
+	compaction *compaction
+	compactAt  time.Time // not before, after one that failed
+	compactOff time.Duration
+	// doubt is the commit under way: until it is certain how it ended, no other root may be proposed under its number.
+	doubt *proposal
+	// acked are those who keep the committed root, ackedNext those who keep the one that is being committed.
+	acked, ackedNext map[peer.ID]bool
+	saveErr, copyErr error
 
 	wake    chan struct{}
 	flushes chan flushRequest
+	done    chan struct{}  // closed when run has ended and nothing of it goes on
+	end     error          // how it ended; valid once done is closed
+	beside  sync.WaitGroup // what works beside run
 }
 
+// entry is a piece of journal: all that happened up to a mark.
 type entry struct {
 	mark   uint64
 	frames []byte
@@ -92,19 +115,38 @@ type flushRequest struct {
 	done chan error
 }
 
-// newSaver continues from what is committed: head and saved are nil and zero for an instance without a checkpoint.
-func newSaver(cfg saverConfig, head *chainHead, saved Saved) *saver {
-	return &saver{
-		cfg: cfg, head: head, saved: saved, acked: map[peer.ID]bool{},
-		wake: make(chan struct{}, 1), flushes: make(chan flushRequest),
+// newSaver continues from what is committed: head and saved are nil and zero for an instance without a checkpoint. have are those who
+// are known to keep saved.Root.
+func newSaver(cfg saverConfig, head *chainHead, saved Saved, have []peer.ID) *saver {
+	s := &saver{
+		cfg: cfg, head: head, saved: saved, acked: map[peer.ID]bool{}, ackedNext: map[peer.ID]bool{},
+		wake: make(chan struct{}, 1), flushes: make(chan flushRequest), done: make(chan struct{}),
 	}
+	for _, id := range have {
+		s.acked[id] = true
+	}
+	return s
 }
 
-// Saved returns the last acknowledged checkpoint.
+// Saved returns the last acknowledged checkpoint, and what is wrong with saving now.
 func (s *saver) Saved() (Saved, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.saved, s.lastErr
+	if s.saveErr != nil {
+		return s.saved, s.saveErr
+	}
+	return s.saved, s.copyErr
+}
+
+// keepers are those who are known to keep the committed root.
+func (s *saver) keepers() []peer.ID {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]peer.ID, 0, len(s.acked))
+	for id := range s.acked {
+		out = append(out, id)
+	}
+	return out
 }
 
 // Flush returns when everything the component has done so far is committed. full writes a new base.
@@ -112,31 +154,50 @@ func (s *saver) Flush(ctx context.Context, full bool) error {
 	req := flushRequest{full: full, done: make(chan error, 1)}
 	select {
 	case s.flushes <- req:
+	case <-s.done:
+		return fmt.Errorf("checkpoint %s: %w", s.cfg.instance, errSaverEnded)
 	case <-ctx.Done():
 		return fmt.Errorf("checkpoint %s: waiting for an earlier checkpoint: %w", s.cfg.instance, ctx.Err())
 	}
 	select {
 	case err := <-req.done:
 		return err
+	case <-s.done:
+		return fmt.Errorf("checkpoint %s: %w", s.cfg.instance, errSaverEnded)
 	case <-ctx.Done():
 		return fmt.Errorf("checkpoint %s: %w", s.cfg.instance, ctx.Err())
 	}
 }
 
-// run saves until ctx ends or the epoch is fenced (errFenced).
-func (s *saver) run(ctx context.Context) error {
+// over says whether run has ended, and how.
+func (s *saver) over() (why error, ended bool) {
+	select {
+	case <-s.done:
+		return s.end, true
+	default:
+		return nil, false
+	}
+}
+
+// run saves until ctx ends, the epoch is fenced (errFenced), or the log has another checkpoint than this process (errForeign).
+func (s *saver) run(ctx context.Context) { s.finish(s.work(ctx)) }
+
+func (s *saver) finish(why error) {
+	s.end = why
+	close(s.done)
+}
+
+func (s *saver) work(ctx context.Context) error {
 	if s.cfg.mode == componentsv1.Durability_DURABILITY_NONE {
 		return s.serveFlushes(ctx)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer s.beside.Wait()
+	defer cancel()
 	if s.cfg.mode == componentsv1.Durability_DURABILITY_EACH_CALL {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		var wg sync.WaitGroup
-		defer wg.Wait()
-		wg.Go(func() { s.follow(ctx) })
-		defer cancel()
-		return s.loop(ctx)
+		s.beside.Go(func() { s.follow(ctx) })
 	}
+	s.beside.Go(func() { s.keepCopies(ctx) })
 	return s.loop(ctx)
 }
 
@@ -155,295 +216,76 @@ func (s *saver) serveFlushes(ctx context.Context) error {
 func (s *saver) loop(ctx context.Context) error {
 	tick := time.NewTicker(s.cfg.interval)
 	defer tick.Stop()
-	repair := time.NewTicker(time.Second)
-	defer repair.Stop()
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	wait := retryLeast
+	// owed is what failed last, tried again by itself. A state without any checkpoint owes its first.
+	owed := s.first
 	for {
 		var err error
+		op := owed
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case req := <-s.flushes:
-			err = s.flush(ctx, req.full)
+			op = func(ctx context.Context) error { return s.flush(ctx, req.full) }
+			err = op(ctx)
 			req.done <- err
 		case <-s.wake:
-			err = s.commitPending(ctx)
+			op = s.commitPending
+			err = op(ctx)
 		case <-tick.C:
-			if s.cfg.mode == componentsv1.Durability_DURABILITY_INTERVAL {
-				err = s.capture(ctx, false)
+			if s.cfg.mode != componentsv1.Durability_DURABILITY_INTERVAL {
+				continue
 			}
-		case <-repair.C:
-			err = s.repair(ctx)
+			op = s.captureChanges
+			err = op(ctx)
+		case <-retry.C:
+			if owed == nil {
+				continue
+			}
+			err = op(ctx)
 		}
-		s.mu.Lock()
-		s.lastErr = err
-		s.mu.Unlock()
-		if errors.Is(err, errFenced) {
+		switch {
+		case errors.Is(err, errFenced), errors.Is(err, errForeign):
 			return err
-		}
-		if err != nil && ctx.Err() == nil {
+		case err == nil:
+			s.note(nil)
+			owed, wait = nil, retryLeast
+		case ctx.Err() == nil:
+			s.note(err)
 			s.cfg.log.Warn("checkpoint failed; it is tried again", "instance", s.cfg.instance, "epoch", s.cfg.epoch, "error", err)
-			select {
-			case <-ctx.Done():
-			case <-time.After(50 * time.Millisecond):
-				s.poke()
-			}
+			owed = op
+			retry.Reset(wait)
+			wait = min(2*wait, retryMost)
 		}
 	}
 }
+
+func (s *saver) note(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.saveErr = err
+}
+
+// first writes the first checkpoint of a state that has none, or none in the present schema.
+func (s *saver) first(ctx context.Context) error {
+	s.mu.Lock()
+	head := s.head
+	s.mu.Unlock()
+	if head != nil {
+		return nil
+	}
+	return s.capture(ctx, true)
+}
+
+func (s *saver) captureChanges(ctx context.Context) error { return s.capture(ctx, false) }
 
 func (s *saver) poke() {
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
-}
-
-// follow reads the component's journal as it is written.
-func (s *saver) follow(ctx context.Context) {
-	for ctx.Err() == nil {
-		err := s.followOnce(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-		s.cfg.log.Debug("journal stream ended; it is opened again", "instance", s.cfg.instance, "error", err)
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
-func (s *saver) followOnce(ctx context.Context) error {
-	s.mu.Lock()
-	since := s.saved.Mark
-	if n := len(s.pending); n > 0 {
-		since = s.pending[n-1].mark
-	}
-	s.mu.Unlock()
-	stream, err := s.cfg.component.Deltas(ctx, &componentv1.CheckpointFrom{SinceMark: since, Schema: s.cfg.schema})
-	if err != nil {
-		return fmt.Errorf("follow the journal: %w", err)
-	}
-	var buf frameBuffer
-	for {
-		f, err := stream.Recv()
-		if err != nil {
-			return fmt.Errorf("follow the journal: %w", err)
-		}
-		if err := buf.add(f); err != nil {
-			return err
-		}
-		if !f.GetLast() {
-			continue
-		}
-		s.append(entry{mark: buf.mark, frames: buf.buf.Bytes()})
-		buf = frameBuffer{}
-	}
-}
-
-func (s *saver) append(e entry) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	last := s.saved.Mark
-	if n := len(s.pending); n > 0 {
-		last = s.pending[n-1].mark
-	}
-	if e.mark <= last {
-		return
-	}
-	s.pending = append(s.pending, e)
-	s.poke()
-}
-
-// commitPending commits every entry that is there.
-func (s *saver) commitPending(ctx context.Context) error {
-	s.mu.Lock()
-	head, base := s.head, s.newBase
-	pending := s.pending
-	var entries []entry
-	if base != nil {
-		for _, e := range s.kept {
-			if e.mark > base.meta.GetMark() {
-				entries = append(entries, e)
-			}
-		}
-		head = base
-	}
-	for _, e := range pending {
-		if base == nil || e.mark > base.meta.GetMark() {
-			entries = append(entries, e)
-		}
-	}
-	saved := s.saved
-	s.mu.Unlock()
-	if len(pending) == 0 && base == nil {
-		return nil
-	}
-	if head == nil {
-		return s.capture(ctx, true)
-	}
-	next := head
-	if len(entries) > 0 {
-		var buf bytes.Buffer
-		mark := saved.Mark
-		for _, e := range entries {
-			buf.Write(e.frames)
-			mark = e.mark
-		}
-		var err error
-		if next, err = writeDelta(ctx, s.cfg.store, head, s.meta(mark), buf.Bytes()); err != nil {
-			return err
-		}
-	}
-	if next.meta.GetMark() < saved.Mark {
-		return fmt.Errorf("checkpoint of %s would go back from mark %d to %d", s.cfg.instance, saved.Mark, next.meta.GetMark())
-	}
-	if err := s.commit(ctx, next); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	s.pending = s.pending[len(pending):]
-	switch {
-	case base != nil:
-		s.kept, s.newBase, s.basing = nil, nil, false
-	case s.basing:
-		s.kept = append(s.kept, pending...)
-	}
-	compact := !s.basing && s.head.needsBase()
-	if compact {
-		s.basing = true
-	}
-	s.mu.Unlock()
-	if compact {
-		go s.compact(ctx)
-	}
-	return nil
-}
-
-func (s *saver) meta(mark uint64) *componentsv1.CheckpointMeta {
-	return &componentsv1.CheckpointMeta{Instance: s.cfg.instance, Digest: s.cfg.digest, Version: s.cfg.version, Schema: s.cfg.schema, Mark: mark}
-}
-
-// compact writes a new base while calls go on, has it copied to the holders, and hands it to the committing goroutine.
-func (s *saver) compact(ctx context.Context) {
-	head, err := s.base(ctx)
-	if err == nil {
-		to, w := s.cfg.holders()
-		_, err = s.cfg.store.Push(ctx, head.link.Hash, to, w)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err != nil {
-		s.basing, s.kept = false, nil
-		if ctx.Err() == nil {
-			s.cfg.log.Warn("compaction failed; it is tried again after the next checkpoint", "instance", s.cfg.instance, "error", err)
-		}
-		return
-	}
-	s.newBase = head
-	s.poke()
-}
-
-// base takes a full snapshot into a new base.
-func (s *saver) base(ctx context.Context) (*chainHead, error) {
-	r, mark, stop := s.snapshot(ctx, 0)
-	defer stop()
-	meta := s.meta(0)
-	br := newByteReader(r)
-	if _, err := br.Peek(1); err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
-	}
-	meta.Mark = mark()
-	return writeBase(ctx, s.cfg.store, meta, br)
-}
-
-// snapshot streams the component's checkpoint in stored form. mark is known once the first byte was read.
-func (s *saver) snapshot(ctx context.Context, since uint64) (io.Reader, func() uint64, func()) {
-	ctx, cancel := context.WithCancel(ctx)
-	pr, pw := io.Pipe()
-	var mu sync.Mutex
-	var mark uint64
-	go func() {
-		err := s.pump(ctx, since, pw, func(m uint64) {
-			mu.Lock()
-			mark = max(mark, m)
-			mu.Unlock()
-		})
-		pw.CloseWithError(err)
-	}()
-	return pr, func() uint64 { mu.Lock(); defer mu.Unlock(); return mark }, func() { cancel(); pr.Close() }
-}
-
-func (s *saver) pump(ctx context.Context, since uint64, w io.Writer, sawMark func(uint64)) error {
-	stream, err := s.cfg.component.Checkpoint(ctx, &componentv1.CheckpointFrom{SinceMark: since, ChunkBytes: 256 << 10, Schema: s.cfg.schema})
-	if err != nil {
-		return fmt.Errorf("snapshot of %s: %w", s.cfg.instance, err)
-	}
-	for {
-		f, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("snapshot of %s: %w", s.cfg.instance, err)
-		}
-		sawMark(f.GetMark())
-		var buf frameBuffer
-		if err := buf.add(f); err != nil {
-			return err
-		}
-		if _, err := w.Write(buf.buf.Bytes()); err != nil {
-			return fmt.Errorf("snapshot of %s: %w", s.cfg.instance, err)
-		}
-	}
-}
-
-// capture saves what changed since the last commit by asking the component, not its journal.
-func (s *saver) capture(ctx context.Context, full bool) error {
-	s.mu.Lock()
-	head, saved := s.head, s.saved
-	s.mu.Unlock()
-	if full || !s.cfg.incremental || head.needsBase() {
-		next, err := s.base(ctx)
-		if err != nil {
-			return err
-		}
-		if head != nil && !full && next.meta.GetMark() == saved.Mark && next.meta.GetMark() != 0 {
-			return nil
-		}
-		if err := s.commit(ctx, next); err != nil {
-			return err
-		}
-		return s.forget(next.meta.GetMark())
-	}
-	r, mark, stop := s.snapshot(ctx, saved.Mark)
-	defer stop()
-	frames, err := io.ReadAll(r)
-	if err != nil {
-		return err
-	}
-	if mark() <= saved.Mark {
-		return nil
-	}
-	next, err := writeDelta(ctx, s.cfg.store, head, s.meta(mark()), frames)
-	if err != nil {
-		return err
-	}
-	if err := s.commit(ctx, next); err != nil {
-		return err
-	}
-	return s.forget(mark())
-}
-
-// forget drops journal entries that a capture has overtaken.
-func (s *saver) forget(mark uint64) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for len(s.pending) > 0 && s.pending[0].mark <= mark {
-		s.pending = s.pending[1:]
-	}
-	return nil
 }
 
 func (s *saver) flush(ctx context.Context, full bool) error {
@@ -454,4 +296,8 @@ func (s *saver) flush(ctx context.Context, full bool) error {
 		return err
 	}
 	return s.capture(ctx, false)
+}
+
+func (s *saver) meta(mark uint64) *componentsv1.CheckpointMeta {
+	return &componentsv1.CheckpointMeta{Instance: s.cfg.instance, Digest: s.cfg.digest, Version: s.cfg.version, Schema: s.cfg.schema, Mark: mark}
 }

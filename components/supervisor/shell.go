@@ -16,7 +16,10 @@ import (
 type Shell interface {
 	Membrane() *membrane.Membrane
 	NodeSocket() string
+	// Credential returns a new credential for the next process, which may use the node socket from now on.
 	Credential() string
+	// Forbid ends that: the process of that credential gets no lease any more, and no answer.
+	Forbid(credential string)
 	// Bind sets the bindings that the component should have now.
 	Bind(eff *components.Effective) error
 	Close()
@@ -24,8 +27,8 @@ type Shell interface {
 
 // Hooks is what a membrane tells the supervisor. None may block.
 type Hooks struct {
-	Stale func()          // a caller knows of a newer epoch than the one served here
-	Hung  func(err error) // the process missed its heartbeats
+	Stale func()                                     // a caller knows of a newer epoch than the one served here
+	Hung  func(process *membrane.Backend, err error) // it missed its heartbeats
 	// Serving says whether the instance may be served now.
 	Serving func() bool
 }
@@ -42,33 +45,46 @@ const (
 
 // hooks are for the membrane of an instance, which may exist before the instance has an actor: a move prepares it.
 func (s *Supervisor) hooks(name string, eff *components.Effective) Hooks {
-	stale := s.staleFlag(name)
-	h := Hooks{
-		Stale: func() { s.goes.Go(func() { s.lookUp(name) }) },
-		Hung: func(err error) {
+	sv := s.service(name)
+	sv.free.Store(free(eff))
+	return Hooks{
+		Stale: func() { s.spawn(func() { s.lookUp(name) }) },
+		Hung: func(process *membrane.Backend, err error) {
 			if i, gerr := s.get(name); gerr == nil {
 				i.mu.Lock()
-				i.hung = err
+				i.hung = &hung{process, err}
 				i.mu.Unlock()
 				i.poke()
 			}
 		},
+		Serving: func() bool { return sv.free.Load() || !sv.stale.Load() && s.lease.holds() },
 	}
-	// What keeps no state may go on in any partition: whoever reaches it is served.
-	if eff.Durable != componentsv1.Durability_DURABILITY_NONE || eff.Guarantee == components.ExactlyOne {
-		h.Serving = func() bool { return !stale.Load() && s.lease.holds() }
-	}
-	return h
 }
 
-// staleFlag is set while the log says that the instance is not this node's.
-func (s *Supervisor) staleFlag(name string) *atomic.Bool {
+// hung is a process that missed its heartbeats.
+type hung struct {
+	process *membrane.Backend
+	why     error
+}
+
+// service says under which conditions an instance is served here.
+type service struct {
+	stale atomic.Bool // the log says that the instance is not this node's
+	free  atomic.Bool // nothing has to hold
+}
+
+// free: what keeps no state may go on in any partition: whoever reaches it is served.
+func free(eff *components.Effective) bool {
+	return eff.Durable == componentsv1.Durability_DURABILITY_NONE && eff.Guarantee != components.ExactlyOne
+}
+
+func (s *Supervisor) service(name string) *service {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f := s.stale[name]
+	f := s.services[name]
 	if f == nil {
-		f = &atomic.Bool{}
-		s.stale[name] = f
+		f = &service{}
+		s.services[name] = f
 	}
 	return f
 }
@@ -83,23 +99,29 @@ func (s *Supervisor) judge() {
 	s.mu.Unlock()
 	for _, name := range names {
 		reg, ok := s.register(components.InstanceRegister(name))
-		s.staleFlag(name).Store(!ok || reg.Owner != s.cfg.Self || reg.Boot != s.cfg.Boot)
+		s.service(name).stale.Store(!ok || reg.Owner != s.cfg.Self || reg.Boot != s.cfg.Boot)
 	}
 }
 
-// lookUp reads an instance's register through the log, instead of waiting for the view: somebody knows of a newer epoch.
+// lookUp reads an instance's register through the log, instead of waiting for the view: somebody knows of a newer epoch. Answers are
+// withheld meanwhile, so it does not give up.
 func (s *Supervisor) lookUp(name string) {
-	ctx, cancel := context.WithTimeout(s.ctx, 10*time.Second)
-	defer cancel()
-	reg, ok, err := s.cfg.Arbiter.Read(ctx, components.InstanceRegister(name))
-	if err != nil {
-		s.cfg.Log.Warn("a caller knows of a newer epoch, but the register could not be read", "instance", name, "error", err)
-		return
+	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+		ctx, cancel := context.WithTimeout(s.ctx, 10*time.Second)
+		reg, ok, err := s.cfg.Arbiter.Read(ctx, components.InstanceRegister(name))
+		cancel()
+		if err == nil {
+			if ok {
+				s.adopt(reg)
+			}
+			s.Wake()
+			return
+		}
+		s.cfg.Log.Warn("a caller knows of a newer epoch, but the register could not be read; it is tried again", "instance", name, "error", err)
+		if pause(s.ctx, wait) != nil {
+			return
+		}
 	}
-	if ok {
-		s.adopt(reg)
-	}
-	s.Wake()
 }
 
 // open makes the instance's membrane if it has none.

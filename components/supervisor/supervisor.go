@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -38,6 +37,7 @@ type Registers interface {
 	SetHolders(ctx context.Context, key string, seq uint64, holders []peer.ID) (arbiter.Register, error)
 	Txn(ctx context.Context, r arbiter.TxnRequest) (arbiter.TxnResult, error)
 	Sync(ctx context.Context) error
+	Status() arbiter.Status
 }
 
 // View is what it needs of the members.
@@ -102,10 +102,11 @@ const defaultSettle = 5 * time.Second
 
 // Supervisor of one node. Safe for concurrent use.
 type Supervisor struct {
-	cfg  Config
-	ctx  context.Context // of Run
-	goes sync.WaitGroup
-	kick chan struct{}
+	cfg    Config
+	ctx    context.Context // ends with Run
+	cancel context.CancelFunc
+	goes   sync.WaitGroup
+	kick   chan struct{}
 	// lease is this node's right to serve what it owns.
 	lease *lease
 
@@ -115,8 +116,10 @@ type Supervisor struct {
 	actors map[string]*instance
 	newer  map[string]arbiter.Register // what claims answered before the local view has it
 	moves  map[string]*prepared
-	stale  map[string]*atomic.Bool
-	closed bool
+	// services are by instance and stay: a membrane may outlive the actor that made it.
+	services map[string]*service
+	warming  map[string]time.Time // by digest: not again before
+	closed   bool                 // Run has ended: nothing is started any more
 }
 
 // New returns a supervisor that does nothing before Run.
@@ -128,42 +131,82 @@ func New(cfg Config) *Supervisor {
 		cfg.Rand = rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
 	}
 	s := &Supervisor{
-		cfg: cfg, ctx: context.Background(), kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
-		moves: map[string]*prepared{}, stale: map[string]*atomic.Bool{},
+		cfg: cfg, kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
+		moves: map[string]*prepared{}, services: map[string]*service{}, warming: map[string]time.Time{},
 	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.lease = newLease(s.cfg)
 	s.handleMoves()
 	return s
 }
 
-// Run works until ctx ends, then ends every process of this node's instances, without giving up their ownership.
+// Run works until ctx ends, then ends every process of this node's instances, without giving up their ownership. It is called once.
 func (s *Supervisor) Run(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	s.mu.Lock()
-	s.ctx = ctx
-	s.mu.Unlock()
+	defer context.AfterFunc(ctx, s.cancel)()
+	defer s.shutDown()
 	s.endLeftovers(ctx)
-	defer s.cfg.Arbiter.Watch(func(_, _ *arbiter.Register) { s.Wake() })()
+	defer s.cfg.Arbiter.Watch(func(old, now *arbiter.Register) {
+		if concerns(old, now) {
+			s.Wake()
+		}
+	})()
 	defer s.cfg.Members.Subscribe(func(c members.Change) {
 		s.onMember(c)
 		s.Wake()
 	})()
-	s.goes.Go(func() { s.lease.run(ctx, s.judge, s.Wake) })
+	s.spawn(func() { s.lease.run(s.ctx, s.judge, s.Wake) })
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	s.sweep()
 	for {
 		select {
 		case <-ctx.Done():
-			s.stopAll()
-			s.goes.Wait()
 			return ctx.Err()
 		case <-s.kick:
 		case <-tick.C:
 		}
 		s.sweep()
 	}
+}
+
+// shutDown ends everything and waits for it.
+func (s *Supervisor) shutDown() {
+	s.cancel()
+	s.mu.Lock()
+	s.closed = true
+	moves := s.moves
+	s.moves = map[string]*prepared{}
+	s.mu.Unlock()
+	for _, p := range moves {
+		s.discard(p)
+	}
+	s.goes.Wait()
+}
+
+// spawn runs f beside everything else; false: Run has ended, and f does not run.
+func (s *Supervisor) spawn(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.goes.Go(f)
+	return true
+}
+
+// concerns says whether a change of a register may make an actor act: pure checkpoints do not.
+func concerns(old, now *arbiter.Register) bool {
+	reg := now
+	if reg == nil {
+		reg = old
+	}
+	switch {
+	case strings.HasPrefix(reg.Key, components.InstancePrefix):
+		return old == nil || now == nil || old.Revision != now.Revision || old.Epoch != now.Epoch || old.Incarnation != now.Incarnation
+	case strings.HasPrefix(reg.Key, components.ApplicationPrefix):
+		return true
+	}
+	return reg.Key == pausedKey
 }
 
 // Wake has every actor look again.
@@ -189,25 +232,47 @@ func (s *Supervisor) sweep() {
 	}
 }
 
-// warm brings the artifact of an instance here when this node is first in line to take it over.
+const (
+	// warmWithin bounds the fetching of an artifact ahead of its need; warmAgain is the pause after one that failed.
+	warmWithin = time.Minute
+	warmAgain  = 10 * time.Second
+	// warmRanks is how many successors fetch ahead.
+	warmRanks = 2
+)
+
+// warm brings the artifact of an instance here when this node is among the first in line to take it over.
 func (s *Supervisor) warm(reg arbiter.Register) {
 	var body componentsv1.InstanceBody
 	if reg.Owner == s.cfg.Self || proto.Unmarshal(reg.Body, &body) != nil {
 		return
 	}
-	succ := body.GetSuccessors()
-	if len(succ) > 2 {
-		succ = succ[:2]
-	}
-	digest := body.GetDigest()
+	succ, digest := body.GetSuccessors(), body.GetDigest()
+	succ = succ[:min(len(succ), warmRanks)]
 	if !slices.Contains(succ, s.cfg.Self.String()) || strings.HasPrefix(digest, BuiltinPrefix) || s.cfg.Artifacts.Cached(digest) {
 		return
 	}
-	s.goes.Go(func() {
-		ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
+	s.mu.Lock()
+	busy := time.Now().Before(s.warming[digest])
+	if !busy {
+		s.warming[digest] = time.Now().Add(warmWithin + warmAgain)
+	}
+	s.mu.Unlock()
+	if busy {
+		return
+	}
+	s.spawn(func() {
+		ctx, cancel := context.WithTimeout(s.ctx, warmWithin)
 		defer cancel()
-		if err := s.cfg.Artifacts.Warm(ctx, digest); err != nil && s.ctx.Err() == nil {
+		err := s.cfg.Artifacts.Warm(ctx, digest)
+		if err != nil && s.ctx.Err() == nil {
 			s.cfg.Log.Warn("artifact could not be fetched ahead", "instance", instanceOf(reg.Key), "digest", digest, "error", err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if err == nil {
+			delete(s.warming, digest)
+		} else {
+			s.warming[digest] = time.Now().Add(warmAgain)
 		}
 	})
 }
@@ -226,16 +291,13 @@ func (s *Supervisor) actor(name string) *instance {
 }
 
 // drop forgets an actor that has nothing left to do.
-func (s *Supervisor) drop(name string) {
+func (s *Supervisor) drop(i *instance) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.actors, name)
-}
-
-func (s *Supervisor) stopAll() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.closed = true
+	if s.actors[i.name] == i {
+		delete(s.actors, i.name)
+	}
+	close(i.gone)
 }
 
 // registers lists the instances' registers as this node knows them best.
@@ -252,17 +314,29 @@ func (s *Supervisor) Register(key string) (arbiter.Register, bool) { return s.re
 
 // register returns one register as this node knows it best.
 func (s *Supervisor) register(key string) (arbiter.Register, bool) {
-	reg, ok := s.cfg.Arbiter.Get(key)
+	if reg, ok := s.cfg.Arbiter.Get(key); ok {
+		return s.best(reg), true
+	}
 	s.mu.Lock()
 	n, have := s.newer[key]
 	s.mu.Unlock()
-	if !ok && !have {
+	if !have {
 		return arbiter.Register{}, false
 	}
-	if !ok {
-		return n, true
+	// The view does not have it: not yet, or not any more.
+	st := s.cfg.Arbiter.Status()
+	if reg, ok := s.cfg.Arbiter.Get(key); ok {
+		return s.best(reg), true
 	}
-	return s.best(reg), true
+	if n.Incarnation < st.Incarnation || n.Incarnation == st.Incarnation && n.Index <= st.Index {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.newer[key].Index == n.Index {
+			delete(s.newer, key)
+		}
+		return arbiter.Register{}, false
+	}
+	return n, true
 }
 
 func (s *Supervisor) best(reg arbiter.Register) arbiter.Register {
@@ -272,11 +346,16 @@ func (s *Supervisor) best(reg arbiter.Register) arbiter.Register {
 	if !ok {
 		return reg
 	}
-	if n.Incarnation < reg.Incarnation || (n.Incarnation == reg.Incarnation && n.Index <= reg.Index) {
+	if !later(n, reg) {
 		delete(s.newer, reg.Key)
 		return reg
 	}
 	return n
+}
+
+// later says whether a is of a later point of the log than b.
+func later(a, b arbiter.Register) bool {
+	return a.Incarnation > b.Incarnation || a.Incarnation == b.Incarnation && a.Index > b.Index
 }
 
 // Adopt takes over a register that an answer of the arbiter showed, before the local view has it.
@@ -284,12 +363,11 @@ func (s *Supervisor) Adopt(reg arbiter.Register) { s.adopt(reg) }
 
 // adopt takes over what an answer of the arbiter said, before the local view says it.
 func (s *Supervisor) adopt(reg arbiter.Register) {
-	if reg.Key == "" {
+	if reg.Key == "" || reg.Deleted {
 		return
 	}
 	s.mu.Lock()
-	old, ok := s.newer[reg.Key]
-	if !ok || old.Incarnation < reg.Incarnation || (old.Incarnation == reg.Incarnation && old.Index < reg.Index) {
+	if old, ok := s.newer[reg.Key]; !ok || later(reg, old) {
 		s.newer[reg.Key] = reg
 	}
 	s.mu.Unlock()
@@ -306,19 +384,26 @@ func (s *Supervisor) adopt(reg arbiter.Register) {
 
 // effective returns a component as it should be now; nil when no application has it (any more).
 func (s *Supervisor) effective(component string) (*components.Effective, error) {
+	eff, _, err := s.desired(component)
+	return eff, err
+}
+
+// desired is effective with the revision of the desired state that says so; 0: there is none.
+func (s *Supervisor) desired(component string) (eff *components.Effective, revision uint64, err error) {
 	app, name, _ := strings.Cut(component, "/")
 	reg, ok := s.register(components.ApplicationRegister(app))
 	if !ok {
-		return nil, nil
+		return nil, 0, nil
 	}
 	var a componentsv1.Application
 	if err := proto.Unmarshal(reg.Body, &a); err != nil {
-		return nil, fmt.Errorf("read application %s: %w", app, err)
+		return nil, reg.Revision, fmt.Errorf("read application %s: %w", app, err)
 	}
 	if a.GetRemoving() {
-		return nil, nil
+		return nil, reg.Revision, nil
 	}
-	return components.EffectiveOf(&a, name)
+	eff, err = components.EffectiveOf(&a, name)
+	return eff, reg.Revision, err
 }
 
 func (s *Supervisor) nonce() uint64 {

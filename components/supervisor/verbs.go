@@ -55,13 +55,11 @@ func (s *Supervisor) Undo(ctx context.Context, name string, wish func(previous *
 		}
 		root := blobs.Hash{}
 		now := i.gen.desc.GetState().GetWritesSchema()
-		if st := desc.GetState(); i.gen.stateful() && now != st.GetWritesSchema() && !slices.Contains(st.GetReadsSchemas(), now) {
+		if i.gen.stateful() && !readsSchema(desc, now) {
 			root = hashFrom(prev.GetRoot())
 		}
 		delete(i.refused, prev.GetDigest())
-		p := s.plan(w, body, root)
-		p.undo = true
-		return i.swap(ctx, reg, body, eff, p)
+		return i.swap(ctx, reg, body, eff, s.plan(w, body, root))
 	})
 }
 
@@ -98,7 +96,7 @@ func (s *Supervisor) replace(ctx context.Context, name string, f func(context.Co
 	}
 	var out Replaced
 	var ferr error
-	err = i.do(ctx, func(context.Context) {
+	err = i.do(ctx, func(ctx context.Context) {
 		reg, ok := s.register(i.key)
 		switch {
 		case !ok || reg.Owner != s.cfg.Self || reg.Boot != s.cfg.Boot:

@@ -1193,6 +1193,7 @@ type InstanceBody struct {
 	Deaths        []*Death               `protobuf:"bytes,14,rep,name=deaths,proto3" json:"deaths,omitempty"`                                       // of owners, within 30 s of its start
 	EachNode      string                 `protobuf:"bytes,15,opt,name=each_node,json=eachNode,proto3" json:"each_node,omitempty"`                   // node id it belongs to, for count: each-node
 	Previous      *Previous              `protobuf:"bytes,16,opt,name=previous,proto3" json:"previous,omitempty"`                                   // what undo returns to
+	ReturnedFrom  string                 `protobuf:"bytes,17,opt,name=returned_from,json=returnedFrom,proto3" json:"returned_from,omitempty"`       // digest of a version that was never healthy: not tried again until desired state names another
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1337,6 +1338,13 @@ func (x *InstanceBody) GetPrevious() *Previous {
 		return x.Previous
 	}
 	return nil
+}
+
+func (x *InstanceBody) GetReturnedFrom() string {
+	if x != nil {
+		return x.ReturnedFrom
+	}
+	return ""
 }
 
 type Fallback struct {
@@ -1859,7 +1867,7 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
 	"\rBindingsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb6\x04\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdb\x04\n" +
 	"\fInstanceBody\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1c\n" +
 	"\tcomponent\x18\x02 \x01(\tR\tcomponent\x12\x18\n" +
@@ -1879,7 +1887,8 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\vquarantined\x18\r \x01(\bR\vquarantined\x124\n" +
 	"\x06deaths\x18\x0e \x03(\v2\x1c.coppice.components.v1.DeathR\x06deaths\x12\x1b\n" +
 	"\teach_node\x18\x0f \x01(\tR\beachNode\x12;\n" +
-	"\bprevious\x18\x10 \x01(\v2\x1f.coppice.components.v1.PreviousR\bprevious\"\x87\x01\n" +
+	"\bprevious\x18\x10 \x01(\v2\x1f.coppice.components.v1.PreviousR\bprevious\x12#\n" +
+	"\rreturned_from\x18\x11 \x01(\tR\freturnedFrom\"\x87\x01\n" +
 	"\bFallback\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
 	"\rartifact_name\x18\x02 \x01(\tR\fartifactName\x12\x18\n" +
