@@ -11,8 +11,8 @@ import (
 func (c *cli) leaveCmd() *cobra.Command {
 	return c.command(spec{
 		group: groupNode, use: "leave", short: "Drain the node that answers, say goodbye and stop it",
-		long: "Drain the node that answers, take it out of the cluster and stop it. Its data directory can join again with a token; for a stop\n" +
-			"and a start of the same node, use down.",
+		long: "Drain the node that answers, take it out of the cluster and stop it. Its data directory is still a member's: up brings it back, until\n" +
+			"it is revoked. For a stop and a start of the same node, use down.",
 		example: examples("coppice leave", "the only node here", "coppice --api n2 leave", "one of several"),
 		timeout: drainTimeout + transferSlack,
 		run: func(ctx context.Context, _ []string) error {

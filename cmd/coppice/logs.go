@@ -20,9 +20,9 @@ func (c *cli) logsCmd() *cobra.Command {
 	var tail uint32
 	var since time.Duration
 	cmd := c.command(spec{
-		group: groupKnow, use: "logs COMPONENT [-f]", short: "Show what a component wrote, from whatever node",
-		long: "Show what a component's processes wrote, from whatever node they ran on, also after that node died. With -f what comes, over\n" +
-			"failovers and swaps, until interrupted.",
+		group: groupKnow, use: "logs COMPONENT [-f]", short: "Show what a component wrote",
+		long: "Show what an instance wrote on the node that owns it now; what it wrote elsewhere before is in the logs folder of that node. With -f\n" +
+			"what comes, until interrupted.",
 		example: examples("coppice logs shop/store", "", "coppice logs shop/store -f --tail 10", "", "coppice logs shop/web-1 --since 5m", ""),
 		min:     1, max: 1, args: c.componentNames(true),
 		run: func(ctx context.Context, args []string) error {
