@@ -227,6 +227,10 @@ func (n *Node) memberChanged(reg *arbiter.Register) {
 	case rec.GetClient():
 	case rec.GetRevoked():
 		id := peer.ID(rec.GetId())
+		if id == n.id {
+			n.Stop("this node was revoked: " + rec.GetRevokedWhy())
+			return
+		}
 		n.members.Expel(id)
 		n.faults.set("expel "+id.String(), n.overlay.Expel(id))
 	default:

@@ -373,6 +373,9 @@ func (n *Node) memberEvent(c members.Change) {
 	if c.Old.State == c.New.State && c.Old.Boot == c.New.Boot || c.New.ID == n.id {
 		return
 	}
+	if c.Old.ID == "" && !c.New.State.Running() {
+		return // remembered from an earlier run of this node, not seen to die
+	}
 	first := n.members.Closest("/nodes/"+c.New.ID.String(), 1, func(m members.Member) bool { return m.State == members.Alive && m.ID != c.New.ID })
 	if len(first) == 0 || first[0].ID != n.id {
 		return

@@ -163,7 +163,7 @@ func (i *instance) launchEpoch(ctx context.Context, reg arbiter.Register, body *
 		}
 	}
 	clock.lap("restore")
-	g.saved = Saved{Seq: reg.Seq, Root: root, Mark: g.mark, Holders: reg.Holders, At: time.Now()}
+	g.saved = Saved{Seq: reg.Seq, Root: root, Mark: g.mark, Bytes: g.bytes(), Holders: reg.Holders, At: time.Now()}
 	if err := i.bring(ctx, g, tokenIn(reg), eff, !root.IsZero()); err != nil {
 		i.mem().Fail(err.Error())
 		i.sup.end(i.shell, g, 0)

@@ -13,6 +13,7 @@ import (
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/events"
+	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
 const (
@@ -35,6 +36,8 @@ func (i *instance) died() {
 		why = fmt.Sprintf("exit status %d", exit.Code)
 		if exit.Signal != "" {
 			why = "killed by " + exit.Signal
+		} else if exit.Code == componentv1.ExitLeaseLapsed {
+			why = "its lease lapsed: this node did not grant it in time, or nothing here had time to run"
 		}
 	}
 	i.fell("crashed", "its process ended ("+why+")", why)

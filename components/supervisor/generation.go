@@ -345,3 +345,11 @@ func (s *Supervisor) runDir(name string) string {
 }
 
 func fileName(instance string) string { return strings.ReplaceAll(instance, "/", "_") }
+
+// bytes is what a restore of the generation's last committed state reads.
+func (g *generation) bytes() uint64 {
+	if g.head == nil {
+		return 0
+	}
+	return g.head.link.Bytes
+}

@@ -324,7 +324,7 @@ func (s *Supervisor) takeMoved(ctx context.Context, p *prepared, name string, re
 	if err != nil {
 		return arbiter.Register{}, fmt.Errorf("claim: %w", err)
 	}
-	p.gen.saved = Saved{Seq: claimed.Seq, Root: hashFrom(claimed.Root), Mark: p.gen.mark, Holders: claimed.Holders, At: time.Now()}
+	p.gen.saved = Saved{Seq: claimed.Seq, Root: hashFrom(claimed.Root), Mark: p.gen.mark, Bytes: p.gen.bytes(), Holders: claimed.Holders, At: time.Now()}
 	s.cfg.Events.Publish(events.Event{
 		Channel: "/apps/" + name, Type: "moved", Trigger: body.GetTrigger(), Cause: body.GetCause(),
 		Message: fmt.Sprintf("%s moved from %s to %s in epoch %d", name, s.nodeName(p.from), s.cfg.Name, claimed.Epoch),

@@ -115,7 +115,7 @@ func (i *instance) swap(ctx context.Context, reg arbiter.Register, body *compone
 
 // adoptSwapped makes the new process the instance's own.
 func (i *instance) adoptSwapped(old, next *generation, claimed arbiter.Register, carried copied, p swapPlan) {
-	next.saved = Saved{Seq: claimed.Seq, Root: hashFrom(claimed.Root), Mark: next.mark, Holders: claimed.Holders, At: time.Now()}
+	next.saved = Saved{Seq: claimed.Seq, Root: hashFrom(claimed.Root), Mark: next.mark, Bytes: carried.bytes, Holders: claimed.Holders, At: time.Now()}
 	switch {
 	case !p.root.IsZero():
 		next.head = carried.head
