@@ -11,6 +11,7 @@ import (
 
 	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/components/supervisor"
+	"github.com/coppice-project/coppice/dht/records"
 	"github.com/coppice-project/coppice/node/facts"
 )
 
@@ -145,16 +146,21 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 	return r
 }
 
+// told lists the reports of all nodes: what lies here, where every node holds every record, else what all that are alive hold.
+func (n *Node) told(ctx context.Context) []records.Record {
+	if len(n.records.Holders(factsPrefix)) >= len(n.members.Alive()) {
+		return n.records.Local(factsPrefix)
+	}
+	ctx, cancel := context.WithTimeout(ctx, scatterWithin)
+	defer cancel()
+	recs, _, _ := n.records.Scan(ctx, factsPrefix)
+	return recs
+}
+
 // reports lists what the owners told about their instances, the newest for each, this node's own fresh.
 func (n *Node) reports(ctx context.Context) map[string]instanceReport {
 	out := map[string]instanceReport{}
-	recs := n.records.Local(factsPrefix)
-	if len(n.members.All()) > 5 {
-		sctx, cancel := context.WithTimeout(ctx, scatterWithin)
-		recs, _, _ = n.records.Scan(sctx, factsPrefix)
-		cancel()
-	}
-	for _, rec := range recs {
+	for _, rec := range n.told(ctx) {
 		rest, ok := strings.CutPrefix(rec.Key, factsPrefix)
 		if !ok || rec.Deleted {
 			continue
@@ -185,13 +191,7 @@ func (n *Node) reports(ctx context.Context) map[string]instanceReport {
 // hostFacts lists what is known about each node's machine.
 func (n *Node) hostFacts(ctx context.Context) (map[peer.ID]hostReport, map[peer.ID]time.Duration) {
 	out, ages := map[peer.ID]hostReport{}, map[peer.ID]time.Duration{}
-	recs := n.records.Local(factsPrefix)
-	if len(n.members.All()) > 5 {
-		sctx, cancel := context.WithTimeout(ctx, scatterWithin)
-		recs, _, _ = n.records.Scan(sctx, factsPrefix)
-		cancel()
-	}
-	for _, rec := range recs {
+	for _, rec := range n.told(ctx) {
 		rest, ok := strings.CutPrefix(rec.Key, factsPrefix)
 		id, what, _ := strings.Cut(rest, "/")
 		if !ok || what != "host" || rec.Deleted {

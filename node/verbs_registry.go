@@ -186,9 +186,9 @@ func (n *Node) tellDrops(ctx context.Context) error {
 }
 
 // allDrops lists what lies in the drop folders of all nodes and is not ready, by node.
-func (n *Node) allDrops(context.Context) map[string][]dropReport {
+func (n *Node) allDrops(ctx context.Context) map[string][]dropReport {
 	out := map[string][]dropReport{}
-	for _, rec := range n.records.Local(factsPrefix) {
+	for _, rec := range n.told(ctx) {
 		rest := strings.TrimPrefix(rec.Key, factsPrefix)
 		id, what, _ := strings.Cut(rest, "/")
 		p, err := peer.Decode(id)
