@@ -15,6 +15,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	"github.com/libp2p/go-libp2p/x/rate"
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	ma "github.com/multiformats/go-multiaddr"
@@ -78,7 +79,8 @@ func newHost(cfg *Config, adv *advertiser) (host.Host, error) {
 }
 
 // newLimits sets what strangers and single peers may take. The library's defaults are below what a cluster needs (64 inbound
-// connections, 8 per IP), and "infinite" still means 8 per IP.
+// connections, 8 per IP, and one new connection in 5 s per IP, dials included: a peer that was dead for a moment could not be reached any
+// more), and "infinite" still means 8 per IP.
 func newLimits() (network.ResourceManager, error) {
 	strangers := rcmgr.ResourceLimits{Streams: 4, StreamsInbound: 4, StreamsOutbound: 4}
 	limits := rcmgr.PartialLimitConfig{
@@ -98,10 +100,15 @@ func newLimits() (network.ResourceManager, error) {
 		ProtocolPeer: map[protocol.ID]rcmgr.ResourceLimits{JoinProtocol: strangers, HelloProtocol: strangers},
 	}.Build(rcmgr.InfiniteLimits)
 	const perAddress = 1024 // many nodes behind one address, or on one machine
+	perSecond := rate.Limit{RPS: 256, Burst: perAddress}
 	m, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(limits), rcmgr.WithMetricsDisabled(), rcmgr.WithLimitPerSubnet(
 		[]rcmgr.ConnLimitPerSubnet{{PrefixLength: 32, ConnCount: perAddress}},
 		[]rcmgr.ConnLimitPerSubnet{{PrefixLength: 64, ConnCount: perAddress}},
-	))
+	), rcmgr.WithConnRateLimiters(&rate.Limiter{SubnetRateLimiter: rate.SubnetLimiter{
+		IPv4SubnetLimits: []rate.SubnetLimit{{PrefixLength: 32, Limit: perSecond}},
+		IPv6SubnetLimits: []rate.SubnetLimit{{PrefixLength: 64, Limit: perSecond}},
+		GracePeriod:      time.Minute,
+	}}))
 	if err != nil {
 		return nil, fmt.Errorf("resource manager: %w", err)
 	}
