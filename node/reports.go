@@ -146,8 +146,8 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 	return r
 }
 
-// told lists the reports of all nodes: what lies here, where every node holds every record, else what all that are alive hold.
-func (n *Node) told(ctx context.Context) []records.Record {
+// factRecords lists the reports of all nodes: what lies here, where every node holds every record, else what all that are alive hold.
+func (n *Node) factRecords(ctx context.Context) []records.Record {
 	if len(n.records.Holders(factsPrefix)) >= len(n.members.Alive()) {
 		return n.records.Local(factsPrefix)
 	}
@@ -160,7 +160,7 @@ func (n *Node) told(ctx context.Context) []records.Record {
 // reports lists what the owners told about their instances, the newest for each, this node's own fresh.
 func (n *Node) reports(ctx context.Context) map[string]instanceReport {
 	out := map[string]instanceReport{}
-	for _, rec := range n.told(ctx) {
+	for _, rec := range n.factRecords(ctx) {
 		rest, ok := strings.CutPrefix(rec.Key, factsPrefix)
 		if !ok || rec.Deleted {
 			continue
@@ -191,7 +191,7 @@ func (n *Node) reports(ctx context.Context) map[string]instanceReport {
 // hostFacts lists what is known about each node's machine.
 func (n *Node) hostFacts(ctx context.Context) (map[peer.ID]hostReport, map[peer.ID]time.Duration) {
 	out, ages := map[peer.ID]hostReport{}, map[peer.ID]time.Duration{}
-	for _, rec := range n.told(ctx) {
+	for _, rec := range n.factRecords(ctx) {
 		rest, ok := strings.CutPrefix(rec.Key, factsPrefix)
 		id, what, _ := strings.Cut(rest, "/")
 		if !ok || what != "host" || rec.Deleted {

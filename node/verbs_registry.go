@@ -188,7 +188,7 @@ func (n *Node) tellDrops(ctx context.Context) error {
 // allDrops lists what lies in the drop folders of all nodes and is not ready, by node.
 func (n *Node) allDrops(ctx context.Context) map[string][]dropReport {
 	out := map[string][]dropReport{}
-	for _, rec := range n.told(ctx) {
+	for _, rec := range n.factRecords(ctx) {
 		rest := strings.TrimPrefix(rec.Key, factsPrefix)
 		id, what, _ := strings.Cut(rest, "/")
 		p, err := peer.Decode(id)
