@@ -178,10 +178,10 @@ func long(t *testing.T) {
 
 func TestLongKillCycles(t *testing.T) {
 	long(t)
-	killCycles(t, bed(t, 5, 100, false), 100, uint64(time.Now().UnixNano()))
+	killCycles(t, bed(t, 5, 100, true), 100, uint64(time.Now().UnixNano()))
 }
 
 func TestLongStop(t *testing.T) {
 	long(t)
-	stopped(t, bed(t, 5, 100, false), 10*time.Second)
+	stopped(t, bed(t, 5, 100, true), 10*time.Second)
 }

@@ -1,0 +1,186 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+
+	"github.com/coppice-project/coppice/internal/load"
+)
+
+// The owner's machine dies under load: another node answers, every answered write is there once, and no call fails. Started again, the
+// machine is a member like any other and passes calls on to the new owner.
+func TestOwnerKilledUnderLoad(t *testing.T) {
+	g := plant(t, 3)
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "kv", "1.0.0"))
+	g.deploy(n1, kvApp)
+	in := g.running(n1, "data/kv-0", protected(3))
+	owner := g.Node(in.GetNode())
+	t.Logf("%s runs it in epoch %d", owner.Name, in.GetEpoch())
+	p := g.press("data/kv", g.Nodes, 200, 2*time.Second)
+	at, err := owner.Kill()
+	must(t, err)
+	first := p.answeredBy(load.FirstQuery{After: at, Component: "data/kv", NotNode: owner.Name, Writes: true})
+	t.Logf("%s answered %s after the kill", first.Node, first.Time.Sub(at).Round(time.Millisecond))
+	p.answered(50)
+
+	survivor := g.others(owner)[0]
+	after := g.running(survivor, "data/kv-0", notOn(owner.Name))
+	if after.GetEpoch() <= in.GetEpoch() {
+		t.Errorf("epoch %d on %s, then %d on %s", in.GetEpoch(), in.GetNode(), after.GetEpoch(), after.GetNode())
+	}
+	ev := g.event(survivor, "/apps/data", "taken over", func(ev *apiv1.Event) bool { return ev.GetType() == "failover" })
+	if ev.GetTrigger() != "neighbour" {
+		t.Errorf("the take-over was triggered by %q, want neighbour: %s", ev.GetTrigger(), ev.GetMessage())
+	}
+
+	must(t, owner.Start(t.Context()))
+	g.wait(owner.Name+" to be alive for all", func(ctx context.Context) error {
+		for _, n := range g.Nodes {
+			st, err := g.status(ctx, n)
+			if err != nil || st.GetNodes().GetAlive() != 3 {
+				return errors.Join(err, fmt.Errorf("%s: %v", n.Name, st.GetNodes()))
+			}
+		}
+		return nil
+	})
+	p.answered(50)
+	p.audit(false)
+	// The one that came back sees the same owner, and what it answers is what the owner has.
+	back := g.running(owner, "data/kv-0", nil)
+	if back.GetEpoch() < after.GetEpoch() {
+		t.Errorf("%s came back with epoch %d, it is %d", owner.Name, back.GetEpoch(), after.GetEpoch())
+	}
+	g.do(survivor, "call", "data/kv", "Put", `{"key":"after","value":"the return"}`)
+	if out := g.do(owner, "call", "data/kv", "Get", `{"key":"after"}`); !strings.Contains(out, "the return") {
+		t.Errorf("the node that came back answers %s", out)
+	}
+}
+
+// A node that stood still for longer than the others wait is no owner any more when it goes on: it serves nothing of its own and commits
+// nothing, and through its gateway one reads what the new owner has.
+func TestSleeperDoesNotServeWhenItWakes(t *testing.T) { sleeper(t, 5*time.Second) }
+
+// TestLongSleeperDoesNotServeWhenItWakes is the same for ten seconds.
+func TestLongSleeperDoesNotServeWhenItWakes(t *testing.T) {
+	long(t)
+	sleeper(t, 10*time.Second)
+}
+
+func sleeper(t *testing.T, sleep time.Duration) {
+	g := plant(t, 3)
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, counterApp)
+	in := g.running(n1, "tally/counter-0", protected(3))
+	owner := g.Node(in.GetNode())
+	survivor := g.others(owner)[0]
+	for i := range 5 {
+		g.wait("the counter to count", func(ctx context.Context) error {
+			_, _, err := bump(ctx, survivor, fmt.Sprintf("before/%d", i))
+			return err
+		})
+	}
+	at, err := owner.Stop()
+	must(t, err)
+	woken := make(chan error, 1)
+	time.AfterFunc(sleep, func() {
+		_, err := owner.Cont()
+		woken <- err
+	})
+	// Another owner answers while it sleeps, with nothing lost.
+	var epoch string
+	g.wait("another owner to count", func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		value, e, err := bump(ctx, survivor, "asleep/1")
+		if err != nil {
+			return err
+		}
+		if value != "6" {
+			t.Errorf("five were answered before and this is the sixth: the new owner says %s", value)
+		}
+		epoch = e
+		return nil
+	})
+	t.Logf("answered %s after the node fell asleep, in epoch %s", time.Since(at).Round(time.Millisecond), epoch)
+	if n, err := strconv.ParseUint(epoch, 10, 64); err != nil || n <= in.GetEpoch() {
+		t.Errorf("answered in epoch %q while %s slept, which owned epoch %d: %v", epoch, owner.Name, in.GetEpoch(), err)
+	}
+	must(t, <-woken)
+	// From the first moment on, whatever its gateway answers is the new owner's.
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		value, e, err := count(ctx, owner)
+		cancel()
+		if err == nil && (value != "6" || e != epoch) {
+			t.Fatalf("after it woke, %s answers %s in epoch %s; the owner has 6 in epoch %s", owner.Name, value, e, epoch)
+		}
+	}
+	// A write through it is the new owner's too, and is counted once.
+	g.wait("a write through the node that woke", func(ctx context.Context) error {
+		value, e, err := bump(ctx, owner, "awake/1")
+		if err == nil && (value != "7" || e != epoch) {
+			t.Errorf("a write through the node that woke: %s in epoch %s", value, e)
+		}
+		return err
+	})
+	g.event(survivor, "/apps/tally", "fenced on "+owner.Name, func(ev *apiv1.Event) bool {
+		return ev.GetType() == "fenced" && ev.GetNode() == owner.Name
+	})
+	now := g.running(owner, "tally/counter-0", notOn(owner.Name))
+	if fmt.Sprint(now.GetEpoch()) != epoch {
+		t.Errorf("epoch %d now, %s when it was taken over: the node that woke took it back", now.GetEpoch(), epoch)
+	}
+}
+
+// The process of a component dies under load: it answers again on the same node, with its state; no call fails or needs a second attempt.
+func TestComponentProcessKilled(t *testing.T) {
+	g := plant(t, 3)
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "kv", "1.0.0"))
+	g.deploy(n1, kvApp)
+	in := g.running(n1, "data/kv-0", protected(3))
+	p := g.press("data/kv", g.Nodes, 200, 20*time.Second)
+	for range 2 {
+		pid := g.pid("data/kv", "data/kv-0")
+		must(t, syscall.Kill(pid, syscall.SIGKILL))
+		at := time.Now()
+		p.answeredBy(load.FirstQuery{After: at.Add(50 * time.Millisecond), Component: "data/kv", Node: in.GetNode(), Writes: true})
+		g.wait("another process", func(context.Context) error {
+			if now := g.pid("data/kv", "data/kv-0"); now == pid || now == 0 {
+				return fmt.Errorf("pid %d", now)
+			}
+			return nil
+		})
+		p.answered(50)
+	}
+	p.audit(true)
+	after := g.running(n1, "data/kv-0", nil)
+	if after.GetNode() != in.GetNode() || after.GetEpoch() != in.GetEpoch() {
+		t.Errorf("it ran on %s in epoch %d, now on %s in epoch %d: a crash is no reason to go elsewhere", in.GetNode(), in.GetEpoch(), after.GetNode(), after.GetEpoch())
+	}
+	g.event(n1, "/apps/data", "crashed", func(ev *apiv1.Event) bool { return ev.GetType() == "crashed" && ev.GetTrigger() == "crash" })
+}
+
+// pid of an instance's process.
+func (g *grove) pid(component, instance string) int {
+	g.t.Helper()
+	res, err := g.api(g.Alive()[0]).Inspect(g.t.Context(), &apiv1.InspectRequest{Component: component})
+	must(g.t, err)
+	for _, in := range res.GetInstances() {
+		if in.GetInstance() == instance {
+			return int(in.GetPid())
+		}
+	}
+	g.t.Fatalf("there is no %s", instance)
+	return 0
+}
