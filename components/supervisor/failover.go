@@ -79,7 +79,6 @@ func (s *Supervisor) succeed(ctx context.Context, d death) {
 func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	nonce := s.nonce()
 	for {
 		reg, ok := s.register(key)
 		if !ok || reg.Owner != d.node || reg.Boot != d.boot {
@@ -101,7 +100,7 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 			wait += rebootGrace
 		}
 		if s.exactlyOne(&body) {
-			wait = max(wait, leaseTime)
+			wait += leaseTime
 		}
 		if left := wait - time.Since(d.at); left > 0 {
 			if err := pause(ctx, min(left, 50*time.Millisecond)); err != nil {
@@ -109,7 +108,7 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 			}
 			continue
 		}
-		claimed, err := s.claimFromDead(ctx, reg, &body, d, nonce)
+		claimed, err := s.claimFromDead(ctx, reg, &body, d)
 		if err == nil {
 			s.adopt(claimed)
 			return nil
@@ -122,8 +121,7 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 			s.adopt(refused.Current)
 			return nil
 		}
-		s.adopt(refused.Current) // a newer epoch of the same dead process: once more with that
-		nonce = s.nonce()
+		s.adopt(refused.Current) // a newer epoch of the same dead process, or a newer body: once more with that
 	}
 }
 
@@ -158,7 +156,7 @@ func (s *Supervisor) hosts(id peer.ID) bool {
 	return ok && m.State == members.Alive && !m.Draining && m.Role != "voter"
 }
 
-func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, d death, nonce uint64) (arbiter.Register, error) {
+func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, d death) (arbiter.Register, error) {
 	next := components.Takeover(body, components.OwnerDeath{
 		Node: d.node.String(), Name: d.name, Boot: d.boot, Reboot: d.reboot, Evidence: d.evidence,
 		Trigger: "neighbour", To: s.cfg.Self.String(), Now: time.Now(),
@@ -171,9 +169,7 @@ func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, bo
 	if next.GetDigest() != body.GetDigest() {
 		root = s.fallbackRoot(ctx, reg, body)
 	}
-	claimed, err := s.cfg.Arbiter.Claim(ctx, arbiter.ClaimRequest{
-		Key: reg.Key, Expect: reg.Epoch, Nonce: nonce, Owner: s.cfg.Self, Boot: s.cfg.Boot, Body: data, SetRoot: root.SetRoot, Root: root.Root,
-	})
+	claimed, err := s.claimOver(ctx, reg, arbiter.ClaimRequest{Body: data, SetRoot: root.SetRoot, Root: root.Root})
 	if err != nil {
 		return arbiter.Register{}, fmt.Errorf("claim %s after %s: %w", reg.Key, d.name, err)
 	}
@@ -189,6 +185,27 @@ func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, bo
 	}
 	s.cfg.Events.Publish(ev)
 	return claimed, nil
+}
+
+// claimOver takes the next epoch of a register for this node, if the register is as reg says: its epoch, and its body, from which the claim's
+// was made. A local view that lags must not undo what is committed, that the epoch settled for example. It fails with *arbiter.RefusedError
+// where the register has moved on.
+func (s *Supervisor) claimOver(ctx context.Context, reg arbiter.Register, claim arbiter.ClaimRequest) (arbiter.Register, error) {
+	claim.Key, claim.Expect, claim.Nonce, claim.Owner, claim.Boot = reg.Key, reg.Epoch, s.nonce(), s.cfg.Self, s.cfg.Boot
+	res, err := s.cfg.Arbiter.Txn(ctx, arbiter.TxnRequest{
+		Nonce: s.nonce(), Compares: []arbiter.Compare{{Key: reg.Key, Field: "revision", Equal: reg.Revision}}, Then: []arbiter.Op{{Claim: &claim}},
+	})
+	if err != nil {
+		return arbiter.Register{}, err
+	}
+	if res.Succeeded && len(res.Registers) == 1 {
+		return res.Registers[0], nil
+	}
+	refused := &arbiter.RefusedError{Reason: "the register has moved on"}
+	if len(res.Registers) == 1 {
+		refused.Current, refused.Exists = res.Registers[0], true
+	}
+	return arbiter.Register{}, refused
 }
 
 // exactlyOne says whether the instance must not start while its old owner could still run it.

@@ -291,9 +291,8 @@ func (i *instance) claim(ctx context.Context, reg arbiter.Register, body *compon
 	}
 	ctx, cancel := context.WithTimeout(ctx, claimWithin)
 	defer cancel()
-	now, err := i.sup.cfg.Arbiter.Claim(ctx, arbiter.ClaimRequest{
-		Key: i.key, Expect: reg.Epoch, Nonce: i.sup.nonce(), Owner: i.sup.cfg.Self, Boot: i.sup.cfg.Boot, Body: data, SetRoot: what.SetRoot, Root: what.Root,
-	})
+	what.Body = data
+	now, err := i.sup.claimOver(ctx, reg, what)
 	if err != nil {
 		if refused, ok := errors.AsType[*arbiter.RefusedError](err); ok {
 			i.sup.adopt(refused.Current)

@@ -1,0 +1,449 @@
+package supervisor
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"google.golang.org/grpc"
+	grpcbackoff "google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coppice-project/coppice/components"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/dht/blobs"
+	"github.com/coppice-project/coppice/dht/events"
+	"github.com/coppice-project/coppice/dht/members"
+	"github.com/coppice-project/coppice/dht/peers"
+	"github.com/coppice-project/coppice/dht/store"
+	"github.com/coppice-project/coppice/membrane"
+)
+
+// seedOf returns the seed of a run: COPPICE_SEED, or def. It is printed so that a failure can be replayed.
+func seedOf(t *testing.T, def uint64) uint64 {
+	t.Helper()
+	if s := os.Getenv("COPPICE_SEED"); s != "" {
+		v, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			t.Fatalf("COPPICE_SEED=%q: %v", s, err)
+		}
+		def = v
+	}
+	t.Logf("seed %d (COPPICE_SEED replays it)", def)
+	return def
+}
+
+const (
+	testApp      = "shop"
+	testInstance = "shop/store-0"
+	protoGate    = protocol.ID("/test/gate/1")
+)
+
+var testKey = components.InstanceRegister(testInstance)
+
+// world is a cluster of nodes made of the real members, arbiter, blobs, membranes and supervisors, over a network and disks in memory, in a
+// synctest bubble. Placement is the test.
+type world struct {
+	t     *testing.T
+	net   *peers.Net
+	rng   *rand.Rand
+	nodes []*simNode
+	shelf *shelf
+	boots uint64
+	// tune changes a node's supervisor before it starts.
+	tune func(n *simNode, cfg *Config)
+}
+
+// inWorld runs f with n nodes that know each other and have their voters.
+func inWorld(t *testing.T, n int, f func(w *world)) {
+	t.Helper()
+	seed := seedOf(t, 7)
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t, net: peers.NewNet(seed), rng: rand.New(rand.NewPCG(seed, 3)), shelf: &shelf{binaries: map[string]*binary{}}}
+		defer w.close()
+		for i := range n {
+			w.nodes = append(w.nodes, &simNode{w: w, id: testID(i + 1), name: fmt.Sprintf("n%d", i+1), fs: vfs.NewCrashableMem()})
+		}
+		for i, nd := range w.nodes {
+			nd.start(i == 0)
+		}
+		want := min((n-1)/2*2+1, 5)
+		w.eventually(30*time.Second, "the nodes meet and have their voters", func() bool {
+			for _, nd := range w.nodes {
+				if s := nd.arb.Status(); len(nd.members.Alive()) != n || !s.HasLeader || len(s.Voters) < want {
+					return false
+				}
+			}
+			return true
+		})
+		w.shelf.add(&binary{name: "counter", version: "1.0.0"})
+		f(w)
+	})
+}
+
+// testID makes a well-formed peer id from a number.
+func testID(n int) peer.ID {
+	b := make([]byte, 34)
+	b[0], b[1] = 0x12, 0x20
+	r := rand.New(rand.NewPCG(uint64(n), 99))
+	for i := 2; i < len(b); i++ {
+		b[i] = byte(r.Uint64())
+	}
+	return peer.ID(b)
+}
+
+func (w *world) close() {
+	for _, n := range w.nodes {
+		n.stop()
+	}
+	w.net.Close()
+}
+
+// eventually waits for a condition, in virtual time, and returns how long that took.
+func (w *world) eventually(within time.Duration, what string, cond func() bool) time.Duration {
+	w.t.Helper()
+	begin := time.Now()
+	for !cond() {
+		if time.Since(begin) > within {
+			for _, n := range w.up() {
+				reg, _ := n.sup.Register(testKey)
+				info, here := n.sup.Info(testInstance)
+				w.t.Logf("%s: owner %s epoch %d seq %d; here %v: %s %q", n.name, w.nameOf(reg.Owner), reg.Epoch, reg.Seq, here, info.State, info.Reason)
+			}
+			w.t.Fatalf("not within %s: %s", within, what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return time.Since(begin)
+}
+
+func (w *world) up() []*simNode {
+	return slices.DeleteFunc(slices.Clone(w.nodes), func(n *simNode) bool { return n.sup == nil })
+}
+
+func (w *world) nameOf(id peer.ID) string {
+	for _, n := range w.nodes {
+		if n.id == id {
+			return n.name
+		}
+	}
+	return "nobody"
+}
+
+func (w *world) node(id peer.ID) *simNode {
+	for _, n := range w.nodes {
+		if n.id == id {
+			return n
+		}
+	}
+	return nil
+}
+
+// clock is a node's CLOCK_BOOTTIME: it stands still while its process is stopped, and jumps when that goes on.
+type clock struct {
+	mu     sync.Mutex
+	start  time.Time
+	frozen time.Duration // negative: running
+}
+
+func (c *clock) now() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.frozen >= 0 {
+		return c.frozen
+	}
+	return time.Since(c.start)
+}
+
+func (c *clock) stop() { now := c.now(); c.mu.Lock(); c.frozen = now; c.mu.Unlock() }
+func (c *clock) cont() { c.mu.Lock(); c.frozen = -1; c.mu.Unlock() }
+
+// simNode is one node through all its lives.
+type simNode struct {
+	w    *world
+	id   peer.ID
+	name string
+	fs   *vfs.MemFS
+	boot uint64
+
+	// Of the present life; sup is nil while there is none.
+	clock   *clock
+	ep      *peers.Endpoint
+	members *members.Members
+	arb     *arbiter.Arbiter
+	disk    *store.Store
+	blobs   *blobs.Store
+	caller  *peers.Caller
+	runner  *simRunner
+	router  *membrane.Router
+	gate    *grpc.Server
+	direct  *directory
+	sup     *Supervisor
+	cancel  context.CancelFunc
+	goes    *sync.WaitGroup
+	gone    sync.WaitGroup // earlier lives that end
+
+	mu     sync.Mutex // guards events
+	events []events.Event
+}
+
+// Publish implements Publisher.
+func (n *simNode) Publish(ev events.Event) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.events = append(n.events, ev)
+}
+
+// published lists the events of a type.
+func (n *simNode) published(typ string) []events.Event {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(n.events), func(ev events.Event) bool { return ev.Type != typ })
+}
+
+func (n *simNode) must(err error) {
+	n.w.t.Helper()
+	if err != nil {
+		n.w.t.Fatalf("%s: %v", n.name, err)
+	}
+}
+
+func (n *simNode) start(bootstrap bool) {
+	w := n.w
+	w.boots++
+	n.boot = w.boots<<32 | w.rng.Uint64N(1<<32)
+	n.ep, n.clock = w.net.Join(n.id), &clock{start: time.Now(), frozen: -1}
+	var out io.Writer = io.Discard
+	if os.Getenv("COPPICE_LOG") != "" {
+		out = os.Stderr
+	}
+	log := slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelDebug})).With("at", n.name)
+	quiet := slog.New(slog.DiscardHandler)
+	var err error
+	n.members, err = members.New(members.Config{
+		Self:  members.Info{ID: n.id, Name: n.name, Boot: n.boot, Addrs: []string{"/mem/" + n.name}, Role: "full"},
+		Peers: n.ep, Links: n.ep, BootTime: n.clock.now, Rand: rand.New(rand.NewPCG(w.rng.Uint64(), 2)), Log: quiet, FlapDeaths: -1,
+	})
+	n.must(err)
+	for _, o := range w.nodes {
+		n.members.Admit(members.Info{ID: o.id, Name: o.name})
+	}
+	var nonceMu sync.Mutex
+	nonces := rand.New(rand.NewPCG(n.boot, 1))
+	n.arb, err = arbiter.New(arbiter.Config{
+		Self: n.id, Boot: n.boot, Peers: n.ep, Links: n.ep, Members: arbiter.FromMembers(n.members), FS: n.fs, Dir: "raft", Log: quiet,
+		Timings: arbiter.Timings{Settle: time.Second}, BootTime: n.clock.now,
+		Rand: func() uint64 { nonceMu.Lock(); defer nonceMu.Unlock(); return nonces.Uint64() },
+	})
+	n.must(err)
+	if bootstrap {
+		_, err = n.arb.Bootstrap("")
+		n.must(err)
+	}
+	n.disk, err = store.Open(n.fs, "db", store.Options{Log: quiet, CacheBytes: 1 << 20, MemTableBytes: 1 << 20})
+	n.must(err)
+	n.blobs, err = blobs.Open(blobs.Config{Self: n.id, DB: n.disk.DB(), Peers: n.ep, Log: quiet})
+	n.must(err)
+	n.caller = peers.NewCaller(n.ep)
+	n.runner = &simRunner{shelf: w.shelf, procs: map[*simProcess]bool{}}
+	n.direct = &directory{n: n, changed: make(chan struct{})}
+	conns := &links{ep: n.ep, conns: map[string]*grpc.ClientConn{}}
+	n.router = membrane.NewRouter(membrane.RouterConfig{Self: n.id.String(), Caller: fmt.Sprintf("%s.%x", n.name, n.boot), Directory: n.direct, Peers: conns, Log: log})
+	cfg := Config{
+		Self: n.id, Name: n.name, Boot: n.boot, Arbiter: n.arb, Members: n.members, Blobs: n.blobs, Artifacts: w.shelf, Runner: n.runner, Peers: n.ep,
+		Caller: n.caller, Events: n, Shell: n.newShell, RunDir: "/nowhere", LogDir: "/nowhere", DataDir: w.t.TempDir(), Log: log,
+		Rand: rand.New(rand.NewPCG(n.boot, 5)), BootTime: n.clock.now, Touch: n.arb.HeardLeader, Settle: 5 * time.Second,
+		Adopted: func(arbiter.Register) { n.direct.tell() },
+	}
+	if w.tune != nil {
+		w.tune(n, &cfg)
+	}
+	n.sup = New(cfg)
+	n.blobs.SetOnAcked(n.sup.OnAcked)
+	n.gate = membrane.NewServer(n.router.PeerHandler())
+	lis := peers.Listener(n.ep, protoGate)
+	ctx, cancel := context.WithCancel(context.Background())
+	n.cancel, n.goes = cancel, &sync.WaitGroup{}
+	unwatch := n.arb.Watch(func(_, _ *arbiter.Register) { n.direct.tell() })
+	context.AfterFunc(ctx, unwatch)
+	for _, run := range []func(context.Context) error{n.members.Run, n.arb.Run, n.blobs.Run, n.sup.Run} {
+		n.goes.Go(func() { run(ctx) }) //nolint:errcheck // ends with ctx
+	}
+	gate := n.gate
+	n.goes.Go(func() { gate.Serve(lis) }) //nolint:errcheck // stopped
+	context.AfterFunc(ctx, func() { gate.Stop(); conns.close() })
+}
+
+// kill is kill -9 of the node and what runs on it. Its disk keeps what was synced.
+func (n *simNode) kill() {
+	n.fs = n.fs.CrashClone(vfs.CrashCloneCfg{})
+	n.w.net.Kill(n.id)
+	n.runner.killAll()
+	n.end()
+}
+
+// stop ends the node in order.
+func (n *simNode) stop() {
+	if n.sup != nil {
+		n.end()
+	}
+	n.gone.Wait()
+}
+
+func (n *simNode) end() {
+	cancel, goes, blobs, arb, caller, disk, id, net := n.cancel, n.goes, n.blobs, n.arb, n.caller, n.disk, n.id, n.w.net
+	runner := n.runner
+	alive := n.ep
+	n.sup, n.ep = nil, nil
+	cancel()
+	n.gone.Go(func() {
+		goes.Wait()
+		blobs.Close()
+		arb.Close() //nolint:errcheck // of a node that is gone
+		caller.Close()
+		disk.Close() //nolint:errcheck // of a node that is gone
+		runner.killAll()
+		_, _, _ = alive, id, net
+	})
+}
+
+func (n *simNode) freeze() { n.clock.stop(); n.w.net.Freeze(n.id) }
+func (n *simNode) thaw()   { n.clock.cont(); n.w.net.Thaw(n.id) }
+
+// testShell is an instance's membrane, reachable through the node's router.
+type testShell struct {
+	n *simNode
+	m *membrane.Membrane
+
+	mu    sync.Mutex
+	creds map[string]bool // true: allowed
+}
+
+func (n *simNode) newShell(instance string, _ *components.Effective, hooks Hooks) (Shell, error) {
+	m := membrane.New(membrane.Config{Instance: instance, Serving: hooks.Serving, OnStale: func(membrane.Token) { hooks.Stale() }, OnHung: hooks.Hung})
+	n.router.Add(m)
+	return &testShell{n: n, m: m, creds: map[string]bool{}}, nil
+}
+
+func (s *testShell) Membrane() *membrane.Membrane     { return s.m }
+func (s *testShell) NodeSocket() string               { return "" }
+func (s *testShell) Bind(*components.Effective) error { return nil }
+func (s *testShell) Close()                           { s.n.router.Remove(s.m.Instance()) }
+
+func (s *testShell) Credential() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := fmt.Sprint(len(s.creds) + 1)
+	s.creds[c] = true
+	return c
+}
+
+func (s *testShell) Forbid(c string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.creds[c] = false
+}
+
+func (s *testShell) allowed() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for _, ok := range s.creds {
+		if ok {
+			n++
+		}
+	}
+	return n
+}
+
+// directory routes by the registers, as a node does.
+type directory struct {
+	n       *simNode
+	mu      sync.Mutex
+	changed chan struct{}
+}
+
+func (d *directory) tell() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	close(d.changed)
+	d.changed = make(chan struct{})
+}
+
+func (d *directory) Changed(string) <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.changed
+}
+
+func (d *directory) Resolve(target, _ string) (membrane.Route, error) {
+	sup := d.n.sup
+	if sup == nil {
+		return membrane.Route{}, membrane.ErrNoOwner
+	}
+	if !strings.Contains(target, "-") {
+		target += "-0"
+	}
+	reg, ok := sup.Register(components.InstanceRegister(target))
+	if !ok || reg.Owner == "" {
+		return membrane.Route{}, membrane.ErrNoOwner
+	}
+	var body componentsv1.InstanceBody
+	if err := proto.Unmarshal(reg.Body, &body); err != nil {
+		return membrane.Route{}, err
+	}
+	b, err := d.n.w.shelf.get(body.GetDigest())
+	if err != nil {
+		return membrane.Route{}, err
+	}
+	return membrane.Route{Instance: target, Node: reg.Owner.String(), Token: tokenOf(tokenIn(reg)), Methods: membrane.NewMethods(b.desc)}, nil
+}
+
+// links are a node's connections to other nodes' gates.
+type links struct {
+	ep    *peers.Endpoint
+	mu    sync.Mutex
+	conns map[string]*grpc.ClientConn
+}
+
+func (l *links) Conn(_ context.Context, node string) (grpc.ClientConnInterface, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c := l.conns[node]; c != nil {
+		return c, nil
+	}
+	c, err := grpc.NewClient("passthrough:///"+node, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(peers.Dialer(l.ep, protoGate)),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: grpcbackoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second}, MinConnectTimeout: 2 * time.Second}))
+	if err == nil {
+		l.conns[node] = c
+	}
+	return c, err
+}
+
+func (l *links) HTTP(context.Context, string) (http.RoundTripper, error) {
+	return nil, fmt.Errorf("no http here")
+}
+
+func (l *links) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range l.conns {
+		c.Close()
+	}
+}
