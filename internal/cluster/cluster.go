@@ -205,7 +205,7 @@ func WaitFor(ctx context.Context, within time.Duration, what string, f func(ctx 
 				return fmt.Errorf("waited %s for %s: %w", within, what, last)
 			}
 			return fmt.Errorf("waited %s for %s", within, what)
-		case <-time.After(5 * time.Millisecond):
+		case <-time.After(10 * time.Millisecond):
 		}
 	}
 }

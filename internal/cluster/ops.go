@@ -66,34 +66,44 @@ func Instance(ctx context.Context, on *Node, name string) (*apiv1.Instance, erro
 	return nil, fmt.Errorf("%s is not in ps", name)
 }
 
-// Calm waits until every instance runs and the epoch of a component's only instance has settled: from then on the death of its owner is not
-// held against it. It returns that instance.
+// Calm waits until every instance runs and its epoch has settled: from then on the death of its owner is not held against it. It returns the
+// only instance of a component.
 func Calm(ctx context.Context, on *Node, component string) (*apiv1.InspectInstance, error) {
 	c, err := on.Client()
 	if err != nil {
 		return nil, err
 	}
 	var out *apiv1.InspectInstance
-	err = WaitFor(ctx, time.Minute, "every instance to run and "+component+" to settle", func(ctx context.Context) (bool, error) {
+	err = WaitFor(ctx, time.Minute, "every instance to run and to settle", func(ctx context.Context) (bool, error) {
 		list, err := Instances(ctx, on)
 		if err != nil {
 			return false, err
 		}
+		var names []string
 		for _, in := range list {
 			if in.GetState() != "running" {
 				return false, fmt.Errorf("%s is %s on %s: %s", in.GetInstance(), in.GetState(), in.GetNode(), in.GetReason())
 			}
+			if name := in.GetComponent(); !slices.Contains(names, name) && in.GetApplication() != "system" {
+				names = append(names, name)
+			}
 		}
-		res, err := c.Inspect(ctx, &apiv1.InspectRequest{Component: component})
-		if err != nil {
-			return false, err
+		for _, name := range names {
+			res, err := c.Inspect(ctx, &apiv1.InspectRequest{Component: name})
+			if err != nil {
+				return false, err
+			}
+			for _, in := range res.GetInstances() {
+				if !in.GetSettled() || in.GetPid() == 0 {
+					return false, fmt.Errorf("%s has not settled in epoch %d on %s", in.GetInstance(), in.GetEpoch(), in.GetNode())
+				}
+				if name == component {
+					out = in
+				}
+			}
 		}
-		if len(res.GetInstances()) != 1 {
-			return false, fmt.Errorf("%s has %d instances", component, len(res.GetInstances()))
-		}
-		out = res.GetInstances()[0]
-		if !out.GetSettled() || out.GetPid() == 0 {
-			return false, fmt.Errorf("%s has not settled in epoch %d", out.GetInstance(), out.GetEpoch())
+		if out == nil {
+			return false, fmt.Errorf("%s is not there", component)
 		}
 		return true, nil
 	})

@@ -143,7 +143,7 @@ func stopped(t *testing.T, d *demo, hold time.Duration) {
 	first, err := d.answered(ctx, at, victim.Name)
 	must(t, err)
 	t.Logf("%s suspended: answered by %s after %s", victim.Name, first.Node, first.Time.Sub(at).Round(time.Millisecond))
-	d.isolated = startProbe(victim, epoch, pid)
+	d.isolated = startProbe(victim, epoch, pid, true)
 	must(t, cluster.Sleep(ctx, hold-time.Since(at)))
 	text, err := d.wake(ctx)
 	must(t, err)

@@ -71,11 +71,12 @@ func (d *demo) aftermath(ctx context.Context, at time.Time, victim *cluster.Node
 func (d *demo) cut(ctx context.Context) (string, error) {
 	victim := d.cluster.Node(d.owner)
 	epoch, pid := d.epoch, d.pid
-	at, what := time.Now(), "link down"
+	at, what := time.Now(), "'s link down"
 	err := victim.Cut()
-	if errors.Is(err, cluster.ErrNoCut) {
+	suspended := errors.Is(err, cluster.ErrNoCut)
+	if suspended {
 		at, err = victim.Stop()
-		what = "suspended (SIGSTOP: loopback has no link to cut)"
+		what = " suspended (SIGSTOP: loopback has no link to cut)"
 	}
 	if err != nil {
 		return "", err
@@ -90,7 +91,7 @@ func (d *demo) cut(ctx context.Context) (string, error) {
 	if err = errors.Join(err, seen); err != nil {
 		return "", err
 	}
-	d.isolated = startProbe(victim, epoch, pid)
+	d.isolated = startProbe(victim, epoch, pid, suspended)
 	text, err := d.aftermath(ctx, at, victim)
 	if err != nil {
 		return "", err
@@ -99,7 +100,7 @@ func (d *demo) cut(ctx context.Context) (string, error) {
 	d.figure("confirmed_ms", confirmed.Milliseconds())
 	d.figure("answered_ms", took.Milliseconds())
 	lost, _, _ := strings.Cut(text, " · ")
-	return fmt.Sprintf("%s's %s: confirmed %s, answered on %s %s · %s", victim.Name, what, msOf(confirmed), first.Node, msOf(took), lost), nil
+	return fmt.Sprintf("%s%s: confirmed %s, answered on %s %s · %s", victim.Name, what, msOf(confirmed), first.Node, msOf(took), lost), nil
 }
 
 func (d *demo) seenDead(ctx context.Context, witness, victim *cluster.Node, at time.Time) (time.Duration, error) {
@@ -117,21 +118,23 @@ func (d *demo) seenDead(ctx context.Context, witness, victim *cluster.Node, at t
 // probe asks a node that was taken over from, through its own control API, which no cut link disturbs: what it answers itself from then on
 // is a stale owner's answer.
 type probe struct {
-	node    *cluster.Node
-	epoch   uint64 // that it owned
-	pid     int    // of its process
-	cancel  context.CancelFunc
-	done    sync.WaitGroup
-	asked   atomic.Int64
-	served  atomic.Int64 // by itself
-	refused atomic.Int64
-	mu      sync.Mutex // guards why
-	why     string
+	node  *cluster.Node
+	epoch uint64 // that it owned
+	pid   int    // of its process
+	// suspended: by SIGSTOP; else its link was cut
+	suspended bool
+	cancel    context.CancelFunc
+	done      sync.WaitGroup
+	asked     atomic.Int64
+	served    atomic.Int64 // by itself
+	refused   atomic.Int64
+	mu        sync.Mutex // guards why
+	why       string
 }
 
-func startProbe(n *cluster.Node, epoch uint64, pid int) *probe {
+func startProbe(n *cluster.Node, epoch uint64, pid int, suspended bool) *probe {
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &probe{node: n, epoch: epoch, pid: pid, cancel: cancel}
+	p := &probe{node: n, epoch: epoch, pid: pid, suspended: suspended, cancel: cancel}
 	for i := range 2 { // a reader and a writer
 		p.done.Go(func() { p.run(ctx, i == 1) })
 	}
@@ -178,7 +181,9 @@ func (d *demo) wake(ctx context.Context) (string, error) {
 	p := d.isolated
 	n := p.node
 	since := time.Now()
-	if d.onLoopback() {
+	back := "'s link up"
+	if p.suspended {
+		back = " awake"
 		if _, err := n.Cont(); err != nil {
 			return "", err
 		}
@@ -208,18 +213,7 @@ func (d *demo) wake(ctx context.Context) (string, error) {
 	d.figure("served_by_stale_owner", served)
 	d.figure("asked", p.asked.Load())
 	d.figure("back_ms", took.Milliseconds())
-	back := "link up"
-	if d.onLoopback() {
-		back = "awake"
-	}
-	return fmt.Sprintf("%s %s: stale owner refused (epoch %d < %d), %d of %d calls served by it", possessive(n.Name, back), back, p.epoch, now, served, p.asked.Load()), d.noneFailed()
-}
-
-func possessive(name, what string) string {
-	if what == "awake" {
-		return name
-	}
-	return name + "'s"
+	return fmt.Sprintf("%s%s: stale owner refused (epoch %d < %d), %d of %d calls served by it", n.Name, back, p.epoch, now, served, p.asked.Load()), d.noneFailed()
 }
 
 // fenced waits until the old owner itself knows of the new epoch and the process of its own has ended, and returns the new epoch.
