@@ -19,10 +19,10 @@ import (
 func TestTheFirstSuccessorTakesOverAndNothingAnsweredIsLost(t *testing.T) {
 	scene(t, 3, func(w *world) {
 		l := w.load(8, w.nodes[1], w.nodes[2])
-		l.more(200)
+		l.more(80)
 		w.nodes[0].kill()
 		took := w.running(w.nodes[1], "1.0.0")
-		l.more(200)
+		l.more(80)
 		l.end(w.nodes[2])
 		reg, _ := w.register()
 		if reg.Epoch != 2 || reg.Owner != w.nodes[1].id {
@@ -141,7 +141,7 @@ func TestANodeThatComesBackClaimsItsOwn(t *testing.T) {
 func TestAllAtOnceAndBackAgain(t *testing.T) {
 	scene(t, 3, func(w *world) {
 		l := w.load(4, w.nodes...)
-		l.more(100)
+		l.more(60)
 		l.cancel()
 		l.goes.Wait()
 		for _, n := range w.nodes {
@@ -212,10 +212,10 @@ func TestAnOwnerThatWasCutOffIsFencedWhenItIsBack(t *testing.T) {
 	scene(t, 3, func(w *world) {
 		n := w.nodes
 		l := w.load(4, n[1], n[2])
-		l.more(100)
+		l.more(60)
 		w.net.Isolate(n[0].id)
 		w.running(n[1], "1.0.0")
-		l.more(100)
+		l.more(60)
 		if v, err := n[0].add(within(w.t, time.Second)); err == nil {
 			w.t.Errorf("the side without a majority answered a write: %d", v)
 		}
@@ -225,7 +225,7 @@ func TestAnOwnerThatWasCutOffIsFencedWhenItIsBack(t *testing.T) {
 		}
 		w.net.Heal()
 		w.eventually(15*time.Second, "n1 knows", func() bool { return len(n[0].published("fenced")) == 1 && len(n[0].runner.running(testInstance)) == 0 })
-		l.more(100)
+		l.more(60)
 		l.end(n[0])
 	})
 }

@@ -61,6 +61,8 @@ type swapPlan struct {
 	cause    string
 	// again: nobody asked for it just now; the deaths of owners go on to count.
 	again bool
+	// undo: the version that is left is none to return to.
+	undo bool
 	// root, when set, is the state to go back to (undo where the versions' schemas differ); else the running state is carried over.
 	root blobs.Hash
 }
@@ -278,6 +280,9 @@ func (i *instance) claimSwap(ctx context.Context, reg arbiter.Register, body *co
 	b.Trigger, b.Cause, b.ClaimedUnixMs, b.Settled, b.ReturnedFrom = p.trigger, p.cause, uint64(time.Now().UnixMilli()), false, ""
 	b.Fallback = &componentsv1.Fallback{Digest: old.digest, ArtifactName: old.artifact, Version: old.version, Root: rootBytes(saved.Root), Seq: saved.Seq}
 	b.Previous = &componentsv1.Previous{Digest: old.digest, ArtifactName: old.artifact, Version: old.version, Root: rootBytes(saved.Root)}
+	if p.undo {
+		b.Fallback = nil
+	}
 	if !p.again {
 		b.Deaths = nil
 	}

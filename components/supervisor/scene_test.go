@@ -208,7 +208,7 @@ func (w *world) load(callers int, by ...*simNode) *load {
 					l.last = err
 				}
 				l.mu.Unlock()
-				time.Sleep(2 * time.Millisecond)
+				time.Sleep(20 * time.Millisecond)
 			}
 		})
 	}

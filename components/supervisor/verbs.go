@@ -59,7 +59,9 @@ func (s *Supervisor) Undo(ctx context.Context, name string, wish func(previous *
 			root = hashFrom(prev.GetRoot())
 		}
 		delete(i.refused, prev.GetDigest())
-		return i.swap(ctx, reg, body, eff, s.plan(w, body, root))
+		p := s.plan(w, body, root)
+		p.undo = true
+		return i.swap(ctx, reg, body, eff, p)
 	})
 }
 

@@ -73,9 +73,14 @@ type world struct {
 // inWorld runs f with n nodes that know each other and have their voters.
 func inWorld(t *testing.T, n int, f func(w *world)) {
 	t.Helper()
+	inWorldWith(t, n, nil, f)
+}
+
+func inWorldWith(t *testing.T, n int, tune func(n *simNode, cfg *Config), f func(w *world)) {
+	t.Helper()
 	seed := seedOf(t, 7)
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, net: peers.NewNet(seed), rng: rand.New(rand.NewPCG(seed, 3)), shelf: &shelf{binaries: map[string]*binary{}}}
+		w := &world{t: t, net: peers.NewNet(seed), rng: rand.New(rand.NewPCG(seed, 3)), shelf: &shelf{binaries: map[string]*binary{}}, tune: tune}
 		defer w.close()
 		for i := range n {
 			w.nodes = append(w.nodes, &simNode{w: w, id: testID(i + 1), name: fmt.Sprintf("n%d", i+1), fs: vfs.NewCrashableMem()})
