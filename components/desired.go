@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -154,7 +155,9 @@ func Takeover(body *componentsv1.InstanceBody, d OwnerDeath) *componentsv1.Insta
 	} else {
 		next.Deaths = nil
 	}
-	next.Quarantined = body.GetQuarantined() || len(next.Deaths) >= MaxDeaths
+	// The cluster's own components are not given up: without placement nothing else would be placed any more.
+	ours := strings.HasPrefix(body.GetComponent(), SystemApplication+"/")
+	next.Quarantined = body.GetQuarantined() || len(next.Deaths) >= MaxDeaths && !ours
 	return next
 }
 

@@ -291,6 +291,11 @@ func TestTakeover(t *testing.T) {
 	if second := Takeover(next, again); !second.GetQuarantined() || len(second.GetDeaths()) != 2 {
 		t.Errorf("after the second death within the window: %v", second)
 	}
+	system := proto.CloneOf(next)
+	system.Component = "system/placement"
+	if second := Takeover(system, again); second.GetQuarantined() {
+		t.Errorf("a component of the cluster's own is given up: %v", second)
+	}
 	settled := proto.CloneOf(next)
 	settled.Settled = true
 	if second := Takeover(settled, again); second.GetQuarantined() || len(second.GetDeaths()) != 0 {
