@@ -194,7 +194,8 @@ func (g *grove) instance(ctx context.Context, n *cluster.Node, name string) (*ap
 	if err != nil {
 		return nil, err
 	}
-	ps, err := c.Ps(ctx, &apiv1.PsRequest{})
+	app, _, _ := strings.Cut(name, "/") // named, the cluster's own are listed too
+	ps, err := c.Ps(ctx, &apiv1.PsRequest{Application: app})
 	if err != nil {
 		return nil, err
 	}
