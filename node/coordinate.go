@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -234,6 +235,9 @@ func (c coordinator) Record(d placement.Decision) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		for _, a := range d.Plan.GetAssignments() {
+			if n.decided(ctx, a) {
+				continue
+			}
 			rec := decisionRecord{
 				Instance: a.GetInstance(), Node: a.GetNode(), By: n.id.String(), Before: d.Plan.GetObjectiveBefore(), After: d.Plan.GetObjective(), Score: a.GetScore(),
 				RunnerUp: a.GetRunnerUp(), RunnerUpAt: a.GetRunnerUpScore(), Reason: a.GetReason(), UnixMs: d.Time.UnixMilli(),
@@ -250,6 +254,17 @@ func (c coordinator) Record(d placement.Decision) {
 			n.faults.set("record decisions", err)
 		}
 	})
+}
+
+// decided says whether what is recorded of an instance is the decision that brought it to the node it stays on: later rounds that change
+// nothing do not replace it, for why is to tell why it is there.
+func (n *Node) decided(ctx context.Context, a *placementv1.Assignment) bool {
+	rec, _, err := n.records.Get(ctx, decisionKey(a.GetInstance()))
+	if err != nil {
+		return false
+	}
+	var d decisionRecord
+	return json.Unmarshal(rec.Value, &d) == nil && d.Node == a.GetNode() && strings.HasPrefix(a.GetReason(), "stays ")
 }
 
 // Forget implements placement.Proposer.
