@@ -28,25 +28,31 @@ const (
 	maxRank = 5
 )
 
-// onMember reacts to the end of a node's process: its instances go to their successors.
+// onMember notes the end of a node's process, and that it was none after all. Sweeps see to its instances.
 func (s *Supervisor) onMember(c members.Change) {
-	if c.New.ID == s.cfg.Self && c.Trigger == "refuted" {
-		s.cfg.Log.Warn("others had called this node dead: nothing is served before its ownership is confirmed")
-		s.lease.doubt()
+	if c.New.ID == s.cfg.Self {
+		if c.Trigger == "refuted" {
+			s.cfg.Log.Warn("others had called this node dead: nothing is served before its ownership is confirmed")
+			s.lease.doubt()
+		}
+		return
 	}
 	gone := c.New.State == members.Dead || c.New.State == members.Left
 	// A node that appears dead (Old is empty: this node has just started and has not heard of it yet) has not died here and now.
-	was := c.Old.ID != "" && (c.Old.State == members.Alive || c.Old.State == members.Suspect || c.Old.State == members.Quarantined)
+	was := c.Old.ID != "" && c.Old.State.Running()
 	reboot := c.Old.Boot != 0 && c.New.Boot != c.Old.Boot
-	if c.New.ID == s.cfg.Self || !((gone && was) || reboot) {
-		return
-	}
 	boot := c.Old.Boot
 	if boot == 0 {
 		boot = c.New.Boot
 	}
-	d := death{node: c.New.ID, name: c.New.Name, boot: boot, reboot: reboot && !gone, evidence: c.New.Evidence, at: time.Now()}
-	s.spawn(func() { s.succeed(s.ctx, d) })
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch d, dead := s.deaths[c.New.ID]; {
+	case gone && was, reboot:
+		s.deaths[c.New.ID] = death{node: c.New.ID, name: c.New.Name, boot: boot, reboot: reboot && !gone, evidence: c.New.Evidence, at: time.Now()}
+	case dead && c.New.State.Running() && c.New.Boot == d.boot:
+		delete(s.deaths, c.New.ID) // it was alive all the time
+	}
 }
 
 // death is the end of one process of one node.
@@ -59,20 +65,53 @@ type death struct {
 	at       time.Time
 }
 
-func (s *Supervisor) succeed(ctx context.Context, d death) {
-	if s.paused() {
+// succession is the taking over of one epoch whose owner has died, as this node sees it.
+type succession struct {
+	nonce uint64 // of the claim that made the epoch
+	since time.Time
+	busy  bool
+}
+
+// succeed begins to take an instance over if its owner is known to have died. It is asked again and again: a register may say only later that
+// the dead node owned it, and a successor that comes first may die as well.
+func (s *Supervisor) succeed(reg arbiter.Register) {
+	s.mu.Lock()
+	d, dead := s.deaths[reg.Owner]
+	t := s.successions[reg.Key]
+	if !dead || d.boot != reg.Boot {
+		if t != nil && !t.busy {
+			delete(s.successions, reg.Key)
+		}
+		s.mu.Unlock()
 		return
 	}
-	for _, reg := range s.registers() {
-		if reg.Owner != d.node || reg.Boot != d.boot {
-			continue
-		}
-		s.spawn(func() {
-			if err := s.takeOver(ctx, reg.Key, d); err != nil && ctx.Err() == nil {
-				s.cfg.Log.Warn("take over failed; placement claims it next", "register", reg.Key, "from", d.name, "error", err)
-			}
-		})
+	if t == nil || t.nonce != reg.Nonce && !t.busy {
+		t = &succession{nonce: reg.Nonce, since: time.Now()}
+		s.successions[reg.Key] = t
 	}
+	busy := t.busy
+	t.busy = true
+	d.at = t.since
+	s.mu.Unlock()
+	if busy {
+		return
+	}
+	s.spawn(func() {
+		if err := s.takeOver(s.ctx, reg.Key, d); err != nil && s.ctx.Err() == nil {
+			s.cfg.Log.Warn("take over failed; it is tried again, and placement claims it, too", "register", reg.Key, "from", d.name, "error", err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		t.busy = false
+	})
+}
+
+// died says whether a process that was taken for dead still is.
+func (s *Supervisor) died(d death) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now, ok := s.deaths[d.node]
+	return ok && now.boot == d.boot
 }
 
 // takeOver claims one instance of a dead node when it is this node's turn. It gives up as soon as anyone has claimed it.
@@ -81,7 +120,7 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 	defer cancel()
 	for {
 		reg, ok := s.register(key)
-		if !ok || reg.Owner != d.node || reg.Boot != d.boot {
+		if !ok || reg.Owner != d.node || reg.Boot != d.boot || !s.died(d) || s.paused() {
 			return nil
 		}
 		var body componentsv1.InstanceBody

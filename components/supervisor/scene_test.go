@@ -191,6 +191,7 @@ type load struct {
 func (w *world) load(callers int, by ...*simNode) *load {
 	ctx, cancel := context.WithCancel(context.Background())
 	l := &load{w: w, cancel: cancel}
+	w.loads = append(w.loads, l)
 	for i := range callers {
 		n := by[i%len(by)]
 		l.goes.Go(func() {

@@ -119,7 +119,10 @@ type Supervisor struct {
 	// services are by instance and stay: a membrane may outlive the actor that made it.
 	services map[string]*service
 	warming  map[string]time.Time // by digest: not again before
-	closed   bool                 // Run has ended: nothing is started any more
+	deaths   map[peer.ID]death    // the last of each node that was seen
+	// successions are by register.
+	successions map[string]*succession
+	closed      bool // Run has ended: nothing is started any more
 }
 
 // New returns a supervisor that does nothing before Run.
@@ -133,6 +136,7 @@ func New(cfg Config) *Supervisor {
 	s := &Supervisor{
 		cfg: cfg, kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
 		moves: map[string]*prepared{}, services: map[string]*service{}, warming: map[string]time.Time{},
+		deaths: map[peer.ID]death{}, successions: map[string]*succession{},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.lease = newLease(s.cfg)
@@ -222,7 +226,9 @@ func (s *Supervisor) sweep() {
 	for _, reg := range s.registers() {
 		if reg.Owner == s.cfg.Self {
 			s.actor(instanceOf(reg.Key))
+			continue
 		}
+		s.succeed(reg)
 		s.warm(reg)
 	}
 	s.mu.Lock()

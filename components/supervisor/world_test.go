@@ -66,6 +66,7 @@ type world struct {
 	nodes []*simNode
 	shelf *shelf
 	boots uint64
+	loads []*load
 	// tune changes a node's supervisor before it starts.
 	tune func(n *simNode, cfg *Config)
 }
@@ -114,10 +115,16 @@ func testID(n int) peer.ID {
 }
 
 func (w *world) close() {
+	for _, l := range w.loads {
+		l.cancel()
+	}
 	for _, n := range w.nodes {
 		n.stop()
 	}
 	w.net.Close()
+	for _, l := range w.loads {
+		l.goes.Wait()
+	}
 }
 
 // eventually waits for a condition, in virtual time, and returns how long that took.
