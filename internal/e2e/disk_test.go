@@ -18,6 +18,7 @@ import (
 // The disk of a node fills up: before it is full the node stops being voter and holder, everyone can see that and why, the cluster goes on; and
 // when there is space again it takes its duties back.
 func TestFullDisk(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := seed(t, 3)
 	full := g.Nodes[2]
 	if err := unix.Mount("tmpfs", full.Data, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "size=640m,mode=0700"); err != nil {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -32,19 +33,21 @@ func garbage() map[string][]byte {
 }
 
 // spit sends bytes to an address, twice from new connections, and reads what comes until the other side closes or says nothing more.
-func spit(t *testing.T, network, addr string, what string, content []byte) {
-	t.Helper()
+func spit(network, addr string, content []byte) error {
 	for range 2 {
 		c, err := net.DialTimeout(network, addr, 5*time.Second)
 		if err != nil {
-			t.Fatalf("%s to %s: %v", what, addr, err)
+			return err
 		}
-		must(t, c.SetDeadline(time.Now().Add(300*time.Millisecond)))
+		if err := c.SetDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
+			return err
+		}
 		if _, err := c.Write(content); err == nil {
 			_, _ = io.Copy(io.Discard, c) // what it says is its own affair
 		}
 		_ = c.Close() // the other side may have closed it
 	}
+	return nil
 }
 
 // member is where a node listens for other members, host:port.
@@ -72,11 +75,17 @@ func TestGarbageOnEveryPort(t *testing.T) {
 	doors := []struct{ network, addr string }{
 		{"tcp", g.member(n1)}, {"tcp", strings.TrimPrefix(n1.HTTP, "http://")}, {"unix", strings.TrimPrefix(n1.API, "unix://")},
 	}
+	var all sync.WaitGroup
 	for _, d := range doors {
 		for what, content := range garbage() {
-			spit(t, d.network, d.addr, what, content)
+			all.Go(func() {
+				if err := spit(d.network, d.addr, content); err != nil {
+					t.Errorf("%s to %s: %v", what, d.addr, err)
+				}
+			})
 		}
 	}
+	all.Wait()
 	if more := g.logged(n1, "level=") - lines; more > 30 {
 		t.Errorf("%d lines in the log for %d connections", more, 2*len(doors)*len(garbage()))
 	}

@@ -45,7 +45,12 @@ func plant(t testing.TB, n int, args ...string) *grove {
 // seed prepares a cluster; no node runs yet.
 func seed(t testing.TB, n int, args ...string) *grove {
 	t.Helper()
-	g := &grove{clustertest.New(t, clustertest.Config{Nodes: n, Args: func(int) []string { return args }}), t}
+	return seedIn(t, clustertest.Config{Nodes: n, Args: func(int) []string { return args }})
+}
+
+func seedIn(t testing.TB, cfg clustertest.Config) *grove {
+	t.Helper()
+	g := &grove{clustertest.New(t, cfg), t}
 	t.Cleanup(func() {
 		if t.Failed() {
 			g.logEnds()

@@ -33,9 +33,10 @@ func (g *grove) press(component string, nodes []*cluster.Node, rate float64, att
 	for _, n := range nodes {
 		cfg.Gateways = append(cfg.Gateways, load.Gateway{Name: n.Name, HTTP: n.HTTP, API: n.API})
 	}
+	begin := time.Now()
 	r, err := load.Start(g.t.Context(), cfg)
 	must(g.t, err)
-	p := &pressure{Runner: r, t: g.t, begin: time.Now()}
+	p := &pressure{Runner: r, t: g.t, begin: begin}
 	g.t.Cleanup(func() { must(g.t, r.Close()) })
 	p.answered(20) // it is under way
 	return p
@@ -43,7 +44,7 @@ func (g *grove) press(component string, nodes []*cluster.Node, rate float64, att
 
 // figures of all calls so far.
 func (p *pressure) figures() load.Figures {
-	return p.Figures(load.Window{From: p.begin.Add(-time.Second), To: time.Now().Add(time.Second)})
+	return p.Figures(load.Window{From: p.begin, To: time.Now()})
 }
 
 // answered waits until n more calls have been answered.

@@ -70,6 +70,7 @@ func header(t testing.TB, machine elf.Machine) []byte {
 // What is dropped and good is known to all and lies on three nodes. What is dropped and bad gives a state that says why, to every node, and an
 // event; and the node goes on.
 func TestDropFolder(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	if runtime.GOARCH != "amd64" {
 		t.Skip("its wrong architecture is arm64")
 	}

@@ -34,6 +34,7 @@ func (g *grove) replace(n *cluster.Node, args ...string) replaced {
 // A version is swapped under load and back again: the state stays, no call fails and none needs a second attempt. A version that never
 // becomes healthy returns by itself, and then too no call fails.
 func TestSwapUndoAndBrokenVersionUnderLoad(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"), component(t, "kv", "1.1.0"), component(t, "kv", "1.2.0", "-X main.broken=never-ready"))
@@ -72,6 +73,7 @@ func TestSwapUndoAndBrokenVersionUnderLoad(t *testing.T) {
 
 // The broken version comes by a deploy: the deploy says what it waited for, an event says what was done, and the version before goes on.
 func TestBrokenVersionDeployedUnderLoad(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"), component(t, "kv", "1.2.0", "-X main.broken=never-ready"))
