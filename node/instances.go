@@ -247,9 +247,9 @@ func (s subject) one(what string) (string, error) {
 	})
 }
 
-// owner returns the node that owns an instance now.
+// owner returns the node that owns an instance, as this node knows it best: what calls are routed by.
 func (n *Node) owner(what, instance string) (peer.ID, error) {
-	reg, ok := n.arbiter.Get(components.InstanceRegister(instance))
+	reg, ok := n.sup.Register(components.InstanceRegister(instance))
 	if !ok || reg.Owner == "" {
 		return "", api.Fail(connect.CodeFailedPrecondition, what+" "+instance, "no node owns it yet", "coppice why "+componentOf(instance))
 	}
