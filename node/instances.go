@@ -143,6 +143,8 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 	}
 	if r.Seq >= reg.Seq && r.Seq > 0 {
 		out.CheckpointSeq, out.CheckpointBytes = r.Seq, r.Bytes
+	}
+	if r.Seq > reg.Seq { // else who holds it is committed, and newer than what was told
 		out.Replicas = nil
 		for _, h := range r.Holders {
 			if id, err := peer.Decode(h); err == nil {
