@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -24,6 +25,8 @@ const (
 	// leaseTime is how long an instance of a dead owner may still run, by its last lease: exactly-one waits it out, whatever proves that
 	// the owner is dead, for its processes outlive it by their own lease (notes: T = 3 s and 1 % clock rate error on both sides).
 	leaseTime = 3060 * time.Millisecond
+	// lonelyGrace is how long the others have to contradict what this node decided alone; members tell each other within a heartbeat.
+	lonelyGrace = 500 * time.Millisecond
 	// maxRank bounds who tries at all when no successor is alive.
 	maxRank = 5
 )
@@ -114,14 +117,29 @@ func (s *Supervisor) died(d death) bool {
 	return ok && now.boot == d.boot
 }
 
+// lonely says that a death was decided by this node alone, because nobody answered it: as likely it is this node that is cut off. A claim
+// would wait in the arbiter until the cut heals, and then take from nodes that live; so it is not made before the arbiter is heard again
+// and the others have had lonelyGrace to contradict.
+func lonely(evidence string) bool { return strings.Contains(evidence, "nobody else answers") }
+
 // takeOver claims one instance of a dead node when it is this node's turn. It gives up as soon as anyone has claimed it.
 func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
+	var heard time.Time // of the arbiter, first since the death
 	for {
 		reg, ok := s.register(key)
 		if !ok || reg.Owner != d.node || reg.Boot != d.boot || !s.died(d) || s.paused() {
 			return nil
+		}
+		if heard.IsZero() && s.lease.touch() < time.Since(d.at) {
+			heard = time.Now()
+		}
+		if lonely(d.evidence) && (heard.IsZero() || time.Since(heard) < lonelyGrace) {
+			if err := pause(ctx, 50*time.Millisecond); err != nil {
+				return nil // placement claims what is really dead
+			}
+			continue
 		}
 		var body componentsv1.InstanceBody
 		if err := proto.Unmarshal(reg.Body, &body); err != nil {
