@@ -95,11 +95,6 @@ func sleeper(t *testing.T, sleep time.Duration) {
 	pid := g.pid("tally/counter", "tally/counter-0")
 	at, err := owner.Stop()
 	must(t, err)
-	woken := make(chan error, 1)
-	time.AfterFunc(sleep, func() {
-		_, err := owner.Cont()
-		woken <- err
-	})
 	// Another owner answers while it sleeps, with nothing lost.
 	var epoch string
 	g.wait("another owner to count", func(ctx context.Context) error {
@@ -119,8 +114,9 @@ func sleeper(t *testing.T, sleep time.Duration) {
 	if n, err := strconv.ParseUint(epoch, 10, 64); err != nil || n <= in.GetEpoch() {
 		t.Errorf("answered in epoch %q while %s slept, which owned epoch %d: %v", epoch, owner.Name, in.GetEpoch(), err)
 	}
-	must(t, <-woken)
-	awake := time.Now()
+	time.Sleep(time.Until(at.Add(sleep)))
+	awake, err := owner.Cont()
+	must(t, err)
 	// From the first moment on, whatever its gateway answers is the new owner's.
 	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)

@@ -256,12 +256,6 @@ func (g *grove) others(not ...*cluster.Node) []*cluster.Node {
 	return slices.DeleteFunc(g.Alive(), func(n *cluster.Node) bool { return slices.Contains(not, n) })
 }
 
-// owner is the node that runs an instance, as n sees it.
-func (g *grove) owner(n *cluster.Node, name string) *cluster.Node {
-	g.t.Helper()
-	return g.Node(g.running(n, name, nil).GetNode())
-}
-
 // waitVoters waits until there are as many voters as there can be, 1, 3 or 5 (two nodes have one), all alive, with a leader.
 func (g *grove) waitVoters() {
 	g.t.Helper()
