@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -25,8 +24,8 @@ const (
 	// leaseTime is how long an instance of a dead owner may still run, by its last lease: exactly-one waits it out, whatever proves that
 	// the owner is dead, for its processes outlive it by their own lease (notes: T = 3 s and 1 % clock rate error on both sides).
 	leaseTime = 3060 * time.Millisecond
-	// lonelyGrace is how long the others have to contradict what this node decided alone; members tell each other within a heartbeat.
-	lonelyGrace = 500 * time.Millisecond
+	// claimAttempt bounds one try to claim from a dead owner; after it everything is looked at anew.
+	claimAttempt = 2 * time.Second
 	// maxRank bounds who tries at all when no successor is alive.
 	maxRank = 5
 )
@@ -52,7 +51,10 @@ func (s *Supervisor) onMember(c members.Change) {
 	defer s.mu.Unlock()
 	switch d, dead := s.deaths[c.New.ID]; {
 	case gone && was, reboot:
-		s.deaths[c.New.ID] = death{node: c.New.ID, name: c.New.Name, boot: boot, reboot: reboot && !gone, evidence: c.New.Evidence, at: time.Now()}
+		s.deaths[c.New.ID] = death{
+			node: c.New.ID, name: c.New.Name, boot: boot, reboot: reboot && !gone, evidence: c.New.Evidence, at: time.Now(),
+			silent: gone && c.Trigger != "refused" && c.Trigger != "goodbye",
+		}
 	case dead && c.New.State.Running() && c.New.Boot == d.boot:
 		delete(s.deaths, c.New.ID) // it was alive all the time
 	}
@@ -64,6 +66,7 @@ type death struct {
 	name     string
 	boot     uint64
 	reboot   bool
+	silent   bool // nothing proves it
 	evidence string
 	at       time.Time
 }
@@ -117,29 +120,14 @@ func (s *Supervisor) died(d death) bool {
 	return ok && now.boot == d.boot
 }
 
-// lonely says that a death was decided by this node alone, because nobody answered it: as likely it is this node that is cut off. A claim
-// would wait in the arbiter until the cut heals, and then take from nodes that live; so it is not made before the arbiter is heard again
-// and the others have had lonelyGrace to contradict.
-func lonely(evidence string) bool { return strings.Contains(evidence, "nobody else answers") }
-
 // takeOver claims one instance of a dead node when it is this node's turn. It gives up as soon as anyone has claimed it.
 func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	var heard time.Time // of the arbiter, first since the death
 	for {
 		reg, ok := s.register(key)
 		if !ok || reg.Owner != d.node || reg.Boot != d.boot || !s.died(d) || s.paused() {
 			return nil
-		}
-		if heard.IsZero() && s.lease.touch() < time.Since(d.at) {
-			heard = time.Now()
-		}
-		if lonely(d.evidence) && (heard.IsZero() || time.Since(heard) < lonelyGrace) {
-			if err := pause(ctx, 50*time.Millisecond); err != nil {
-				return nil // placement claims what is really dead
-			}
-			continue
 		}
 		var body componentsv1.InstanceBody
 		if err := proto.Unmarshal(reg.Body, &body); err != nil {
@@ -159,7 +147,13 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 		if s.exactlyOne(&body) {
 			wait += leaseTime
 		}
-		if left := wait - time.Since(d.at); left > 0 {
+		left := wait - time.Since(d.at)
+		if !s.lease.holds() || d.silent && !s.lease.steady() {
+			// Perhaps it is this node that is cut off. A claim would wait for the arbiter until the cut heals, and then take from nodes that
+			// live: the others get the time to contradict.
+			left = max(left, 20*time.Millisecond)
+		}
+		if left > 0 {
 			if err := pause(ctx, min(left, 50*time.Millisecond)); err != nil {
 				return err
 			}
@@ -170,15 +164,14 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 			s.adopt(claimed)
 			return nil
 		}
-		var refused *arbiter.RefusedError
-		if !errors.As(err, &refused) {
+		if refused, ok := errors.AsType[*arbiter.RefusedError](err); ok {
+			s.adopt(refused.Current) // somebody else's epoch; or a newer one of the same dead process, or a newer body: once more with that
+			continue
+		}
+		if ctx.Err() != nil {
 			return err
 		}
-		if refused.Current.Owner != d.node || refused.Current.Boot != d.boot {
-			s.adopt(refused.Current)
-			return nil
-		}
-		s.adopt(refused.Current) // a newer epoch of the same dead process, or a newer body: once more with that
+		s.cfg.Log.Debug("claim from a dead owner", "register", key, "from", d.name, "error", err)
 	}
 }
 
@@ -226,7 +219,9 @@ func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, bo
 	if next.GetDigest() != body.GetDigest() {
 		root = s.fallbackRoot(ctx, reg, body)
 	}
-	claimed, err := s.claimOver(ctx, reg, arbiter.ClaimRequest{Body: data, SetRoot: root.SetRoot, Root: root.Root})
+	cctx, cancel := context.WithTimeout(ctx, claimAttempt)
+	defer cancel()
+	claimed, err := s.claimOver(cctx, reg, arbiter.ClaimRequest{Body: data, SetRoot: root.SetRoot, Root: root.Root})
 	if err != nil {
 		return arbiter.Register{}, fmt.Errorf("claim %s after %s: %w", reg.Key, d.name, err)
 	}

@@ -20,6 +20,10 @@ const (
 	// lateBy and lateFor: a node whose own ticks came so late within that time is starved; silence of a component says little then.
 	lateBy  = 200 * time.Millisecond
 	lateFor = 5 * time.Second
+	// awayFor and steadyFor: a node that did not hear the arbiter for so long may itself be the one that is cut off, until it has been in touch
+	// for a while again (members tell each other within a heartbeat): what it holds against others in silence counts for nothing.
+	awayFor   = 1500 * time.Millisecond
+	steadyFor = 300 * time.Millisecond
 )
 
 // lease is a node's right to serve what it owns. It is asked on each call, on the way in and on the way out, so it costs two atomic
@@ -32,6 +36,7 @@ type lease struct {
 	log    *slog.Logger
 	ticked atomic.Int64  // boot time of the last tick
 	late   atomic.Int64  // boot time of the last tick that came late
+	away   atomic.Int64  // boot time of the last tick that found the arbiter out of reach
 	lost   atomic.Uint64 // how often it was lost
 	valid  atomic.Uint64 // how many of those were before the last confirmation
 }
@@ -47,6 +52,7 @@ func newLease(cfg Config) *lease {
 	}
 	l.ticked.Store(int64(l.boot()))
 	l.late.Store(int64(-2 * lateFor))
+	l.away.Store(int64(-2 * lateFor))
 	return l
 }
 
@@ -57,6 +63,11 @@ func (l *lease) holds() bool {
 
 // starved says whether this node itself ran late of late.
 func (l *lease) starved() bool { return l.boot()-time.Duration(l.late.Load()) < lateFor }
+
+// steady says whether this node has been in touch with the arbiter for a while.
+func (l *lease) steady() bool {
+	return l.holds() && l.boot()-time.Duration(l.away.Load()) > steadyFor && l.touch() < awayFor
+}
 
 // doubt has the ownership confirmed before anything is served again: others have given this node up.
 func (l *lease) doubt() { l.lost.Add(1) }
@@ -88,6 +99,9 @@ func (l *lease) look(wake func()) {
 		l.late.Store(int64(now))
 	}
 	away := l.touch()
+	if away > awayFor {
+		l.away.Store(int64(now))
+	}
 	switch {
 	case gap >= pausedFor:
 		l.log.Warn("this node did not run for a while: nothing is served before its ownership is confirmed", "gap", gap.Round(time.Millisecond))

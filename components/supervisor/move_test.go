@@ -3,6 +3,8 @@ package supervisor
 import (
 	"context"
 	"errors"
+	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -189,6 +191,41 @@ func TestStopSavesAndStartContinues(t *testing.T) {
 	})
 }
 
+// A node that does not vote sees checkpoints late. Its next process is given what the log has all the same.
+func TestAnOwnerOutsideTheGroupRestartsFromTheLog(t *testing.T) {
+	inWorld(t, 4, func(w *world) {
+		w.deploy("1.0.0")
+		voters := w.nodes[0].arb.Status().Voters
+		i := slices.IndexFunc(w.nodes, func(n *simNode) bool { return !slices.Contains(voters, n.id) })
+		n := w.nodes[i]
+		w.place(n)
+		w.running(n, "1.0.0")
+		w.settled()
+		ctx := within(w.t, 2*time.Minute)
+		for want := int64(1); want <= 12; want++ {
+			if v, err := n.add(ctx); err != nil || v != want {
+				w.t.Fatalf("%d (%v), want %d", v, err, want)
+			}
+			if want%3 != 0 {
+				continue
+			}
+			if want%2 == 0 {
+				n.runner.running(testInstance)[0].die("killed")
+				if v, err := n.get(ctx); err != nil || v != want {
+					w.t.Fatalf("after a crash it answers %d (%v), want %d", v, err, want)
+				}
+				continue
+			}
+			w.overlay(func(o *componentsv1.Overlay) { o.Stopped = true })
+			w.eventually(10*time.Second, "it is stopped", func() bool { return n.state() == components.Stopped })
+			w.overlay(func(o *componentsv1.Overlay) { o.Stopped = false })
+			if v, err := n.get(ctx); err != nil || v != want {
+				w.t.Fatalf("after a stop it answers %d (%v), want %d", v, err, want)
+			}
+		}
+	})
+}
+
 // A stop whose state cannot be saved does not lose it, and can be called off.
 func TestAStopThatCannotSaveIsCalledOff(t *testing.T) {
 	sceneWith(t, func(w *world, a *faulty) {
@@ -258,12 +295,16 @@ func TestRemoveAndScaleDown(t *testing.T) {
 
 // What the local view does not know yet must not cost a state: here the register is known from a claim before the application is.
 func TestAnUnknownApplicationIsAskedForBeforeAnInstanceIsRemoved(t *testing.T) {
-	inWorld(t, 1, func(w *world) {
+	var blind *blindView
+	hide := func(n *simNode, cfg *Config) {
+		blind = &blindView{Registers: n.arb}
+		cfg.Arbiter = blind
+	}
+	inWorldWith(t, 1, hide, func(w *world) {
 		n := w.nodes[0]
 		w.deploy("1.0.0")
-		blind := &blindView{Registers: n.arb}
-		n.sup.cfg.Arbiter = blind
-		blind.hidden = components.ApplicationRegister(testApp)
+		hidden := components.ApplicationRegister(testApp)
+		blind.hidden.Store(&hidden)
 		w.place(n)
 		time.Sleep(2 * time.Second)
 		if _, there, err := n.arb.Read(within(w.t, 5*time.Second), testKey); err != nil || !there {
@@ -275,11 +316,11 @@ func TestAnUnknownApplicationIsAskedForBeforeAnInstanceIsRemoved(t *testing.T) {
 // blindView hides one register from the local view until Sync.
 type blindView struct {
 	Registers
-	hidden string
+	hidden atomic.Pointer[string]
 }
 
 func (v *blindView) Get(key string) (arbiter.Register, bool) {
-	if key == v.hidden {
+	if h := v.hidden.Load(); h != nil && key == *h {
 		return arbiter.Register{}, false
 	}
 	return v.Registers.Get(key)

@@ -177,9 +177,11 @@ func (n *simNode) get(ctx context.Context) (int64, error) {
 // load adds 1 again and again, by the routers of some nodes, and keeps the answers. Every answer is another number as long as nothing
 // that was answered is lost, and the numbers have no gap as long as nothing is done twice.
 type load struct {
-	w      *world
-	cancel context.CancelFunc
-	goes   sync.WaitGroup
+	w        *world
+	cancel   context.CancelFunc
+	goes     sync.WaitGroup
+	patience time.Duration // of a caller with a call
+	pace     time.Duration // between a caller's calls
 
 	mu      sync.Mutex
 	answers []int64
@@ -190,13 +192,13 @@ type load struct {
 
 func (w *world) load(callers int, by ...*simNode) *load {
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &load{w: w, cancel: cancel}
+	l := &load{w: w, cancel: cancel, patience: 15 * time.Second, pace: 20 * time.Millisecond}
 	w.loads = append(w.loads, l)
 	for i := range callers {
 		n := by[i%len(by)]
 		l.goes.Go(func() {
 			for ctx.Err() == nil {
-				cctx, done := context.WithTimeout(context.Background(), 15*time.Second)
+				cctx, done := context.WithTimeout(context.Background(), l.patience)
 				begin := time.Now()
 				v, err := n.add(cctx)
 				done()
@@ -209,7 +211,7 @@ func (w *world) load(callers int, by ...*simNode) *load {
 					l.last = err
 				}
 				l.mu.Unlock()
-				time.Sleep(20 * time.Millisecond)
+				time.Sleep(l.pace)
 			}
 		})
 	}

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -274,7 +275,7 @@ func (n *simNode) start(bootstrap bool) {
 	n.must(err)
 	n.caller = peers.NewCaller(n.ep)
 	n.runner = &simRunner{shelf: w.shelf, procs: map[*simProcess]bool{}}
-	n.direct = &directory{n: n, changed: make(chan struct{})}
+	n.direct = &directory{shelf: w.shelf, changed: make(chan struct{})}
 	conns := &links{ep: n.ep, conns: map[string]*grpc.ClientConn{}}
 	n.router = membrane.NewRouter(membrane.RouterConfig{Self: n.id.String(), Caller: fmt.Sprintf("%s.%x", n.name, n.boot), Directory: n.direct, Peers: conns, Log: log})
 	cfg := Config{
@@ -287,6 +288,7 @@ func (n *simNode) start(bootstrap bool) {
 		w.tune(n, &cfg)
 	}
 	n.sup = New(cfg)
+	n.direct.sup.Store(n.sup)
 	n.blobs.SetOnAcked(n.sup.OnAcked)
 	n.gate = membrane.NewServer(n.router.PeerHandler())
 	lis := peers.Listener(n.ep, protoGate)
@@ -322,6 +324,7 @@ func (n *simNode) end() {
 	cancel, goes, blobs, arb, caller, disk, id, net := n.cancel, n.goes, n.blobs, n.arb, n.caller, n.disk, n.id, n.w.net
 	runner := n.runner
 	alive := n.ep
+	n.direct.sup.Store(nil)
 	n.sup, n.ep = nil, nil
 	cancel()
 	n.gone.Go(func() {
@@ -386,7 +389,8 @@ func (s *testShell) allowed() int {
 
 // directory routes by the registers, as a node does.
 type directory struct {
-	n       *simNode
+	shelf   *shelf
+	sup     atomic.Pointer[Supervisor] // nil while the node is gone
 	mu      sync.Mutex
 	changed chan struct{}
 }
@@ -405,7 +409,7 @@ func (d *directory) Changed(string) <-chan struct{} {
 }
 
 func (d *directory) Resolve(target, _ string) (membrane.Route, error) {
-	sup := d.n.sup
+	sup := d.sup.Load()
 	if sup == nil {
 		return membrane.Route{}, membrane.ErrNoOwner
 	}
@@ -420,7 +424,7 @@ func (d *directory) Resolve(target, _ string) (membrane.Route, error) {
 	if err := proto.Unmarshal(reg.Body, &body); err != nil {
 		return membrane.Route{}, err
 	}
-	b, err := d.n.w.shelf.get(body.GetDigest())
+	b, err := d.shelf.get(body.GetDigest())
 	if err != nil {
 		return membrane.Route{}, err
 	}
