@@ -89,8 +89,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		begin := time.Now()
 		d.figures = map[string]any{}
 		text, err := s.do(ctx)
-		if err != nil && ctx.Err() != nil {
-			err = errors.Join(context.Cause(ctx), err)
+		if ctx.Err() != nil {
+			return ctx.Err() // it was told to stop: nothing has failed
 		}
 		d.tell(i+1, s.name, text, time.Since(begin), err)
 		if err != nil {
@@ -190,7 +190,7 @@ func (d *demo) end(err error) error {
 	if d.cluster != nil {
 		errs = append(errs, d.cluster.Close())
 	}
-	if err == nil || d.cluster == nil {
+	if err == nil || errors.Is(err, context.Canceled) || d.cluster == nil {
 		errs = append(errs, os.RemoveAll(d.dir))
 	} else {
 		d.print("logs are kept in " + d.dir)
@@ -223,11 +223,11 @@ func (d *demo) print(line string) {
 }
 
 func (d *demo) object(o map[string]any) {
-	raw, err := json.Marshal(o)
-	if err != nil {
-		raw = fmt.Appendf(nil, `{"error":%q}`, err)
+	enc := json.NewEncoder(d.Out)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(o); err != nil {
+		fmt.Fprintf(d.Out, "{\"error\":%q}\n", err)
 	}
-	fmt.Fprintf(d.Out, "%s\n", raw)
 }
 
 // figure notes a number for JSON.
