@@ -120,7 +120,9 @@ func (l *lease) confirm(ctx context.Context, lost uint64, judge, wake func()) {
 	sctx, cancel := context.WithTimeout(ctx, confirmWithin)
 	defer cancel()
 	if l.sync(sctx) != nil {
-		l.ticked.Store(int64(l.boot())) // this try took its time; what is lost stays lost
+		now := int64(l.boot())
+		l.ticked.Store(now) // this try took its time; what is lost stays lost
+		l.away.Store(now)
 		return
 	}
 	judge()
@@ -128,6 +130,7 @@ func (l *lease) confirm(ctx context.Context, lost uint64, judge, wake func()) {
 	if now-begun > confirmWithin+lateBy {
 		return // it was suspended between the log's answer and now: who knows who owns what since
 	}
+	l.away.Store(int64(now))
 	l.ticked.Store(int64(now))
 	l.valid.Store(lost)
 	if l.holds() {

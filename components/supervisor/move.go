@@ -62,6 +62,7 @@ func (i *instance) move(ctx context.Context, reg arbiter.Register, body *compone
 	}, &ready)
 	cancel()
 	if err != nil {
+		i.abort(to, name) // it may have been prepared all the same
 		return out, fmt.Errorf("move %s to %s: prepare: %w", i.name, out.To, err)
 	}
 	pauseBegin := time.Now()

@@ -60,7 +60,7 @@ func (w *world) settled() {
 func (w *world) one() *simProcess {
 	w.t.Helper()
 	var last *simProcess
-	w.eventually(20*time.Second, "one process is left", func() bool {
+	w.eventually(preparedFor+10*time.Second, "one process is left", func() bool {
 		total := 0
 		for _, n := range w.up() {
 			for _, p := range n.runner.running(testInstance) {
