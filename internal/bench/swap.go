@@ -2,7 +2,6 @@ package bench
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/coppice-project/coppice/internal/cluster"
@@ -71,8 +70,8 @@ func swap(ctx context.Context, cfg Config) (_ []Result, err error) {
 		restarts = append(restarts, ms(gap))
 	}
 	ledger, err := s.verify(began)
-	if err == nil && calm.Rate < swapRate*0.9 {
-		err = fmt.Errorf("%.0f calls/s were answered, %d were sent: this machine is too slow or too busy for this benchmark", calm.Rate, swapRate)
+	if calm.Rate < swapRate*0.9 {
+		cfg.say("%.0f calls/s were answered, %d were sent: this machine is too slow or too busy for these figures", calm.Rate, swapRate)
 	}
 	return append([]Result{
 		summary("pause of a hot swap with 1 MiB, as the swap tells it", "ms", pauses),

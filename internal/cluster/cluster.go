@@ -125,9 +125,19 @@ func (c *Cluster) Command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// Close kills what still runs of this cluster, and closes its network. What lies in Dir stays.
+// endWithin is how long a node that has announced itself may take to withdraw that.
+const endWithin = 10 * time.Second
+
+// Close ends what still runs of this cluster, and closes its network. What lies in Dir stays.
 func (c *Cluster) Close() error {
 	err := Each(c.Nodes, func(n *Node) error {
+		if c.Registered {
+			ctx, cancel := context.WithTimeout(context.Background(), endWithin)
+			defer cancel()
+			if n.Term(ctx) == nil {
+				return nil
+			}
+		}
 		if !n.Running() {
 			return nil
 		}
