@@ -107,11 +107,7 @@ func (n *Node) methods(ctx context.Context, s subject) (*membrane.Methods, error
 		}
 		return nil, fmt.Errorf("%s is described on the node that runs it; ask that one", s.component)
 	}
-	desc, err := n.registry.Description(ctx, s.eff.Digest)
-	if err != nil {
-		return nil, err
-	}
-	return membrane.NewMethods(desc), nil
+	return n.direct.loaded(ctx, s.eff.Digest)
 }
 
 func (v *verbs) Inspect(ctx context.Context, r *apiv1.InspectRequest) (*apiv1.InspectResponse, error) {

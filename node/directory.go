@@ -131,14 +131,33 @@ func (d *directory) methodsOf(reg arbiter.Register) *membrane.Methods {
 func (d *directory) load(digest string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	desc, err := d.n.registry.Description(ctx, digest)
+	_, err := d.loaded(ctx, digest)
 	d.n.faults.set("description of "+digest, err)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.loading, digest)
-	if err == nil && desc != nil {
-		d.methods[digest] = membrane.NewMethods(desc)
+}
+
+// loaded returns the calls of an artifact; they are worked out once.
+func (d *directory) loaded(ctx context.Context, digest string) (*membrane.Methods, error) {
+	d.mu.Lock()
+	m := d.methods[digest]
+	d.mu.Unlock()
+	if m != nil {
+		return m, nil
 	}
+	desc, err := d.n.registry.Description(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	m = membrane.NewMethods(desc)
+	if desc == nil { // a program says nothing of itself
+		return m, nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.methods[digest] = m
+	return m, nil
 }
 
 // Changed implements membrane.Directory.
