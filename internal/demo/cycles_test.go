@@ -185,3 +185,13 @@ func TestLongStop(t *testing.T) {
 	long(t)
 	stopped(t, bed(t, 5, 100, true), 10*time.Second)
 }
+
+func TestLongDemo(t *testing.T) {
+	long(t)
+	var out strings.Builder
+	err := Run(t.Context(), Config{Binary: clustertest.Binary(t), Nodes: 5, Seed: 7, Rate: 100, Out: &out})
+	t.Log("\n" + out.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+}
