@@ -39,12 +39,7 @@ func (r *Registry) Open(ctx context.Context, digest string) (*os.File, *componen
 	if !ok {
 		return nil, nil, fmt.Errorf("artifact %s: not in the registry; try coppice registry list", digest)
 	}
-	var plat *componentsv1.Platform
-	for _, p := range art.GetPlatforms() {
-		if runnable(p.GetOsArch()) {
-			plat = p
-		}
-	}
+	plat := platformHere(art)
 	if plat == nil {
 		return nil, nil, fmt.Errorf("artifact %s@%s: built for %s, this node is %s", art.GetName(), art.GetVersion(), platformNames(art.GetPlatforms()), native())
 	}
@@ -73,13 +68,22 @@ func (r *Registry) Cached(digest string) bool {
 	r.mu.Lock()
 	_, described := r.descs[digest]
 	r.mu.Unlock()
+	plat := platformHere(art)
+	if plat == nil {
+		return false
+	}
+	_, err := os.Stat(r.path(plat.GetDigest()))
+	return err == nil && (described || art.GetKind() == KindProgram)
+}
+
+// platformHere is the file of an artifact that runs on this machine: the one built for it, else one for any; nil when there is none.
+func platformHere(art *componentsv1.Artifact) (plat *componentsv1.Platform) {
 	for _, p := range art.GetPlatforms() {
-		if runnable(p.GetOsArch()) {
-			_, err := os.Stat(r.path(p.GetDigest()))
-			return err == nil && (described || art.GetKind() == KindProgram)
+		if p.GetOsArch() == native() || plat == nil && runnable(p.GetOsArch()) {
+			plat = p
 		}
 	}
-	return false
+	return plat
 }
 
 // Warm brings an artifact and its description here before they are needed.
@@ -125,34 +129,50 @@ func (r *Registry) cached(digest string) (*os.File, error) {
 	return f, nil
 }
 
-// once runs fill for one digest at a time; those who wait take its result from the cache.
+// fetching is a fetch under way.
+type fetching struct {
+	done chan struct{}
+	err  error // valid once done is closed
+}
+
+// once runs fill for one digest at a time; those who wait share how it went, unless it failed because its own caller gave up.
 func (r *Registry) once(ctx context.Context, digest string, fill func() error) error {
-	r.mu.Lock()
-	if wait, ok := r.fetching[digest]; ok {
+	for {
+		r.mu.Lock()
+		f := r.fetching[digest]
+		if f == nil {
+			f = &fetching{done: make(chan struct{})}
+			r.fetching[digest] = f
+			r.mu.Unlock()
+			f.err = fill()
+			r.mu.Lock()
+			delete(r.fetching, digest)
+			r.mu.Unlock()
+			close(f.done)
+			return f.err
+		}
 		r.mu.Unlock()
 		select {
-		case <-wait:
-			return nil
+		case <-f.done:
 		case <-ctx.Done():
 			return fmt.Errorf("fetch %s: %w", digest, ctx.Err())
 		}
+		if !errors.Is(f.err, context.Canceled) && !errors.Is(f.err, context.DeadlineExceeded) {
+			return f.err
+		}
 	}
-	done := make(chan struct{})
-	r.fetching[digest] = done
-	r.mu.Unlock()
-	defer func() {
-		r.mu.Lock()
-		delete(r.fetching, digest)
-		r.mu.Unlock()
-		close(done)
-	}()
-	return fill()
 }
+
+// incoming begins the names of files that are being written.
+const incoming = ".incoming-"
 
 // fill writes the executable from its pages into the cache: to a temporary file, verified, then renamed.
 func (r *Registry) fill(ctx context.Context, art *componentsv1.Artifact, plat *componentsv1.Platform) error {
 	name := art.GetName() + "@" + art.GetVersion()
-	root := blobs.Hash(plat.GetRoot())
+	root, err := blobs.ParseHash(plat.GetRoot())
+	if err != nil {
+		return fmt.Errorf("artifact %s: its record names no pages: %w", name, err)
+	}
 	if err := r.fetch(ctx, root, art); err != nil {
 		return err
 	}
@@ -161,7 +181,7 @@ func (r *Registry) fill(ctx context.Context, art *componentsv1.Artifact, plat *c
 		return fmt.Errorf("artifact %s: %w", name, err)
 	}
 	defer src.Close()
-	tmp, err := os.CreateTemp(r.cfg.Cache, ".incoming-*")
+	tmp, err := os.CreateTemp(r.cfg.Cache, incoming+"*")
 	if err != nil {
 		return fmt.Errorf("artifact %s: %w", name, err)
 	}

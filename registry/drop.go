@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -18,8 +19,11 @@ const (
 	dropQuiet = 400 * time.Millisecond
 	// dropGivesUp: a file that is incomplete and has not changed for so long is reported as such.
 	dropGivesUp = 10 * time.Second
-	// describeAttempt bounds the taking in of one dropped file.
+	// dropTimeout bounds the taking in of one dropped file.
 	dropTimeout = 2 * time.Minute
+	// dropRetry is the pause after the cluster could not take a file in; it doubles up to dropRetryMost.
+	dropRetry     = time.Second
+	dropRetryMost = time.Minute
 )
 
 // Dropped is a file in the drop folder and what became of it.
@@ -33,6 +37,8 @@ type Dropped struct {
 	size    int64
 	modTime time.Time
 	changed time.Time // when size or time were last seen to change
+	tries   int       // that failed for no fault of the file
+	again   time.Time // not before
 }
 
 // Drops lists the files of the drop folder with their state, by name.
@@ -77,7 +83,7 @@ func (r *Registry) scan(ctx context.Context) error {
 		if strings.HasPrefix(e.Name(), ".") || strings.HasSuffix(e.Name(), "~") || strings.HasSuffix(e.Name(), ".part") {
 			continue
 		}
-		info, err := e.Info()
+		info, err := os.Stat(filepath.Join(r.cfg.Drop, e.Name())) // of what a link leads to
 		if errors.Is(err, os.ErrNotExist) || (err == nil && info.IsDir()) {
 			continue
 		}
@@ -108,23 +114,22 @@ func (r *Registry) ripe(name string, info os.FileInfo, now time.Time) bool {
 		r.drops[name] = &Dropped{File: name, State: "waiting", Since: now, size: info.Size(), modTime: info.ModTime(), changed: now}
 		return false
 	}
-	return d.State == "waiting" && now.Sub(d.changed) >= dropQuiet
+	return d.State == "waiting" && now.Sub(d.changed) >= dropQuiet && !now.Before(d.again)
 }
 
 // take takes one file in and notes the outcome.
 func (r *Registry) take(ctx context.Context, name string) {
 	ctx, cancel := context.WithTimeout(ctx, dropTimeout)
 	defer cancel()
-	path := filepath.Join(r.cfg.Drop, name)
-	f, err := os.Open(path)
+	f, err := openRegular(filepath.Join(r.cfg.Drop, name))
 	if err != nil {
-		r.settle(name, "refused", err.Error(), "")
+		r.refuse(name, err)
 		return
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		r.settle(name, "refused", err.Error(), "")
+		r.refuse(name, err)
 		return
 	}
 	if _, err := Platform(f, st.Size()); errors.Is(err, ErrIncomplete) {
@@ -141,7 +146,7 @@ func (r *Registry) take(ctx context.Context, name string) {
 		}
 	case ctx.Err() != nil || transient(err):
 		r.cfg.Log.Warn("dropped file could not be taken in yet", "file", name, "error", err)
-		r.settle(name, "waiting", err.Error(), "")
+		r.postpone(name, err)
 	default:
 		r.refuse(name, err)
 	}
@@ -151,6 +156,33 @@ func (r *Registry) take(ctx context.Context, name string) {
 func transient(err error) bool {
 	var push *PushError
 	return !errors.As(err, &push)
+}
+
+// openRegular opens a file without waiting, as the opening of a pipe would.
+func openRegular(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", filepath.Base(path))
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// postpone has a file tried again later.
+func (r *Registry) postpone(name string, why error) {
+	r.settle(name, "waiting", why.Error(), "")
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if d := r.drops[name]; d != nil {
+		d.again = time.Now().Add(min(dropRetry<<min(d.tries, 10), dropRetryMost))
+		d.tries++
+	}
 }
 
 func (r *Registry) incomplete(name string, why error) {
@@ -182,8 +214,5 @@ func (r *Registry) settle(name, state, reason, digest string) {
 	defer r.mu.Unlock()
 	if d := r.drops[name]; d != nil {
 		d.State, d.Reason, d.Digest, d.Since = state, reason, digest, time.Now()
-		if state == "waiting" {
-			d.changed = time.Now()
-		}
 	}
 }

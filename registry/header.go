@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 )
 
 // ErrIncomplete says that a file ends before its own header says it should: it is still being written, or was cut.
@@ -28,8 +29,10 @@ func Platform(r io.ReaderAt, size int64) (string, error) {
 		return "any", nil
 	case string(magic) == elf.ELFMAG:
 		return elfPlatform(r, size)
-	case magic[0] == 0xcf && magic[1] == 0xfa, magic[0] == 0xfe && magic[1] == 0xed, string(magic) == "\xca\xfe\xba\xbe":
-		return machoPlatform(r)
+	case string(magic) == "\xcf\xfa\xed\xfe", string(magic) == "\xce\xfa\xed\xfe", string(magic[:3]) == "\xfe\xed\xfa":
+		return machoPlatform(r, size)
+	case string(magic) == "\xca\xfe\xba\xbe":
+		return "", fmt.Errorf("%w: several architectures in one file; push a file for each", ErrNotExecutable)
 	}
 	return "", ErrNotExecutable
 }
@@ -47,36 +50,65 @@ func elfPlatform(r io.ReaderAt, size int64) (string, error) {
 		return "", fmt.Errorf("read the ELF header: %w", err)
 	}
 	for _, s := range f.Sections {
-		if s.Type != elf.SHT_NOBITS && int64(s.Offset)+int64(s.FileSize) > size {
-			return "", fmt.Errorf("%w: section %s ends at %d, the file at %d", ErrIncomplete, s.Name, int64(s.Offset)+int64(s.FileSize), size)
+		if s.Type != elf.SHT_NOBITS && beyond(s.Offset, s.FileSize, size) {
+			return "", fmt.Errorf("%w: section %s lies beyond byte %d", ErrIncomplete, s.Name, size)
 		}
 	}
 	for _, p := range f.Progs {
-		if p.Type == elf.PT_LOAD && int64(p.Off)+int64(p.Filesz) > size {
-			return "", fmt.Errorf("%w: a segment ends at %d, the file at %d", ErrIncomplete, int64(p.Off)+int64(p.Filesz), size)
+		if p.Type == elf.PT_LOAD && beyond(p.Off, p.Filesz, size) {
+			return "", fmt.Errorf("%w: a segment lies beyond byte %d", ErrIncomplete, size)
 		}
 	}
 	if f.Type != elf.ET_EXEC && f.Type != elf.ET_DYN {
 		return "", fmt.Errorf("%w: an ELF file of type %s", ErrNotExecutable, f.Type)
 	}
-	arch, ok := map[elf.Machine]string{
-		elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_386: "386", elf.EM_ARM: "arm", elf.EM_RISCV: "riscv64",
-		elf.EM_PPC64: "ppc64le", elf.EM_S390: "s390x", elf.EM_LOONGARCH: "loong64",
-	}[f.Machine]
-	if !ok {
-		arch = f.Machine.String()
+	arch := archs[f.Machine]
+	if f.Machine == elf.EM_PPC64 && f.Data == elf.ELFDATA2LSB {
+		arch = "ppc64le"
 	}
-	return "linux/" + arch, nil
+	if arch == "" {
+		arch = strings.ToLower(strings.TrimPrefix(f.Machine.String(), "EM_"))
+	}
+	system := systems[f.OSABI]
+	if system == "" {
+		system = "linux"
+	}
+	return system + "/" + arch, nil
 }
 
-func machoPlatform(r io.ReaderAt) (string, error) {
+// archs and systems are what Go calls what ELF numbers.
+var (
+	archs = map[elf.Machine]string{
+		elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_386: "386", elf.EM_ARM: "arm", elf.EM_RISCV: "riscv64", elf.EM_PPC64: "ppc64",
+		elf.EM_S390: "s390x", elf.EM_LOONGARCH: "loong64",
+	}
+	systems = map[elf.OSABI]string{elf.ELFOSABI_FREEBSD: "freebsd", elf.ELFOSABI_NETBSD: "netbsd", elf.ELFOSABI_OPENBSD: "openbsd", elf.ELFOSABI_SOLARIS: "solaris"}
+)
+
+// beyond says whether something in a file does not lie within its size.
+func beyond(offset, length uint64, size int64) bool {
+	return offset > uint64(size) || length > uint64(size)-offset
+}
+
+func machoPlatform(r io.ReaderAt, size int64) (string, error) {
 	f, err := macho.NewFile(r)
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return "", fmt.Errorf("%w: %d bytes", ErrIncomplete, size)
+	}
 	if err != nil {
-		return "", fmt.Errorf("read the Mach-O header: %w", err)
+		return "", fmt.Errorf("%w: damaged Mach-O header: %w", ErrIncomplete, err)
+	}
+	for _, l := range f.Loads {
+		if s, ok := l.(*macho.Segment); ok && beyond(s.Offset, s.Filesz, size) {
+			return "", fmt.Errorf("%w: segment %s lies beyond byte %d", ErrIncomplete, s.Name, size)
+		}
+	}
+	if f.Type != macho.TypeExec {
+		return "", fmt.Errorf("%w: a Mach-O file of type %s", ErrNotExecutable, f.Type)
 	}
 	arch := map[macho.Cpu]string{macho.CpuAmd64: "amd64", macho.CpuArm64: "arm64"}[f.Cpu]
 	if arch == "" {
-		arch = f.Cpu.String()
+		arch = strings.ToLower(strings.TrimPrefix(f.Cpu.String(), "Cpu"))
 	}
 	return "darwin/" + arch, nil
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"log/slog"
 	"os"
@@ -89,7 +90,7 @@ type Registry struct {
 
 	mu       sync.Mutex // guards the maps
 	verified map[string]fileStamp
-	fetching map[string]chan struct{}
+	fetching map[string]*fetching
 	drops    map[string]*Dropped
 	descs    map[string]*componentv1.Description
 }
@@ -101,8 +102,17 @@ func New(cfg Config) (*Registry, error) {
 			return nil, fmt.Errorf("registry folder: %w", err)
 		}
 	}
+	left, err := filepath.Glob(filepath.Join(cfg.Cache, incoming+"*"))
+	if err != nil {
+		return nil, fmt.Errorf("registry folder: %w", err)
+	}
+	for _, f := range left { // of a fetch that was cut off by the end of the node
+		if err := os.Remove(f); err != nil {
+			return nil, fmt.Errorf("registry folder: %w", err)
+		}
+	}
 	return &Registry{
-		cfg: cfg, verified: map[string]fileStamp{}, fetching: map[string]chan struct{}{}, drops: map[string]*Dropped{},
+		cfg: cfg, verified: map[string]fileStamp{}, fetching: map[string]*fetching{}, drops: map[string]*Dropped{},
 		descs: map[string]*componentv1.Description{},
 	}, nil
 }
@@ -144,8 +154,11 @@ func (r *Registry) Push(ctx context.Context, req PushRequest) (art *componentsv1
 		art.Bytes += p.GetBytes()
 	}
 	art.Digest = digestOf(art.Platforms)
-	if known, ok := r.Artifact(art.Digest); ok && (req.Name == "" || req.Name == known.GetName()) && (req.Version == "" || req.Version == known.GetVersion()) {
-		return known, true, nil
+	if known, ok := r.Artifact(art.Digest); ok {
+		if (req.Name == "" || req.Name == known.GetName()) && (req.Version == "" || req.Version == known.GetVersion()) {
+			return known, true, nil
+		}
+		return nil, false, taken(first(req.Name, filepath.Base(req.Files[0].Name())), known)
 	}
 	if err := r.describe(ctx, art, req.Files, local); err != nil {
 		return nil, false, err
@@ -155,6 +168,12 @@ func (r *Registry) Push(ctx context.Context, req PushRequest) (art *componentsv1
 	}
 	r.cfg.Notify(Notice{Type: "pushed", Artifact: art.GetName() + "@" + art.GetVersion(), Digest: art.GetDigest(), Took: time.Since(start), Holders: Replicas})
 	return art, false, nil
+}
+
+// taken: an artifact's digest has one name and version.
+func taken(what string, known *componentsv1.Artifact) *PushError {
+	name := known.GetName() + "@" + known.GetVersion()
+	return &PushError{Artifact: what, Why: "the same bytes are in the registry as " + name, Try: "use " + name + ", or build it anew with the other version in it"}
 }
 
 // inspect reads what the file itself says: platform, size, digest.
@@ -220,9 +239,13 @@ func (r *Registry) describe(ctx context.Context, art *componentsv1.Artifact, fil
 func (r *Registry) publish(ctx context.Context, art *componentsv1.Artifact, files []*os.File) error {
 	node := blobs.Node{Kind: kindArtifact}
 	for i, f := range files {
-		link, err := r.cfg.Blobs.WriteStream(ctx, io.NewSectionReader(f, 0, int64(art.Platforms[i].GetBytes())))
+		sum := sha256.New()
+		link, err := r.cfg.Blobs.WriteStream(ctx, io.TeeReader(io.NewSectionReader(f, 0, int64(art.Platforms[i].GetBytes())), sum))
 		if err != nil {
 			return fmt.Errorf("push %s: store the pages: %w", art.GetName(), err)
+		}
+		if hexDigest(sum) != art.Platforms[i].GetDigest() {
+			return &PushError{Artifact: filepath.Base(f.Name()), Why: "it was changed while it was pushed", Try: "push it once it is complete"}
 		}
 		art.Platforms[i].Root = link.Hash[:]
 		node.Links = append(node.Links, link)
@@ -254,14 +277,11 @@ func (r *Registry) commit(ctx context.Context, art *componentsv1.Artifact) error
 	if err != nil {
 		return fmt.Errorf("push %s: %w", art.GetName(), err)
 	}
-	nameKey := components.ArtifactNameRegister(art.GetName(), art.GetVersion())
+	nameKey, key := components.ArtifactNameRegister(art.GetName(), art.GetVersion()), components.ArtifactRegister(art.GetDigest())
 	res, err := r.cfg.Arbiter.Txn(ctx, arbiter.TxnRequest{
 		Nonce:    r.cfg.Nonce(),
-		Compares: []arbiter.Compare{{Key: nameKey, Field: "exists", Equal: 0}},
-		Then: []arbiter.Op{
-			{Put: &arbiter.PutOp{Key: components.ArtifactRegister(art.GetDigest()), Body: body}},
-			{Put: &arbiter.PutOp{Key: nameKey, Body: []byte(art.GetDigest())}},
-		},
+		Compares: []arbiter.Compare{{Key: nameKey, Field: "exists", Equal: 0}, {Key: key, Field: "exists", Equal: 0}},
+		Then:     []arbiter.Op{{Put: &arbiter.PutOp{Key: key, Body: body}}, {Put: &arbiter.PutOp{Key: nameKey, Body: []byte(art.GetDigest())}}},
 	})
 	if err != nil {
 		return fmt.Errorf("push %s: commit its record: %w", art.GetName(), err)
@@ -269,13 +289,22 @@ func (r *Registry) commit(ctx context.Context, art *componentsv1.Artifact) error
 	if res.Succeeded {
 		return nil
 	}
-	if reg, ok := r.cfg.Arbiter.Get(nameKey); ok && string(reg.Body) == art.GetDigest() {
-		return nil
+	// What is there instead: the answer tells, the local view may not know yet.
+	for _, reg := range res.Registers {
+		var there componentsv1.Artifact
+		switch {
+		case reg.Key == nameKey && string(reg.Body) == art.GetDigest():
+			return nil // somebody pushed the same at the same time
+		case reg.Key == nameKey:
+			return &PushError{
+				Artifact: art.GetName() + "@" + art.GetVersion(), Why: "this version exists with other bytes; a version never changes",
+				Try: "raise the version, or coppice registry show " + art.GetName(),
+			}
+		case reg.Key == key && proto.Unmarshal(reg.Body, &there) == nil:
+			return taken(art.GetName()+"@"+art.GetVersion(), &there)
+		}
 	}
-	return &PushError{
-		Artifact: art.GetName() + "@" + art.GetVersion(), Why: "this version exists with other bytes; a version never changes",
-		Try: "raise the version, or coppice registry show " + art.GetName(),
-	}
+	return fmt.Errorf("push %s: its record was not committed, and nothing says why; try again", art.GetName())
 }
 
 // Artifact returns a committed record by digest, without its description.
@@ -343,7 +372,10 @@ func (r *Registry) Description(ctx context.Context, digest string) (*componentv1
 	if art.GetKind() == KindProgram {
 		return nil, nil
 	}
-	root := blobs.Hash(art.GetRoot())
+	root, err := blobs.ParseHash(art.GetRoot())
+	if err != nil {
+		return nil, fmt.Errorf("artifact %s: its record names no pages: %w", digest, err)
+	}
 	if err := r.fetch(ctx, root, art); err != nil {
 		return nil, err
 	}
@@ -387,9 +419,14 @@ func digestOf(ps []*componentsv1.Platform) string {
 		lines[i] = p.GetOsArch() + " " + p.GetDigest() + "\n"
 	}
 	slices.Sort(lines)
-	sum := sha256.Sum256([]byte(strings.Join(lines, "")))
-	return "sha256:" + hex.EncodeToString(sum[:])
+	sum := sha256.New()
+	for _, l := range lines {
+		io.WriteString(sum, l) //nolint:errcheck // a hash takes everything
+	}
+	return hexDigest(sum)
 }
+
+func hexDigest(h hash.Hash) string { return "sha256:" + hex.EncodeToString(h.Sum(nil)) }
 
 func hashFile(f *os.File) (string, error) {
 	h := sha256.New()
@@ -400,7 +437,7 @@ func hashFile(f *os.File) (string, error) {
 	if _, err := io.Copy(h, io.NewSectionReader(f, 0, st.Size())); err != nil {
 		return "", err
 	}
-	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
+	return hexDigest(h), nil
 }
 
 // splitName reads "kv-1.0.2" as kv and 1.0.2, "kv" as kv and "".

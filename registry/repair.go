@@ -21,11 +21,14 @@ const (
 func (r *Registry) Repair(ctx context.Context) error {
 	tick := time.NewTicker(repairEvery)
 	defer tick.Stop()
+	told := map[string]bool{} // what could not be fetched, by digest
 	for {
 		for _, art := range r.List() {
-			if err := r.hold(ctx, art); err != nil && ctx.Err() == nil {
+			err := r.hold(ctx, art)
+			if err != nil && ctx.Err() == nil && !told[art.GetDigest()] {
 				r.cfg.Log.Warn("this node should hold an artifact and could not fetch it; it is tried again", "artifact", art.GetName()+"@"+art.GetVersion(), "error", err)
 			}
+			told[art.GetDigest()] = err != nil
 		}
 		select {
 		case <-ctx.Done():

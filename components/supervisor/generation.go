@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -131,6 +132,10 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 	phase(components.Starting)
 	spec.Credential = sh.Credential()
 	proc, err := s.cfg.Runner.Start(ctx, spec)
+	for tries := 0; errors.Is(err, syscall.ETXTBSY) && tries < 10 && pause(ctx, 5*time.Millisecond) == nil; tries++ {
+		// Another process that was being forked while this file was written still has it open for writing, until it executes its own.
+		proc, err = s.cfg.Runner.Start(ctx, spec)
+	}
 	if err != nil {
 		sh.Forbid(spec.Credential)
 		return nil, fmt.Errorf("start %s: %w", name, err)
