@@ -24,16 +24,9 @@ build: ## build bin/coppice and the shipped components (the default)
 demo: build ## run a five-node cluster with two applications, kill nodes, swap versions; every figure measured
 	$(BIN)/coppice demo
 
-# The simulated clusters of components/supervisor share state between a test and its nodes; they run without the race detector.
-UNRACED  := $(MODULE)/components/supervisor
 test: build ## every test that ends within minutes (TESTFLAGS=-race: with the race detector, as CI does)
 	$(GO) vet ./...
-ifneq (,$(findstring -race,$(TESTFLAGS)))
-	CGO_ENABLED=1 $(GO) test -timeout 20m $(TESTFLAGS) $$($(GO) list ./... | grep -v '^$(UNRACED)$$')
-	$(GO) test -timeout 20m $(UNRACED)
-else
-	$(GO) test -timeout 20m $(TESTFLAGS) ./...
-endif
+	$(if $(findstring -race,$(TESTFLAGS)),CGO_ENABLED=1) $(GO) test -timeout 20m $(TESTFLAGS) ./...
 
 race: ## the same with the race detector (needs a C compiler); what CI runs
 	$(MAKE) test TESTFLAGS=-race

@@ -37,8 +37,7 @@ func TestFaultsUnderLoad(t *testing.T) {
 		w.running(w.nodes[0], "1.0.0")
 		w.settled()
 		client := w.nodes[5]
-		l := w.load(3, client)
-		l.patience, l.pace = time.Minute, 100*time.Millisecond
+		l := w.loadAt(3, time.Minute, 100*time.Millisecond, client)
 		for round := range rounds {
 			reg, _ := w.register()
 			owner := w.node(reg.Owner)

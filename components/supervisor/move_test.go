@@ -235,9 +235,10 @@ func TestAStopThatCannotSaveIsCalledOff(t *testing.T) {
 		if _, err := n.add(within(w.t, 5*time.Second)); err != nil {
 			w.t.Fatal(err)
 		}
-		a.commit = func(context.Context, arbiter.CommitRequest) (arbiter.Register, error) {
+		refuse := func(context.Context, arbiter.CommitRequest) (arbiter.Register, error) {
 			return arbiter.Register{}, arbiter.ErrNoLeader
 		}
+		a.commit.Store(&refuse)
 		w.overlay(func(o *componentsv1.Overlay) { o.Stopped = true })
 		w.eventually(2*time.Minute, "it says why it does not stop", func() bool { return n.state() == components.Degraded })
 		if len(n.runner.running(testInstance)) != 1 {
@@ -249,7 +250,7 @@ func TestAStopThatCannotSaveIsCalledOff(t *testing.T) {
 		}
 		w.overlay(func(o *componentsv1.Overlay) { o.Stopped = true })
 		time.Sleep(time.Minute)
-		a.commit = nil
+		a.commit.Store(nil)
 		w.eventually(2*time.Minute, "it is stopped once it can be saved", func() bool { return n.state() == components.Stopped })
 		w.overlay(func(o *componentsv1.Overlay) { o.Stopped = false })
 		w.running(n, "1.0.0")

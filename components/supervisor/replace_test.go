@@ -156,17 +156,18 @@ func TestADeployedVersionThatDoesNotComeUpIsTriedOncePerDesiredState(t *testing.
 // faulty is the arbiter with faults on the way.
 type faulty struct {
 	*arbiter.Arbiter
-	txn func(ctx context.Context, r arbiter.TxnRequest, do func(context.Context, arbiter.TxnRequest) (arbiter.TxnResult, error)) (arbiter.TxnResult, error)
 	// deaf: nothing can be asked.
-	deaf   atomic.Bool
-	commit func(ctx context.Context, r arbiter.CommitRequest) (arbiter.Register, error)
+	deaf atomic.Bool
+	// What answers instead of the arbiter, while set.
+	txn    atomic.Pointer[func(ctx context.Context, r arbiter.TxnRequest, do func(context.Context, arbiter.TxnRequest) (arbiter.TxnResult, error)) (arbiter.TxnResult, error)]
+	commit atomic.Pointer[func(ctx context.Context, r arbiter.CommitRequest) (arbiter.Register, error)]
 }
 
 var errDeaf = errors.New("the arbiter does not answer")
 
 func (f *faulty) Txn(ctx context.Context, r arbiter.TxnRequest) (arbiter.TxnResult, error) {
-	if f.txn != nil {
-		return f.txn(ctx, r, f.Arbiter.Txn)
+	if txn := f.txn.Load(); txn != nil {
+		return (*txn)(ctx, r, f.Arbiter.Txn)
 	}
 	return f.Arbiter.Txn(ctx, r)
 }
@@ -179,8 +180,8 @@ func (f *faulty) Read(ctx context.Context, key string) (arbiter.Register, bool, 
 }
 
 func (f *faulty) Commit(ctx context.Context, r arbiter.CommitRequest) (arbiter.Register, error) {
-	if f.commit != nil {
-		return f.commit(ctx, r)
+	if commit := f.commit.Load(); commit != nil {
+		return (*commit)(ctx, r)
 	}
 	return f.Arbiter.Commit(ctx, r)
 }
@@ -216,11 +217,11 @@ func TestASwapWhoseClaimIsInDoubt(t *testing.T) {
 					w.shelf.add(&binary{name: "counter", version: "1.1.0"})
 					l := w.load(4, n)
 					l.more(50)
-					a.txn = func(ctx context.Context, r arbiter.TxnRequest, do func(context.Context, arbiter.TxnRequest) (arbiter.TxnResult, error)) (arbiter.TxnResult, error) {
+					lost := func(ctx context.Context, r arbiter.TxnRequest, do func(context.Context, arbiter.TxnRequest) (arbiter.TxnResult, error)) (arbiter.TxnResult, error) {
 						if !claims(r) {
 							return do(ctx, r)
 						}
-						a.txn = nil
+						a.txn.Store(nil)
 						a.deaf.Store(blind)
 						time.AfterFunc(3*time.Second, func() { a.deaf.Store(false) })
 						if done {
@@ -230,6 +231,7 @@ func TestASwapWhoseClaimIsInDoubt(t *testing.T) {
 						}
 						return arbiter.TxnResult{}, &arbiter.InDoubtError{Cause: errDeaf}
 					}
+					a.txn.Store(&lost)
 					_, err := w.swap(n, "1.1.0")
 					if (err == nil) != (done && !blind) {
 						w.t.Errorf("the swap: %v", err)

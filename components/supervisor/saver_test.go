@@ -215,8 +215,9 @@ func TestAFencedSaverEndsAndCommitsNothing(t *testing.T) {
 // Answers of commits get lost in every way there is. Every root goes under its own number, nothing is lost, and all ends well.
 func TestCommitsInDoubt(t *testing.T) {
 	onBench(t, func(b *bench) {
-		rng := rand.New(rand.NewPCG(seedOf(t, 11), 1))
-		b.reg.doubt = func() string { return []string{"", "before", "after", "late", ""}[rng.IntN(5)] }
+		seed := seedOf(t, 11)
+		rng, fate := rand.New(rand.NewPCG(seed, 1)), rand.New(rand.NewPCG(seed, 2)) // fate is drawn from under the register's lock
+		b.reg.doubt = func() string { return []string{"", "before", "after", "late", ""}[fate.IntN(5)] }
 		b.save(componentsv1.Durability_DURABILITY_EACH_CALL)
 		for range 200 {
 			b.tape.write(1)

@@ -191,8 +191,12 @@ type load struct {
 }
 
 func (w *world) load(callers int, by ...*simNode) *load {
+	return w.loadAt(callers, 15*time.Second, 20*time.Millisecond, by...)
+}
+
+func (w *world) loadAt(callers int, patience, pace time.Duration, by ...*simNode) *load {
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &load{w: w, cancel: cancel, patience: 15 * time.Second, pace: 20 * time.Millisecond}
+	l := &load{w: w, cancel: cancel, patience: patience, pace: pace}
 	w.loads = append(w.loads, l)
 	for i := range callers {
 		n := by[i%len(by)]
