@@ -2,6 +2,7 @@ package peers
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -288,6 +289,13 @@ func TestStoppedPeerIsSilent(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.signal(t, syscall.SIGSTOP)
+	for state := byte(0); state != 'T'; { // a signal is not obeyed at once
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		state = stat[bytes.LastIndexByte(stat, ')')+2]
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	began := time.Now()

@@ -60,6 +60,20 @@ func (d *demo) homed(ctx context.Context) ([]string, error) {
 	return order, err
 }
 
+// expendable waits until every running node says that there are three voters, so that any one may die.
+func (d *demo) expendable(ctx context.Context) error {
+	return cluster.Each(d.cluster.Alive(), func(n *cluster.Node) error {
+		return cluster.WaitFor(ctx, 30*time.Second, "three voters, as "+n.Name+" sees it", func(ctx context.Context) (bool, error) {
+			c, err := n.Client()
+			if err != nil {
+				return false, err
+			}
+			st, err := c.Status(ctx, &apiv1.StatusRequest{})
+			return err == nil && len(st.GetArbiter().GetVoters()) >= 3, err
+		})
+	})
+}
+
 func homedAt(ctx context.Context, n *cluster.Node) ([]string, error) {
 	c, err := n.Client()
 	if err != nil {

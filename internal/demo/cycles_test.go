@@ -103,6 +103,7 @@ func killCycles(t *testing.T, d *demo, n int, seed uint64) {
 	var slowest time.Duration
 	for cycle := 1; cycle <= n; cycle++ {
 		must(t, d.calm(ctx, d.cluster.Nodes[0]))
+		must(t, d.expendable(ctx))
 		must(t, seen.see(ctx, d.cluster))
 		victim := d.cluster.Nodes[rng.IntN(len(d.cluster.Nodes))]
 		owned := d.owner == victim.Name

@@ -68,6 +68,13 @@ func hello(version int, network, addr string) {
 	fmt.Printf("1|%d|%s|%s|grpc|\n", version, network, addr)
 }
 
+// hang never returns. An empty select would have the runtime call it a deadlock, where nothing else waits for anything.
+func hang() {
+	for {
+		time.Sleep(time.Hour)
+	}
+}
+
 func serve() error {
 	dir, mode := os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), os.Getenv(EnvMode)
 	if m, ok := strings.CutPrefix(filepath.Base(os.Args[0]), "mode-"); ok {
@@ -76,7 +83,7 @@ func serve() error {
 	sock := filepath.Join(dir, "c")
 	switch mode {
 	case ModeHangHello:
-		select {}
+		hang()
 	case ModeExit:
 		fmt.Fprintln(os.Stderr, "cannot go on: no configuration")
 		os.Exit(3)
@@ -85,10 +92,10 @@ func serve() error {
 		return nil
 	case ModeTCP:
 		hello(1, "tcp", "127.0.0.1:1")
-		select {}
+		hang()
 	case ModeForeign:
 		hello(1, "unix", "/tmp/elsewhere")
-		select {}
+		hang()
 	}
 	l, err := net.Listen("unix", sock)
 	if err != nil {
@@ -174,7 +181,7 @@ func (c *component) Describe(ctx context.Context, _ *componentv1.DescribeRequest
 		return nil, status.Error(codes.Internal, "no description today")
 	case ModeDescribeHang:
 		<-ctx.Done()
-		select {}
+		hang()
 	}
 	return Description(c.version), nil
 }
