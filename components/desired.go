@@ -174,5 +174,6 @@ func FirstBody(s InstanceSpec, now time.Time) *componentsv1.InstanceBody {
 		Cause:         "first placement",
 		ClaimedUnixMs: uint64(max(now.UnixMilli(), 0)),
 		EachNode:      s.Node,
+		Leased:        s.Component.Leased(),
 	}
 }

@@ -43,6 +43,9 @@ type Effective struct {
 	Overlay *componentsv1.Overlay // nil: nothing is laid over the manifest
 }
 
+// Leased says whether its instances run under a lease of the arbiter: taken over only when the owner certainly runs nothing any more.
+func (e *Effective) Leased() bool { return e.Guarantee == ExactlyOne }
+
 // Key is "app/name".
 func (e *Effective) Key() string { return ComponentKey(e.Application, e.Name) }
 

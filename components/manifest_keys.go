@@ -19,9 +19,6 @@ var unsupported = map[string]map[string]string{
 		"update":       "a swap replaces an instance at once and returns to the old version when the new one is not healthy",
 		"scale":        "set count and deploy again",
 		"bind_query":   "name the component under bindings",
-		"takeover":     "choose the grade with guarantee",
-		"on_partition": "choose the grade with guarantee",
-		"reconcile":    "choose the grade with guarantee",
 		"domain":       "an application answers at the gateway under /app/ and by the cluster's domain",
 		"priority":     "all components have the same",
 		"budget":       "nodes have no prices yet",
@@ -37,9 +34,12 @@ var unsupported = map[string]map[string]string{
 // line goes.
 var notYet = map[string]map[string]string{
 	"ComponentSpec": {
-		"run":     "it runs components that speak component.v1, not ordinary programs",
-		"state":   "a checkpoint is kept on the owner and its successors",
-		"restart": "the node chooses when a component that ended is started again",
+		"run":          "it runs components that speak component.v1, not ordinary programs",
+		"state":        "a checkpoint is kept on the owner and its successors",
+		"restart":      "the node chooses when a component that ended is started again",
+		"takeover":     "choose the grade with guarantee",
+		"on_partition": "choose the grade with guarantee",
+		"reconcile":    "choose the grade with guarantee",
 	},
 	"Sandbox": {"network": "all components have the same"},
 }

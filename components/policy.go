@@ -3,7 +3,10 @@ package components
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
+
+	"google.golang.org/protobuf/proto"
 
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
@@ -104,4 +107,13 @@ func Guarantee(spec *componentsv1.ComponentSpec) string {
 		return ExactlyOne
 	}
 	return Safe
+}
+
+// LeasedBody says of a register's body whether its owner runs the instance under a lease of the arbiter (arbiter.Config.Leased).
+func LeasedBody(key string, body []byte) bool {
+	if !strings.HasPrefix(key, InstancePrefix) {
+		return false
+	}
+	var b componentsv1.InstanceBody
+	return proto.Unmarshal(body, &b) == nil && b.GetLeased()
 }

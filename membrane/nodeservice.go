@@ -37,6 +37,9 @@ type NodeSocketConfig struct {
 	Path     string        // of the unix socket; what an earlier daemon left there is replaced
 	LeaseTTL time.Duration // of each grant; default 2 s
 	Services NodeServices
+	// Lease says of an instance under a lease of the arbiter for how long a process may still be granted to run: grants are no longer than that, and
+	// none is given without. nil: it is not leased.
+	Lease func() (left time.Duration, leased bool)
 }
 
 const defaultLease = 2 * time.Second
@@ -168,7 +171,17 @@ func (s *NodeSocket) Lease(stream grpc.BidiStreamingServer[componentv1.LeaseBeat
 		if s.withheld.Load() {
 			continue
 		}
-		grant := &componentv1.LeaseGrant{TtlMs: uint32(s.cfg.LeaseTTL.Milliseconds()), Drain: s.draining.Load(), Token: s.m.Token().Proto()}
+		ttl, leased := s.cfg.LeaseTTL, false
+		if s.cfg.Lease != nil {
+			var left time.Duration
+			if left, leased = s.cfg.Lease(); leased {
+				ttl = min(ttl, left)
+			}
+		}
+		if ttl < time.Millisecond {
+			continue
+		}
+		grant := &componentv1.LeaseGrant{TtlMs: uint32(ttl.Milliseconds()), Drain: s.draining.Load(), Token: s.m.Token().Proto(), Leased: leased}
 		if err := stream.Send(grant); err != nil {
 			return err
 		}

@@ -134,6 +134,10 @@ func (c coordinator) Place(ctx context.Context, p placement.Placing) error {
 	if errors.As(err, &refused) {
 		return nil // somebody was faster: the next round sees it
 	}
+	if wait, ok := errors.AsType[*arbiter.WaitError](err); ok { // its last owner may still hold its lease
+		time.AfterFunc(wait.For, n.coord.Trigger)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -213,6 +217,10 @@ func (c coordinator) Retire(ctx context.Context, r placement.Retiring) error {
 	_, err := c.n.arbiter.Txn(ctx, arbiter.TxnRequest{
 		Nonce: c.n.nonce(), Compares: []arbiter.Compare{{Key: key, Field: "epoch", Equal: r.Epoch}}, Then: []arbiter.Op{{Delete: key}},
 	})
+	if wait, ok := errors.AsType[*arbiter.WaitError](err); ok {
+		time.AfterFunc(wait.For, c.n.coord.Trigger)
+		return nil
+	}
 	return err
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 
+	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/components/runner"
 	"github.com/coppice-project/coppice/components/supervisor"
 	"github.com/coppice-project/coppice/dht"
@@ -220,6 +221,7 @@ func (n *Node) openOverlay() (err error) {
 	n.arbiter, err = arbiter.New(arbiter.Config{
 		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.cfg.FS, Dir: filepath.Join(n.cfg.Data, "raft"),
 		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror,
+		Leased: components.LeasedBody,
 	})
 	if err != nil {
 		return err

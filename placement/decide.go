@@ -17,9 +17,6 @@ import (
 const (
 	// ClaimDelay is how long a dead owner's instances are left to their successors.
 	ClaimDelay = time.Second
-	// LeaseDelay is ClaimDelay for exactly-one when nobody knows that the owner's host runs nothing any more: its last lease has to be
-	// over, with 1 % of clock rate error on both sides.
-	LeaseDelay = 3060 * time.Millisecond
 	// RebootDelay is how long a node that came back gets to claim its own instances.
 	RebootDelay = 3 * time.Second
 )
@@ -118,11 +115,7 @@ func (d *decider) assignment(spec components.InstanceSpec, a *placementv1.Assign
 		d.placeFirst(spec, r, a)
 	case spec.Node != "" && gone: // it waits for its node
 	case gone:
-		delay := ClaimDelay
-		if spec.Component.Guarantee == components.ExactlyOne && owner.Evidence != "refused" {
-			delay = LeaseDelay
-		}
-		d.placeAfter(spec, r, a, owner, delay, false)
+		d.placeAfter(spec, r, a, owner, ClaimDelay, false) // of a leased one the arbiter says how long the lease may last
 	case rebooted:
 		d.placeAfter(spec, r, a, owner, RebootDelay, true)
 	case a.GetNode() != r.Owner && spec.Node == "":

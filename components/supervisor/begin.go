@@ -221,6 +221,9 @@ func (i *instance) bring(ctx context.Context, g *generation, token components.To
 	if err != nil {
 		return err
 	}
+	if err := i.takeOn(g); err != nil {
+		return err
+	}
 	g.back, g.token, g.since = back, token, time.Now()
 	m.SetDurable(waits(g, eff))
 	back.SetCommitted(g.mark)
@@ -234,6 +237,16 @@ func (i *instance) install(ctx context.Context, p *prepared, reg arbiter.Registe
 	}
 	i.shell, i.gen = p.shell, p.gen
 	i.sup.service(i.name).stale.Store(false)
+	if p.gen.since.IsZero() {
+		err := i.takeOn(p.gen)
+		if err == nil {
+			err = p.gen.start(ctx, p.shell, tokenIn(reg), eff, !p.gen.saved.Root.IsZero(), startDeadline)
+		}
+		if err != nil {
+			i.kill("it did not start")
+			return err
+		}
+	}
 	i.save(p.gen, reg, eff, nil)
 	if err := i.serve(ctx, p.gen, eff); err != nil {
 		i.kill("its process could not be put behind the gate")

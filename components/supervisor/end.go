@@ -30,6 +30,10 @@ func (i *instance) died() {
 	if g == nil {
 		return
 	}
+	if !i.leaseHeld() {
+		i.endForLease() // most likely it was ended for that
+		return
+	}
 	exit := g.proc.Exit()
 	why := "exit status unknown"
 	if exit.Known {
@@ -164,20 +168,6 @@ func (i *instance) unrest(ctx context.Context) time.Duration {
 	i.quiet = false
 	i.release()
 	return time.Millisecond
-}
-
-// yield ends a process that must not run beside another, because this node does not know any more that it is the owner. Elsewhere the
-// next one is started only after the time in which this happens (DESIGN.md §5, exactly-one).
-func (i *instance) yield() time.Duration {
-	if i.gen != nil {
-		i.kill("this node has lost touch with the arbiter")
-		i.sup.cfg.Events.Publish(events.Event{
-			Channel: "/apps/" + i.name, Type: "yielded", Cause: "the arbiter is out of reach, or this node was suspended",
-			Message: i.name + " is exactly-one and ended on " + i.sup.cfg.Name + " until its ownership is confirmed",
-		})
-	}
-	i.show(components.Stopped, "it is exactly-one, and its ownership cannot be confirmed now")
-	return 200 * time.Millisecond
 }
 
 // remove ends an instance that should not exist any more, and its register with it. The log is asked first: what the local view does not

@@ -21,9 +21,6 @@ const (
 	rankDelay = 150 * time.Millisecond
 	// rebootGrace is what a node that has just come back gets to claim its own components before its successors do.
 	rebootGrace = 300 * time.Millisecond
-	// leaseTime is how long an instance of a dead owner may still run, by its last lease: exactly-one waits it out, whatever proves that
-	// the owner is dead, for its processes outlive it by their own lease (notes: T = 3 s and 1 % clock rate error on both sides).
-	leaseTime = 3060 * time.Millisecond
 	// claimAttempt bounds one try to claim from a dead owner; after it everything is looked at anew.
 	claimAttempt = 2 * time.Second
 	// maxRank bounds who tries at all when no successor is alive.
@@ -144,9 +141,6 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 		if d.reboot {
 			wait += rebootGrace
 		}
-		if s.exactlyOne(&body) {
-			wait += leaseTime
-		}
 		left := wait - time.Since(d.at)
 		if !s.lease.holds() || d.silent && !s.lease.steady() {
 			// Perhaps it is this node that is cut off. A claim would wait for the arbiter until the cut heals, and then take from nodes that
@@ -166,6 +160,12 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 		}
 		if refused, ok := errors.AsType[*arbiter.RefusedError](err); ok {
 			s.adopt(refused.Current) // somebody else's epoch; or a newer one of the same dead process, or a newer body: once more with that
+			continue
+		}
+		if w, ok := errors.AsType[*arbiter.WaitError](err); ok { // it may still hold its lease
+			if err := pause(ctx, w.For); err != nil {
+				return err
+			}
 			continue
 		}
 		if ctx.Err() != nil {
@@ -258,12 +258,6 @@ func (s *Supervisor) claimOver(ctx context.Context, reg arbiter.Register, claim 
 		refused.Current, refused.Exists = res.Registers[0], true
 	}
 	return arbiter.Register{}, refused
-}
-
-// exactlyOne says whether the instance must not start while its old owner could still run it.
-func (s *Supervisor) exactlyOne(body *componentsv1.InstanceBody) bool {
-	eff, err := s.effective(body.GetComponent())
-	return err == nil && eff != nil && eff.Guarantee == components.ExactlyOne
 }
 
 // pausedKey is there while the cluster as a whole is down, or on its way.

@@ -140,7 +140,11 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 		sh.Forbid(spec.Credential)
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	s.remember(proc, func() { sh.Forbid(spec.Credential) })
+	st := &s.service(name).lease
+	s.remember(proc, func() {
+		sh.Forbid(spec.Credential)
+		st.remove(proc)
+	})
 	g.credential = spec.Credential
 	g.proc, g.comp = proc, componentv1.NewComponentClient(proc.Conn())
 	if g.desc == nil {
@@ -228,6 +232,7 @@ func (g *generation) request(token components.Token, eff *components.Effective, 
 	}
 	return &componentv1.StartRequest{
 		Instance: g.instance, Token: token.Proto(), Version: g.version, Attributes: &componentv1.Attributes{Json: attrs}, Restored: restored,
+		Leased: eff.Leased(),
 	}
 }
 

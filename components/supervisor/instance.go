@@ -36,17 +36,18 @@ type instance struct {
 	gone chan struct{} // closed when the actor has ended
 
 	// Of the loop's goroutine only.
-	shell    Shell
-	gen      *generation
-	prev     *generation // the process before, ended: its commits must be settled before the next of the same epoch begins
-	failures int
-	notUntil time.Time
-	unfit    unfit
-	quiet    bool              // the process is held and frozen for a stop that has not gone through
-	refused  map[string]string // digest -> why a swap to it failed; cleared when desired state changes
-	wanted   uint64            // the revision of desired state seen last, to notice that change
-	follows  retries           // of a swap that failed for no fault of the version
-	applied  applied           // what was last given to the process
+	shell     Shell
+	gen       *generation
+	prev      *generation // the process before, ended: its commits must be settled before the next of the same epoch begins
+	failures  int
+	notUntil  time.Time
+	unfit     unfit
+	quiet     bool              // the process is held and frozen for a stop that has not gone through
+	refused   map[string]string // digest -> why a swap to it failed; cleared when desired state changes
+	wanted    uint64            // the revision of desired state seen last, to notice that change
+	follows   retries           // of a swap that failed for no fault of the version
+	applied   applied           // what was last given to the process
+	regradeAt time.Time         // not before: a change of the takeover that failed
 
 	mu   sync.Mutex // guards the fields below
 	info Info
@@ -204,6 +205,7 @@ func (i *instance) step(ctx context.Context) time.Duration {
 	if reg.Boot != i.sup.cfg.Boot {
 		return i.reclaim(ctx, reg, &body)
 	}
+	i.grade(body.GetLeased())
 	eff, revision, err := i.sup.desired(body.GetComponent())
 	if err != nil {
 		i.show(components.Failed, err.Error())
@@ -222,7 +224,9 @@ func (i *instance) step(ctx context.Context) time.Duration {
 		return i.rest(ctx, components.Stopped, "stopped by a command; try coppice start "+i.name)
 	case i.sup.paused():
 		return i.rest(ctx, components.Stopped, "the cluster is paused")
-	case eff.Guarantee == components.ExactlyOne && !i.sup.lease.holds():
+	case eff.Leased() != body.GetLeased() && !time.Now().Before(i.regradeAt):
+		return i.regrade(ctx, reg, &body, eff.Leased())
+	case !i.leaseHeld():
 		return i.yield()
 	case i.gen == nil:
 		return i.begin(ctx, reg, &body, eff)

@@ -66,7 +66,8 @@ func (i *instance) move(ctx context.Context, reg arbiter.Register, body *compone
 		return out, fmt.Errorf("move %s to %s: prepare: %w", i.name, out.To, err)
 	}
 	pauseBegin := time.Now()
-	epoch, err := i.handOver(ctx, body, to, name, p)
+	defer i.leaseState().handing.Store(false)
+	epoch, err := i.handOver(ctx, reg, body, to, name, p)
 	if err != nil {
 		err = fmt.Errorf("move %s to %s: %w", i.name, out.To, err)
 		if i.lostOwnership(ctx, reg) {
@@ -91,7 +92,7 @@ func (i *instance) left(to peer.ID, reg arbiter.Register, epoch uint64) {
 }
 
 // handOver freezes the instance, commits its last state and lets the target claim.
-func (i *instance) handOver(ctx context.Context, body *componentsv1.InstanceBody, to peer.ID, name string, p swapPlan) (uint64, error) {
+func (i *instance) handOver(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, to peer.ID, name string, p swapPlan) (uint64, error) {
 	pctx, cancel := context.WithTimeout(ctx, pauseLimit)
 	defer cancel()
 	if err := i.quiesce(pctx, reasonMove); err != nil {
@@ -108,6 +109,11 @@ func (i *instance) handOver(ctx context.Context, body *componentsv1.InstanceBody
 	data, err := proto.Marshal(b)
 	if err != nil {
 		return 0, err
+	}
+	if body.GetLeased() {
+		if err := i.giveUp(pctx, reg); err != nil {
+			return 0, err
+		}
 	}
 	// From here on the caller's patience does not count: the target may claim.
 	fctx, fcancel := context.WithTimeout(context.WithoutCancel(ctx), finishDeadline)
@@ -316,8 +322,10 @@ func (s *Supervisor) takeMoved(ctx context.Context, p *prepared, name string, re
 		}
 	}
 	token := components.Token{Incarnation: reg.Incarnation, Epoch: p.epoch + 1}
-	if err := p.gen.start(ctx, p.shell, token, eff, !root.IsZero(), swapStart); err != nil {
-		return arbiter.Register{}, err
+	if !body.GetLeased() { // else it is started when it has its lease
+		if err := p.gen.start(ctx, p.shell, token, eff, !root.IsZero(), swapStart); err != nil {
+			return arbiter.Register{}, err
+		}
 	}
 	claimed, err := s.cfg.Arbiter.Claim(ctx, arbiter.ClaimRequest{
 		Key: key, Expect: p.epoch, Nonce: s.nonce(), Owner: s.cfg.Self, Boot: s.cfg.Boot, Body: req.GetBody(),

@@ -147,6 +147,11 @@ func (i *instance) goOn(ctx context.Context, why error) error {
 	if i.applied.frozen {
 		return why // it was frozen before, and stays so
 	}
+	if err := i.regain(ctx); err != nil {
+		i.kill("its lease did not come back")
+		i.show(components.Stopped, "it is exactly-one, and its lease did not come back after a move that failed")
+		return errors.Join(why, err)
+	}
 	if err := i.resume(ctx, i.gen); err != nil {
 		i.relaunch("it does not go on after a replace that failed: " + err.Error())
 		return errors.Join(why, err)
@@ -259,6 +264,9 @@ func (i *instance) cutOver(ctx context.Context, reg arbiter.Register, body *comp
 		if tail, err = carry(pctx, old, next, since); err != nil {
 			return arbiter.Register{}, 0, copyError(old, fmt.Errorf("copy the last changes: %w", err))
 		}
+	}
+	if err := i.takeOn(next); err != nil {
+		return arbiter.Register{}, 0, err
 	}
 	token := components.Token{Incarnation: reg.Incarnation, Epoch: reg.Epoch + 1}
 	if err := next.start(pctx, i.shell, token, eff, old.stateful() && next.stateful(), swapStart); err != nil {

@@ -31,6 +31,8 @@ type Hooks struct {
 	Hung  func(process *membrane.Backend, err error) // it missed its heartbeats
 	// Serving says whether the instance may be served now.
 	Serving func() bool
+	// Lease says for how long a process of the instance may be granted to run, if it runs under a lease of the arbiter.
+	Lease func() (left time.Duration, leased bool)
 }
 
 // ShellFactory makes the membrane of an instance.
@@ -57,7 +59,10 @@ func (s *Supervisor) hooks(name string, eff *components.Effective) Hooks {
 				i.poke()
 			}
 		},
-		Serving: func() bool { return sv.free.Load() || !sv.stale.Load() && s.lease.holds() },
+		Serving: func() bool { return sv.free.Load() || !sv.stale.Load() && s.lease.holds() && s.mayServe(&sv.lease) },
+		Lease: func() (time.Duration, bool) {
+			return s.left(&sv.lease) - leaseMargin, sv.lease.leased.Load()
+		},
 	}
 }
 
@@ -71,11 +76,12 @@ type hung struct {
 type service struct {
 	stale atomic.Bool // the log says that the instance is not this node's
 	free  atomic.Bool // nothing has to hold
+	lease leaseState
 }
 
 // free: what keeps no state may go on in any partition: whoever reaches it is served.
 func free(eff *components.Effective) bool {
-	return eff.Durable == componentsv1.Durability_DURABILITY_NONE && eff.Guarantee != components.ExactlyOne
+	return eff.Durable == componentsv1.Durability_DURABILITY_NONE && !eff.Leased()
 }
 
 func (s *Supervisor) service(name string) *service {

@@ -36,6 +36,7 @@ type Registers interface {
 	Commit(ctx context.Context, r arbiter.CommitRequest) (arbiter.Register, error)
 	SetHolders(ctx context.Context, key string, seq uint64, holders []peer.ID) (arbiter.Register, error)
 	Txn(ctx context.Context, r arbiter.TxnRequest) (arbiter.TxnResult, error)
+	Lease(ctx context.Context, r arbiter.LeaseRequest) (arbiter.Leases, error)
 	Sync(ctx context.Context) error
 	Status() arbiter.Status
 }
@@ -109,6 +110,8 @@ type Supervisor struct {
 	kick   chan struct{}
 	// lease is this node's right to serve what it owns.
 	lease *lease
+	// session renews the leases of single instances.
+	session *session
 
 	randMu sync.Mutex // guards cfg.Rand
 
@@ -139,7 +142,7 @@ func New(cfg Config) *Supervisor {
 		deaths: map[peer.ID]death{}, successions: map[string]*succession{},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.lease = newLease(s.cfg)
+	s.lease, s.session = newLease(s.cfg), newSession()
 	s.handleMoves()
 	return s
 }
@@ -159,6 +162,8 @@ func (s *Supervisor) Run(ctx context.Context) error {
 		s.Wake()
 	})()
 	s.spawn(func() { s.lease.run(s.ctx, s.judge, s.Wake) })
+	s.spawn(func() { s.keepLeases(s.ctx) })
+	s.spawn(func() { s.watchLeases(s.ctx) })
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	s.sweep()

@@ -82,26 +82,38 @@ func inWorldWith(t *testing.T, n int, tune func(n *simNode, cfg *Config), f func
 	t.Helper()
 	seed := seedOf(t, 7)
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, net: peers.NewNet(seed), rng: rand.New(rand.NewPCG(seed, 3)), shelf: &shelf{binaries: map[string]*binary{}}, tune: tune}
+		w := newWorld(t, seed)
+		w.tune = tune
 		defer w.close()
 		for i := range n {
 			w.nodes = append(w.nodes, &simNode{w: w, id: testID(i + 1), name: fmt.Sprintf("n%d", i+1), fs: vfs.NewCrashableMem()})
 		}
-		for i, nd := range w.nodes {
-			nd.start(i == 0)
-		}
-		want := min((n-1)/2*2+1, 5)
-		w.eventually(30*time.Second, "the nodes meet and have their voters", func() bool {
-			for _, nd := range w.nodes {
-				if s := nd.arb.Status(); len(nd.members.Alive()) != n || !s.HasLeader || len(s.Voters) < want {
-					return false
-				}
-			}
-			return true
-		})
-		w.shelf.add(&binary{name: "counter", version: "1.0.0"})
+		w.meet()
 		f(w)
 	})
+}
+
+func newWorld(t *testing.T, seed uint64) *world {
+	return &world{t: t, net: peers.NewNet(seed), rng: rand.New(rand.NewPCG(seed, 3)), shelf: &shelf{binaries: map[string]*binary{}}}
+}
+
+// meet starts the nodes and waits until they know each other and have their voters.
+func (w *world) meet() {
+	w.t.Helper()
+	for i, nd := range w.nodes {
+		nd.start(i == 0)
+	}
+	n := len(w.nodes)
+	want := min((n-1)/2*2+1, 5)
+	w.eventually(30*time.Second, "the nodes meet and have their voters", func() bool {
+		for _, nd := range w.nodes {
+			if s := nd.arb.Status(); len(nd.members.Alive()) != n || !s.HasLeader || len(s.Voters) < want {
+				return false
+			}
+		}
+		return true
+	})
+	w.shelf.add(&binary{name: "counter", version: "1.0.0"})
 }
 
 // testID makes a well-formed peer id from a number.
@@ -168,11 +180,13 @@ func (w *world) node(id peer.ID) *simNode {
 	return nil
 }
 
-// clock is a node's CLOCK_BOOTTIME: it stands still while its process is stopped, and jumps when that goes on.
+// clock is a node's CLOCK_BOOTTIME: it stands still while its process is stopped, and jumps when that goes on. Its rate may differ from real
+// time.
 type clock struct {
 	mu     sync.Mutex
 	start  time.Time
 	frozen time.Duration // negative: running
+	rate   float64       // 0: 1
 }
 
 func (c *clock) now() time.Duration {
@@ -181,11 +195,21 @@ func (c *clock) now() time.Duration {
 	if c.frozen >= 0 {
 		return c.frozen
 	}
+	if c.rate != 0 {
+		return time.Duration(float64(time.Since(c.start)) * c.rate)
+	}
 	return time.Since(c.start)
 }
 
 func (c *clock) stop() { now := c.now(); c.mu.Lock(); c.frozen = now; c.mu.Unlock() }
 func (c *clock) cont() { c.mu.Lock(); c.frozen = -1; c.mu.Unlock() }
+
+// stopped says whether the process stands still: whatever it believes, it does not act.
+func (c *clock) stopped() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.frozen >= 0
+}
 
 // simNode is one node through all its lives.
 type simNode struct {
@@ -194,6 +218,7 @@ type simNode struct {
 	name string
 	fs   *vfs.MemFS
 	boot uint64
+	rate float64 // of its clock; 0: 1
 
 	// Of the present life; sup is nil while there is none.
 	clock   *clock
@@ -241,7 +266,7 @@ func (n *simNode) start(bootstrap bool) {
 	w := n.w
 	w.boots++
 	n.boot = w.boots<<32 | w.rng.Uint64N(1<<32)
-	n.ep, n.clock = w.net.Join(n.id), &clock{start: time.Now(), frozen: -1}
+	n.ep, n.clock = w.net.Join(n.id), &clock{start: time.Now(), frozen: -1, rate: n.rate}
 	var out io.Writer = io.Discard
 	if os.Getenv("COPPICE_LOG") != "" {
 		out = os.Stderr
@@ -261,7 +286,7 @@ func (n *simNode) start(bootstrap bool) {
 	nonces := rand.New(rand.NewPCG(n.boot, 1))
 	n.arb, err = arbiter.New(arbiter.Config{
 		Self: n.id, Boot: n.boot, Peers: n.ep, Links: n.ep, Members: arbiter.FromMembers(n.members), FS: n.fs, Dir: "raft", Log: quiet,
-		Timings: arbiter.Timings{Settle: time.Second}, BootTime: n.clock.now,
+		Timings: arbiter.Timings{Settle: time.Second}, BootTime: n.clock.now, Leased: components.LeasedBody,
 		Rand: func() uint64 { nonceMu.Lock(); defer nonceMu.Unlock(); return nonces.Uint64() },
 	})
 	n.must(err)

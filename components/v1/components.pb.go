@@ -161,7 +161,7 @@ type ComponentSpec struct {
 	Artifact      string                 `protobuf:"bytes,2,opt,name=artifact,proto3" json:"artifact,omitempty"`                                                                               // name@constraint, sha256:…, or a path that is pushed at deploy
 	Count         string                 `protobuf:"bytes,3,opt,name=count,proto3" json:"count,omitempty"`                                                                                     // a number or "each-node"; "" = 1
 	Durable       string                 `protobuf:"bytes,4,opt,name=durable,proto3" json:"durable,omitempty"`                                                                                 // each-call | 5s | on-demand | none; "" = by the kind of state
-	Guarantee     string                 `protobuf:"bytes,5,opt,name=guarantee,proto3" json:"guarantee,omitempty"`                                                                             // safe | exactly-one | always-on; "" = safe (programs: exactly-one)
+	Guarantee     string                 `protobuf:"bytes,5,opt,name=guarantee,proto3" json:"guarantee,omitempty"`                                                                             // safe | exactly-one | always-on; "" = safe (programs: exactly-one); stands for the three keys below
 	Attributes    map[string]string      `protobuf:"bytes,6,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // JSON values, by attribute
 	Resources     *Resources             `protobuf:"bytes,7,opt,name=resources,proto3" json:"resources,omitempty"`
 	Bindings      map[string]string      `protobuf:"bytes,8,rep,name=bindings,proto3" json:"bindings,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // required interface -> component (name or app/name)
@@ -176,6 +176,9 @@ type ComponentSpec struct {
 	Restart       *Restart               `protobuf:"bytes,17,opt,name=restart,proto3" json:"restart,omitempty"`
 	Health        *Health                `protobuf:"bytes,18,opt,name=health,proto3" json:"health,omitempty"`
 	Sandbox       *Sandbox               `protobuf:"bytes,19,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	Takeover      string                 `protobuf:"bytes,20,opt,name=takeover,proto3" json:"takeover,omitempty"`                          // fenced | leased; "" = by the guarantee
+	OnPartition   string                 `protobuf:"bytes,21,opt,name=on_partition,json=onPartition,proto3" json:"on_partition,omitempty"` // stop | keep; "" = by the guarantee
+	Reconcile     string                 `protobuf:"bytes,22,opt,name=reconcile,proto3" json:"reconcile,omitempty"`                        // keep_majority | merge | newest; "" = by the guarantee
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -341,6 +344,27 @@ func (x *ComponentSpec) GetSandbox() *Sandbox {
 		return x.Sandbox
 	}
 	return nil
+}
+
+func (x *ComponentSpec) GetTakeover() string {
+	if x != nil {
+		return x.Takeover
+	}
+	return ""
+}
+
+func (x *ComponentSpec) GetOnPartition() string {
+	if x != nil {
+		return x.OnPartition
+	}
+	return ""
+}
+
+func (x *ComponentSpec) GetReconcile() string {
+	if x != nil {
+		return x.Reconcile
+	}
+	return ""
 }
 
 type Resources struct {
@@ -1193,6 +1217,7 @@ type InstanceBody struct {
 	Deaths        []*Death               `protobuf:"bytes,14,rep,name=deaths,proto3" json:"deaths,omitempty"`                                       // of owners, within 30 s of its start
 	EachNode      string                 `protobuf:"bytes,15,opt,name=each_node,json=eachNode,proto3" json:"each_node,omitempty"`                   // node id it belongs to, for count: each-node
 	Previous      *Previous              `protobuf:"bytes,16,opt,name=previous,proto3" json:"previous,omitempty"`                                   // what undo returns to
+	Leased        bool                   `protobuf:"varint,18,opt,name=leased,proto3" json:"leased,omitempty"`                                      // takeover: leased, in this epoch: its owner runs it under a lease of the arbiter; changes with a claim only
 	ReturnedFrom  string                 `protobuf:"bytes,17,opt,name=returned_from,json=returnedFrom,proto3" json:"returned_from,omitempty"`       // digest of a version that was never healthy: not tried again until desired state names another
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1338,6 +1363,13 @@ func (x *InstanceBody) GetPrevious() *Previous {
 		return x.Previous
 	}
 	return nil
+}
+
+func (x *InstanceBody) GetLeased() bool {
+	if x != nil {
+		return x.Leased
+	}
+	return false
 }
 
 func (x *InstanceBody) GetReturnedFrom() string {
@@ -1755,7 +1787,7 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"components\x12\x18\n" +
 	"\arequire\x18\x03 \x03(\tR\arequire\x129\n" +
 	"\tobjective\x18\x04 \x03(\v2\x1b.coppice.components.v1.TermR\tobjective\x12/\n" +
-	"\x04cost\x18\x05 \x01(\v2\x1b.coppice.components.v1.CostR\x04cost\"\x98\t\n" +
+	"\x04cost\x18\x05 \x01(\v2\x1b.coppice.components.v1.CostR\x04cost\"\xf5\t\n" +
 	"\rComponentSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bartifact\x18\x02 \x01(\tR\bartifact\x12\x14\n" +
@@ -1778,7 +1810,10 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x03env\x18\x10 \x03(\v2-.coppice.components.v1.ComponentSpec.EnvEntryR\x03env\x128\n" +
 	"\arestart\x18\x11 \x01(\v2\x1e.coppice.components.v1.RestartR\arestart\x125\n" +
 	"\x06health\x18\x12 \x01(\v2\x1d.coppice.components.v1.HealthR\x06health\x128\n" +
-	"\asandbox\x18\x13 \x01(\v2\x1e.coppice.components.v1.SandboxR\asandbox\x1a=\n" +
+	"\asandbox\x18\x13 \x01(\v2\x1e.coppice.components.v1.SandboxR\asandbox\x12\x1a\n" +
+	"\btakeover\x18\x14 \x01(\tR\btakeover\x12!\n" +
+	"\fon_partition\x18\x15 \x01(\tR\vonPartition\x12\x1c\n" +
+	"\treconcile\x18\x16 \x01(\tR\treconcile\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
@@ -1867,7 +1902,7 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
 	"\rBindingsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdb\x04\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf3\x04\n" +
 	"\fInstanceBody\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1c\n" +
 	"\tcomponent\x18\x02 \x01(\tR\tcomponent\x12\x18\n" +
@@ -1887,7 +1922,8 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\vquarantined\x18\r \x01(\bR\vquarantined\x124\n" +
 	"\x06deaths\x18\x0e \x03(\v2\x1c.coppice.components.v1.DeathR\x06deaths\x12\x1b\n" +
 	"\teach_node\x18\x0f \x01(\tR\beachNode\x12;\n" +
-	"\bprevious\x18\x10 \x01(\v2\x1f.coppice.components.v1.PreviousR\bprevious\x12#\n" +
+	"\bprevious\x18\x10 \x01(\v2\x1f.coppice.components.v1.PreviousR\bprevious\x12\x16\n" +
+	"\x06leased\x18\x12 \x01(\bR\x06leased\x12#\n" +
 	"\rreturned_from\x18\x11 \x01(\tR\freturnedFrom\"\x87\x01\n" +
 	"\bFallback\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +

@@ -39,6 +39,7 @@ type Arbiter struct {
 	keeper *keeper
 	mirror *mirror
 	seen   *sightings
+	leases *leases
 
 	raft    atomic.Pointer[raft.Raft] // nil until the disk was vouched for
 	known   atomic.Uint64             // highest log index that was ever answered to this node
@@ -92,6 +93,7 @@ func New(cfg Config) (*Arbiter, error) {
 	a.reads = &rounds{a: a}
 	a.keeper = newKeeper(a)
 	a.mirror = newMirror(a)
+	a.leases = newLeases(a)
 	peers.ServeCalls(cfg.Peers, protoCall, func() *wirev1.ArbiterRequest { return new(wirev1.ArbiterRequest) }, a.serveCall)
 	cfg.Peers.Handle(protoFeed, a.serveFeed)
 	return a, nil

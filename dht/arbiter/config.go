@@ -52,6 +52,9 @@ type Config struct {
 	// Mirror is told, at the leader, about committed claims, puts, releases and deletes (not pure checkpoints), ordered by (Incarnation,
 	// Index), at most once in Timings.Mirror. It may be told twice about a change. It may block: what happens meanwhile is gathered.
 	Mirror func([]Register)
+	// Leased says whether the owner of a register runs under a lease (Lease), by the register's key and body; it may change from epoch to epoch
+	// only. Default: none is.
+	Leased func(key string, body []byte) bool
 	// MaxVoters is 1, 3, 5 (default) or 7.
 	MaxVoters int
 }
@@ -72,6 +75,7 @@ type Timings struct {
 	FeedKeepalive time.Duration // of an idle feed: 1 s lan, 5 s wan
 	Mirror        time.Duration // between batches to Mirror: 50 ms
 	Verify        time.Duration // how long a restarted voter waits for others to vouch for its disk: 1 s lan, 4 s wan
+	Lease         time.Duration // of a leased register's owner, from when it asked; the same on all nodes: 3 s lan, 6 s wan
 	Snapshot      time.Duration // between looks whether the log needs a snapshot: 30 s
 	SnapshotAfter uint64        // entries: 8192
 }
@@ -81,6 +85,7 @@ func profile(name string) (Timings, error) {
 		Heartbeat: time.Second, Idle: time.Second, RPC: time.Second, Keeper: 500 * time.Millisecond, DeadFor: time.Second,
 		Unknown: 30 * time.Second, Settle: time.Minute, Swap: 10 * time.Minute, Transfer: 10 * time.Minute, Stagger: 50 * time.Millisecond,
 		FeedCoalesce: time.Second, FeedKeepalive: time.Second, Mirror: 50 * time.Millisecond, Verify: time.Second,
+		Lease:    3 * time.Second,
 		Snapshot: 30 * time.Second, SnapshotAfter: 8192,
 	}
 	switch name {
@@ -89,6 +94,7 @@ func profile(name string) (Timings, error) {
 	case "wan":
 		t.Heartbeat, t.Idle, t.RPC = 5*time.Second, 2500*time.Millisecond, 4*time.Second
 		t.Stagger, t.FeedKeepalive, t.Verify = 250*time.Millisecond, 5*time.Second, 4*time.Second
+		t.Lease = 6 * time.Second
 		return t, nil
 	}
 	return t, fmt.Errorf("profile %q; lan, wan and local are known", name)
@@ -111,6 +117,7 @@ func (t Timings) or(d Timings) Timings {
 		{&t.FeedKeepalive, &d.FeedKeepalive},
 		{&t.Mirror, &d.Mirror},
 		{&t.Verify, &d.Verify},
+		{&t.Lease, &d.Lease},
 		{&t.Snapshot, &d.Snapshot},
 	} {
 		if *f.to == 0 {

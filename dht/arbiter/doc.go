@@ -2,8 +2,9 @@
 // to PlacementKey by the overlay's metric. It keeps generic registers with an owner, an epoch, a checkpoint and a body, and carries out
 // claims, commits and transactions on them. What a key means is the business of whoever uses it.
 //
-// It is not a scheduler, and no data goes through it: roots and holders, not pages. It knows no leases and no clocks; it does not decide
-// who is dead (dht/members does) and does not recover a group that has lost most of its voters.
+// It is not a scheduler, and no data goes through it: roots and holders, not pages. Its machine knows no clocks; the leases that its leader
+// acknowledges (lease.go) are in the leader's memory. It does not decide who is dead (dht/members does) and does not recover a group that has lost
+// most of its voters.
 //
 // # Who does what
 //

@@ -123,6 +123,7 @@ func (a *Arbiter) refreshWhere(r *raft.Raft) {
 	a.where.own(leader, term, voters, learners)
 	if leader != before {
 		a.keeper.kick()
+		a.leases.notice(r)
 	}
 }
 

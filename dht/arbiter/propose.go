@@ -102,6 +102,8 @@ func (a *Arbiter) do(ctx context.Context, cmd *wirev1.ArbiterCommand) (*wirev1.A
 			return nil, true, &InDoubtError{Current: fromWire(o.res.GetRegister()), Cause: errors.New(o.res.GetReason())}
 		case o.res.GetCode() == wirev1.ArbiterResult_TOO_OLD:
 			continue // certainly not done; by now more of the log is known
+		case o.res.GetCode() == wirev1.ArbiterResult_WAIT && o.doubt:
+			return nil, true, &InDoubtError{Current: fromWire(o.res.GetRegister()), Cause: errors.New(o.res.GetReason())}
 		}
 		return o.res, o.doubt, nil
 	}
@@ -116,6 +118,8 @@ func resultError(r *wirev1.ArbiterResult) error {
 		return &FencedError{Current: cur, Exists: exists, Reason: r.GetReason()}
 	case wirev1.ArbiterResult_REFUSED:
 		return &RefusedError{Current: cur, Exists: exists, Reason: r.GetReason()}
+	case wirev1.ArbiterResult_WAIT:
+		return &WaitError{For: time.Duration(r.GetWaitMs()) * time.Millisecond, Reason: r.GetReason()}
 	case wirev1.ArbiterResult_UNSPECIFIED, wirev1.ArbiterResult_TOO_OLD:
 	}
 	return &InDoubtError{Cause: fmt.Errorf("the leader answered with code %s", r.GetCode())}

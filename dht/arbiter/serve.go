@@ -43,6 +43,8 @@ func (a *Arbiter) answer(ctx context.Context, from peer.ID, req *wirev1.ArbiterR
 		return &wirev1.ArbiterResponse{RolledBack: a.vouch(from, k.Hello)}
 	case *wirev1.ArbiterRequest_Status:
 		return &wirev1.ArbiterResponse{Log: a.logState()}
+	case *wirev1.ArbiterRequest_Lease:
+		return a.serveLease(ctx, from, k.Lease)
 	case *wirev1.ArbiterRequest_StepDown:
 		a.keeper.leave(from)
 		return &wirev1.ArbiterResponse{}
@@ -75,7 +77,28 @@ func (a *Arbiter) propose(entry []byte) *wirev1.ArbiterResponse {
 	if err := checkEntry(e, len(entry)); err != nil {
 		return invalid("%v", err)
 	}
-	f := r.Apply(entry, enqueueTime)
+	admitted, leads := a.leases.admit(r, e)
+	if !leads {
+		return notLeader()
+	}
+	resp := a.apply(r, entry, e, admitted)
+	admitted.settle(resp.GetCode() == wirev1.ArbiterResponse_DOUBT)
+	return resp
+}
+
+// apply has what was admitted of an entry committed.
+func (a *Arbiter) apply(r *raft.Raft, entry []byte, e *wirev1.ArbiterEntry, admitted *admission) *wirev1.ArbiterResponse {
+	if admitted.behind {
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: "this leader does not know yet what a claim knows"}
+	}
+	rest, err := admitted.rest(entry, e)
+	if err != nil {
+		return invalid("%v", err)
+	}
+	if rest == nil {
+		return &wirev1.ArbiterResponse{Results: admitted.merge(len(e.GetCommands()), nil)}
+	}
+	f := r.Apply(rest, enqueueTime)
 	switch err := f.Error(); {
 	case err == nil:
 	case errors.Is(err, raft.ErrNotLeader):
@@ -89,7 +112,7 @@ func (a *Arbiter) propose(entry []byte) *wirev1.ArbiterResponse {
 	if !ok {
 		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_DOUBT, Reason: fmt.Sprint(f.Response())}
 	}
-	return &wirev1.ArbiterResponse{Results: results, Index: f.Index()}
+	return &wirev1.ArbiterResponse{Results: admitted.merge(len(e.GetCommands()), results), Index: f.Index()}
 }
 
 func (a *Arbiter) logState() *wirev1.ArbiterLog {

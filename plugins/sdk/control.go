@@ -47,6 +47,9 @@ func (s *control) Start(ctx context.Context, req *componentv1.StartRequest) (*co
 	default:
 		return nil, status.Errorf(codes.FailedPrecondition, "cannot start: the component is %s; start a new process", st)
 	}
+	if err := in.awaitLease(ctx, req); err != nil {
+		return nil, err
+	}
 	in.setOpening(true)
 	err := in.start(ctx, req)
 	in.setOpening(false)

@@ -35,16 +35,19 @@ type Instance struct {
 
 	lifecycle sync.Mutex // one lifecycle verb at a time; held over the author's hooks
 
-	mu      sync.Mutex // guards everything below
-	state   componentv1.State
-	detail  string // why FAILED
-	name    string
-	version string
-	dataDir string
-	token   *componentv1.Token
-	drain   bool
-	opening bool // Start is running: Update may write though no call may come yet
-	run     *background
+	mu       sync.Mutex // guards everything below
+	state    componentv1.State
+	detail   string // why FAILED
+	name     string
+	version  string
+	dataDir  string
+	token    *componentv1.Token
+	drain    bool
+	leased   bool          // by the last grant, or by Start: nothing may act past the end of the grant
+	leaseEnd time.Duration // of the last grant, on bootTime
+	granted  chan struct{} // closed with the first grant; nil without a node
+	opening  bool          // Start is running: Update may write though no call may come yet
+	run      *background
 }
 
 // Env is what a process learns from outside. Serve fills it from the environment; tests make their own.
@@ -77,6 +80,7 @@ func New(c *Component, env Env) (*Instance, error) {
 		if in.node, err = dialNode(env); err != nil {
 			return nil, err
 		}
+		in.granted = make(chan struct{})
 	}
 	for _, b := range c.Requires {
 		if !b.in.CompareAndSwap(nil, in) {
@@ -140,6 +144,23 @@ func (in *Instance) Token() (incarnation, epoch uint64) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	return in.token.GetIncarnation(), in.token.GetEpoch()
+}
+
+// FencingToken is Token as one number, incarnation<<32 | epoch, for stores outside the cluster that compare numbers: write it with each change, and
+// have the store refuse a change whose number is smaller than one it has seen. It rises with each ownership of the instance, also over a recovery
+// of the cluster from a lost majority, and is never used twice. Ask for it right before each use: an instance goes on in a newer epoch
+// of the same node without a restart. An epoch past 2^32-1 counts as that. Source: the fencing token of notes consistency §5.
+func (in *Instance) FencingToken() uint64 {
+	incarnation, epoch := in.Token()
+	return incarnation<<32 | min(epoch, 1<<32-1)
+}
+
+// FencingToken is the Instance.FencingToken of the call's instance; 0 without one.
+func FencingToken(ctx context.Context) uint64 {
+	if in := From(ctx); in != nil {
+		return in.FencingToken()
+	}
+	return 0
 }
 
 // Token is the Instance.Token of the call's instance; zeros without one.

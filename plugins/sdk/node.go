@@ -102,24 +102,54 @@ const (
 	firstTTL   = 10 * time.Second // until the first grant: the node may be busy starting
 )
 
+// leaseLook is how often the end of a lease that stands for exactly-one is looked for: timers stand still while the machine sleeps, the clock
+// that leases count by does not.
+const leaseLook = 100 * time.Millisecond
+
+// awaitLease has a start that is exactly-one wait for the first grant: if the node died right now, nothing else would end this process before the next
+// owner starts.
+func (in *Instance) awaitLease(ctx context.Context, req *componentv1.StartRequest) error {
+	if !req.GetLeased() || in.granted == nil {
+		return nil
+	}
+	in.mu.Lock()
+	in.leased = true
+	in.mu.Unlock()
+	select {
+	case <-in.granted:
+		return nil
+	case <-ctx.Done():
+		return status.Errorf(codes.DeadlineExceeded, "start: the component is exactly-one, and its node granted no lease in time")
+	}
+}
+
 // keepLease asks for the lease until the context ends, and ends the process when the lease has lapsed. The lease counts from when it was asked for, so
-// what waited in a socket while this process was stopped does not prolong it.
+// what waited in a socket while this process was stopped does not prolong it, and by a clock that goes on while the machine sleeps.
 func (in *Instance) keepLease(ctx context.Context) {
 	grants := make(chan lease, 1)
 	go in.askLease(ctx, grants)
-	until := time.Now().Add(firstTTL)
-	for {
-		timer := time.NewTimer(time.Until(until))
+	until := bootTime() + firstTTL
+	for first := true; ; {
+		wait := until - bootTime()
+		if in.isLeased() {
+			wait = min(wait, leaseLook)
+		}
+		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 			timer.Stop()
 			return
 		case g := <-grants:
 			timer.Stop()
-			until = g.asked.Add(g.ttl)
+			until = g.asked + g.ttl
+			in.setLease(until)
+			if first && bootTime() < until {
+				first = false
+				close(in.granted)
+			}
 		case <-timer.C:
 		}
-		if late := time.Since(until); late >= 0 {
+		if late := bootTime() - until; late >= 0 {
 			in.log.Error("lease lapsed: no node vouches for this process; it ends itself", "instance", in.Name(), "late", late)
 			exit := in.env.Exit
 			if exit == nil {
@@ -131,9 +161,39 @@ func (in *Instance) keepLease(ctx context.Context) {
 	}
 }
 
+func (in *Instance) setLease(until time.Duration) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.leaseEnd = until
+}
+
+// LeaseLeft is for how long this process may still act, by a clock that goes on while the machine sleeps. What acts on the outside world under
+// guarantee: exactly-one asks for it right before each act: as long as it is above zero, no other process of the instance runs anywhere. (A process
+// that is stopped between asking and acting is what FencingToken is for.) Without a node it is an hour.
+func (in *Instance) LeaseLeft() time.Duration {
+	if in.node == nil {
+		return time.Hour
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return max(in.leaseEnd-bootTime(), 0)
+}
+
+func (in *Instance) isLeased() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.leased
+}
+
+func (in *Instance) setLeased(leased bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.leased = leased
+}
+
 // lease is one grant: how long it lasts, from when it was asked for.
 type lease struct {
-	asked time.Time
+	asked time.Duration // bootTime
 	ttl   time.Duration
 }
 
@@ -163,7 +223,7 @@ func (in *Instance) leaseStream(ctx context.Context, grants chan<- lease) error 
 	}
 	ttl := defaultTTL
 	for {
-		asked := time.Now()
+		asked := bootTime()
 		if err := stream.Send(&componentv1.LeaseBeat{Token: in.currentToken()}); err != nil {
 			_, err = stream.Recv() // says why
 			return err
@@ -181,6 +241,7 @@ func (in *Instance) leaseStream(ctx context.Context, grants chan<- lease) error 
 		}
 		in.setToken(g.GetToken())
 		in.setDrain(g.GetDrain())
+		in.setLeased(g.GetLeased())
 		select {
 		case grants <- lease{asked, ttl}:
 		case <-ctx.Done():

@@ -87,6 +87,7 @@ const (
 	ArbiterResult_REFUSED     ArbiterResult_Code = 2 // its precondition does not hold
 	ArbiterResult_FENCED      ArbiterResult_Code = 3 // another epoch is current
 	ArbiterResult_TOO_OLD     ArbiterResult_Code = 4 // cannot tell a repetition from a first try; nothing was done by this try
+	ArbiterResult_WAIT        ArbiterResult_Code = 5 // the lease of the epoch that it ends may still be held; nothing was done by this try
 )
 
 // Enum value maps for ArbiterResult_Code.
@@ -97,6 +98,7 @@ var (
 		2: "REFUSED",
 		3: "FENCED",
 		4: "TOO_OLD",
+		5: "WAIT",
 	}
 	ArbiterResult_Code_value = map[string]int32{
 		"UNSPECIFIED": 0,
@@ -104,6 +106,7 @@ var (
 		"REFUSED":     2,
 		"FENCED":      3,
 		"TOO_OLD":     4,
+		"WAIT":        5,
 	}
 )
 
@@ -1300,6 +1303,7 @@ type ArbiterResult struct {
 	Succeeded     bool                   `protobuf:"varint,4,opt,name=succeeded,proto3" json:"succeeded,omitempty"` // of a Txn
 	Registers     []*ArbiterRegister     `protobuf:"bytes,5,rep,name=registers,proto3" json:"registers,omitempty"`
 	Index         uint64                 `protobuf:"varint,6,opt,name=index,proto3" json:"index,omitempty"`
+	WaitMs        uint64                 `protobuf:"varint,7,opt,name=wait_ms,json=waitMs,proto3" json:"wait_ms,omitempty"` // of WAIT: how long, at most
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1372,6 +1376,13 @@ func (x *ArbiterResult) GetRegisters() []*ArbiterRegister {
 func (x *ArbiterResult) GetIndex() uint64 {
 	if x != nil {
 		return x.Index
+	}
+	return 0
+}
+
+func (x *ArbiterResult) GetWaitMs() uint64 {
+	if x != nil {
+		return x.WaitMs
 	}
 	return 0
 }
@@ -1781,6 +1792,7 @@ type ArbiterRequest struct {
 	//	*ArbiterRequest_Hello
 	//	*ArbiterRequest_Status
 	//	*ArbiterRequest_StepDown
+	//	*ArbiterRequest_Lease
 	Kind          isArbiterRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1877,6 +1889,15 @@ func (x *ArbiterRequest) GetStepDown() bool {
 	return false
 }
 
+func (x *ArbiterRequest) GetLease() *ArbiterLeaseRequest {
+	if x != nil {
+		if x, ok := x.Kind.(*ArbiterRequest_Lease); ok {
+			return x.Lease
+		}
+	}
+	return nil
+}
+
 type isArbiterRequest_Kind interface {
 	isArbiterRequest_Kind()
 }
@@ -1905,6 +1926,10 @@ type ArbiterRequest_StepDown struct {
 	StepDown bool `protobuf:"varint,6,opt,name=step_down,json=stepDown,proto3,oneof"` // the caller wants to stop voting; leader only
 }
 
+type ArbiterRequest_Lease struct {
+	Lease *ArbiterLeaseRequest `protobuf:"bytes,7,opt,name=lease,proto3,oneof"` // leader only
+}
+
 func (*ArbiterRequest_Propose) isArbiterRequest_Kind() {}
 
 func (*ArbiterRequest_Read) isArbiterRequest_Kind() {}
@@ -1917,6 +1942,8 @@ func (*ArbiterRequest_Status) isArbiterRequest_Kind() {}
 
 func (*ArbiterRequest_StepDown) isArbiterRequest_Kind() {}
 
+func (*ArbiterRequest_Lease) isArbiterRequest_Kind() {}
+
 type ArbiterResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Code          ArbiterResponse_Code   `protobuf:"varint,1,opt,name=code,proto3,enum=coppice.dht.v1.ArbiterResponse_Code" json:"code,omitempty"`
@@ -1927,6 +1954,7 @@ type ArbiterResponse struct {
 	Index         uint64                 `protobuf:"varint,6,opt,name=index,proto3" json:"index,omitempty"`                            // of read and read_index: the state covers the log up to here
 	RolledBack    string                 `protobuf:"bytes,7,opt,name=rolled_back,json=rolledBack,proto3" json:"rolled_back,omitempty"` // of hello: why the caller must not take part
 	Log           *ArbiterLog            `protobuf:"bytes,8,opt,name=log,proto3" json:"log,omitempty"`                                 // of status
+	Leases        *ArbiterLeases         `protobuf:"bytes,9,opt,name=leases,proto3" json:"leases,omitempty"`                           // of lease
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2013,6 +2041,13 @@ func (x *ArbiterResponse) GetRolledBack() string {
 func (x *ArbiterResponse) GetLog() *ArbiterLog {
 	if x != nil {
 		return x.Log
+	}
+	return nil
+}
+
+func (x *ArbiterResponse) GetLeases() *ArbiterLeases {
+	if x != nil {
+		return x.Leases
 	}
 	return nil
 }
@@ -2280,6 +2315,188 @@ func (x *ArbiterHello) GetTakingPart() bool {
 	return false
 }
 
+// ArbiterLeaseRequest renews the leases that a node's process holds, all in one, or gives some up.
+type ArbiterLeaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Boot          uint64                 `protobuf:"varint,1,opt,name=boot,proto3" json:"boot,omitempty"`
+	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"` // rises with each request of the process
+	Keys          []*ArbiterLease        `protobuf:"bytes,3,rep,name=keys,proto3" json:"keys,omitempty"`
+	GiveUp        []*ArbiterLease        `protobuf:"bytes,4,rep,name=give_up,json=giveUp,proto3" json:"give_up,omitempty"` // the caller certainly runs nothing of these any more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ArbiterLeaseRequest) Reset() {
+	*x = ArbiterLeaseRequest{}
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ArbiterLeaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ArbiterLeaseRequest) ProtoMessage() {}
+
+func (x *ArbiterLeaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ArbiterLeaseRequest.ProtoReflect.Descriptor instead.
+func (*ArbiterLeaseRequest) Descriptor() ([]byte, []int) {
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ArbiterLeaseRequest) GetBoot() uint64 {
+	if x != nil {
+		return x.Boot
+	}
+	return 0
+}
+
+func (x *ArbiterLeaseRequest) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *ArbiterLeaseRequest) GetKeys() []*ArbiterLease {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *ArbiterLeaseRequest) GetGiveUp() []*ArbiterLease {
+	if x != nil {
+		return x.GiveUp
+	}
+	return nil
+}
+
+type ArbiterLease struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Refused       string                 `protobuf:"bytes,3,opt,name=refused,proto3" json:"refused,omitempty"` // of an answer: why it is not held; empty: it is
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ArbiterLease) Reset() {
+	*x = ArbiterLease{}
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ArbiterLease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ArbiterLease) ProtoMessage() {}
+
+func (x *ArbiterLease) ProtoReflect() protoreflect.Message {
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ArbiterLease.ProtoReflect.Descriptor instead.
+func (*ArbiterLease) Descriptor() ([]byte, []int) {
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ArbiterLease) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *ArbiterLease) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *ArbiterLease) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+// ArbiterLeases is the answer, key by key. What is held is held for ttl_ms from when the request was sent, by its sender's clock.
+type ArbiterLeases struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TtlMs         uint64                 `protobuf:"varint,1,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
+	Keys          []*ArbiterLease        `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ArbiterLeases) Reset() {
+	*x = ArbiterLeases{}
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ArbiterLeases) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ArbiterLeases) ProtoMessage() {}
+
+func (x *ArbiterLeases) ProtoReflect() protoreflect.Message {
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ArbiterLeases.ProtoReflect.Descriptor instead.
+func (*ArbiterLeases) Descriptor() ([]byte, []int) {
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ArbiterLeases) GetTtlMs() uint64 {
+	if x != nil {
+		return x.TtlMs
+	}
+	return 0
+}
+
+func (x *ArbiterLeases) GetKeys() []*ArbiterLease {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
 type ArbiterFeedRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`          // empty: not known yet
@@ -2292,7 +2509,7 @@ type ArbiterFeedRequest struct {
 
 func (x *ArbiterFeedRequest) Reset() {
 	*x = ArbiterFeedRequest{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2304,7 +2521,7 @@ func (x *ArbiterFeedRequest) String() string {
 func (*ArbiterFeedRequest) ProtoMessage() {}
 
 func (x *ArbiterFeedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2317,7 +2534,7 @@ func (x *ArbiterFeedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterFeedRequest.ProtoReflect.Descriptor instead.
 func (*ArbiterFeedRequest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{24}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ArbiterFeedRequest) GetCluster() string {
@@ -2364,7 +2581,7 @@ type ArbiterFeedUpdate struct {
 
 func (x *ArbiterFeedUpdate) Reset() {
 	*x = ArbiterFeedUpdate{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2376,7 +2593,7 @@ func (x *ArbiterFeedUpdate) String() string {
 func (*ArbiterFeedUpdate) ProtoMessage() {}
 
 func (x *ArbiterFeedUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2389,7 +2606,7 @@ func (x *ArbiterFeedUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterFeedUpdate.ProtoReflect.Descriptor instead.
 func (*ArbiterFeedUpdate) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{25}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ArbiterFeedUpdate) GetSnapshot() bool {
@@ -2547,21 +2764,23 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\rR\x06format\x12%\n" +
 	"\vcoordinator\x18\x03 \x01(\fH\x00R\vcoordinator\x88\x01\x01B\x0e\n" +
-	"\f_coordinator\"\xd6\x02\n" +
+	"\f_coordinator\"\xf9\x02\n" +
 	"\rArbiterResult\x126\n" +
 	"\x04code\x18\x01 \x01(\x0e2\".coppice.dht.v1.ArbiterResult.CodeR\x04code\x12;\n" +
 	"\bregister\x18\x02 \x01(\v2\x1f.coppice.dht.v1.ArbiterRegisterR\bregister\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x1c\n" +
 	"\tsucceeded\x18\x04 \x01(\bR\tsucceeded\x12=\n" +
 	"\tregisters\x18\x05 \x03(\v2\x1f.coppice.dht.v1.ArbiterRegisterR\tregisters\x12\x14\n" +
-	"\x05index\x18\x06 \x01(\x04R\x05index\"E\n" +
+	"\x05index\x18\x06 \x01(\x04R\x05index\x12\x17\n" +
+	"\await_ms\x18\a \x01(\x04R\x06waitMs\"O\n" +
 	"\x04Code\x12\x0f\n" +
 	"\vUNSPECIFIED\x10\x00\x12\x06\n" +
 	"\x02OK\x10\x01\x12\v\n" +
 	"\aREFUSED\x10\x02\x12\n" +
 	"\n" +
 	"\x06FENCED\x10\x03\x12\v\n" +
-	"\aTOO_OLD\x10\x04\"\x8d\x02\n" +
+	"\aTOO_OLD\x10\x04\x12\b\n" +
+	"\x04WAIT\x10\x05\"\x8d\x02\n" +
 	"\x13ArbiterSnapshotItem\x12?\n" +
 	"\x06header\x18\x01 \x01(\v2%.coppice.dht.v1.ArbiterSnapshotHeaderH\x00R\x06header\x12=\n" +
 	"\bregister\x18\x02 \x01(\v2\x1f.coppice.dht.v1.ArbiterRegisterH\x00R\bregister\x126\n" +
@@ -2589,7 +2808,7 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04self\x18\x02 \x01(\fR\x04self\x12\x14\n" +
 	"\x05boots\x18\x03 \x01(\x04R\x05boots\x12\x12\n" +
-	"\x04boot\x18\x04 \x01(\x04R\x04boot\"\xda\x01\n" +
+	"\x04boot\x18\x04 \x01(\x04R\x04boot\"\x97\x02\n" +
 	"\x0eArbiterRequest\x12\x1a\n" +
 	"\apropose\x18\x01 \x01(\fH\x00R\apropose\x12\x14\n" +
 	"\x04read\x18\x02 \x01(\tH\x00R\x04read\x12\x1f\n" +
@@ -2597,8 +2816,9 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"read_index\x18\x03 \x01(\bH\x00R\treadIndex\x124\n" +
 	"\x05hello\x18\x04 \x01(\v2\x1c.coppice.dht.v1.ArbiterHelloH\x00R\x05hello\x12\x18\n" +
 	"\x06status\x18\x05 \x01(\bH\x00R\x06status\x12\x1d\n" +
-	"\tstep_down\x18\x06 \x01(\bH\x00R\bstepDownB\x06\n" +
-	"\x04kind\"\xc0\x03\n" +
+	"\tstep_down\x18\x06 \x01(\bH\x00R\bstepDown\x12;\n" +
+	"\x05lease\x18\a \x01(\v2#.coppice.dht.v1.ArbiterLeaseRequestH\x00R\x05leaseB\x06\n" +
+	"\x04kind\"\xf7\x03\n" +
 	"\x0fArbiterResponse\x128\n" +
 	"\x04code\x18\x01 \x01(\x0e2$.coppice.dht.v1.ArbiterResponse.CodeR\x04code\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x122\n" +
@@ -2608,7 +2828,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x05index\x18\x06 \x01(\x04R\x05index\x12\x1f\n" +
 	"\vrolled_back\x18\a \x01(\tR\n" +
 	"rolledBack\x12,\n" +
-	"\x03log\x18\b \x01(\v2\x1a.coppice.dht.v1.ArbiterLogR\x03log\"L\n" +
+	"\x03log\x18\b \x01(\v2\x1a.coppice.dht.v1.ArbiterLogR\x03log\x125\n" +
+	"\x06leases\x18\t \x01(\v2\x1d.coppice.dht.v1.ArbiterLeasesR\x06leases\"L\n" +
 	"\x04Code\x12\x06\n" +
 	"\x02OK\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -2642,7 +2863,19 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x04last\x18\x04 \x01(\x04R\x04last\x12\x14\n" +
 	"\x05empty\x18\x05 \x01(\bR\x05empty\x12\x1f\n" +
 	"\vtaking_part\x18\x06 \x01(\bR\n" +
-	"takingPart\"|\n" +
+	"takingPart\"\xa4\x01\n" +
+	"\x13ArbiterLeaseRequest\x12\x12\n" +
+	"\x04boot\x18\x01 \x01(\x04R\x04boot\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x120\n" +
+	"\x04keys\x18\x03 \x03(\v2\x1c.coppice.dht.v1.ArbiterLeaseR\x04keys\x125\n" +
+	"\agive_up\x18\x04 \x03(\v2\x1c.coppice.dht.v1.ArbiterLeaseR\x06giveUp\"P\n" +
+	"\fArbiterLease\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x18\n" +
+	"\arefused\x18\x03 \x01(\tR\arefused\"X\n" +
+	"\rArbiterLeases\x12\x15\n" +
+	"\x06ttl_ms\x18\x01 \x01(\x04R\x05ttlMs\x120\n" +
+	"\x04keys\x18\x02 \x03(\v2\x1c.coppice.dht.v1.ArbiterLeaseR\x04keys\"|\n" +
 	"\x12ArbiterFeedRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
@@ -2671,7 +2904,7 @@ func file_dht_wire_v1_arbiter_proto_rawDescGZIP() []byte {
 }
 
 var file_dht_wire_v1_arbiter_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dht_wire_v1_arbiter_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_dht_wire_v1_arbiter_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_dht_wire_v1_arbiter_proto_goTypes = []any{
 	(ArbiterCompare_Field)(0),     // 0: coppice.dht.v1.ArbiterCompare.Field
 	(ArbiterResult_Code)(0),       // 1: coppice.dht.v1.ArbiterResult.Code
@@ -2700,8 +2933,11 @@ var file_dht_wire_v1_arbiter_proto_goTypes = []any{
 	(*ArbiterWhere)(nil),          // 24: coppice.dht.v1.ArbiterWhere
 	(*ArbiterLog)(nil),            // 25: coppice.dht.v1.ArbiterLog
 	(*ArbiterHello)(nil),          // 26: coppice.dht.v1.ArbiterHello
-	(*ArbiterFeedRequest)(nil),    // 27: coppice.dht.v1.ArbiterFeedRequest
-	(*ArbiterFeedUpdate)(nil),     // 28: coppice.dht.v1.ArbiterFeedUpdate
+	(*ArbiterLeaseRequest)(nil),   // 27: coppice.dht.v1.ArbiterLeaseRequest
+	(*ArbiterLease)(nil),          // 28: coppice.dht.v1.ArbiterLease
+	(*ArbiterLeases)(nil),         // 29: coppice.dht.v1.ArbiterLeases
+	(*ArbiterFeedRequest)(nil),    // 30: coppice.dht.v1.ArbiterFeedRequest
+	(*ArbiterFeedUpdate)(nil),     // 31: coppice.dht.v1.ArbiterFeedUpdate
 }
 var file_dht_wire_v1_arbiter_proto_depIdxs = []int32{
 	6,  // 0: coppice.dht.v1.ArbiterEntry.commands:type_name -> coppice.dht.v1.ArbiterCommand
@@ -2727,19 +2963,24 @@ var file_dht_wire_v1_arbiter_proto_depIdxs = []int32{
 	4,  // 20: coppice.dht.v1.ArbiterSnapshotHeader.meta:type_name -> coppice.dht.v1.ArbiterMeta
 	16, // 21: coppice.dht.v1.ArbiterSnapshotTxn.result:type_name -> coppice.dht.v1.ArbiterResult
 	26, // 22: coppice.dht.v1.ArbiterRequest.hello:type_name -> coppice.dht.v1.ArbiterHello
-	2,  // 23: coppice.dht.v1.ArbiterResponse.code:type_name -> coppice.dht.v1.ArbiterResponse.Code
-	24, // 24: coppice.dht.v1.ArbiterResponse.where:type_name -> coppice.dht.v1.ArbiterWhere
-	16, // 25: coppice.dht.v1.ArbiterResponse.results:type_name -> coppice.dht.v1.ArbiterResult
-	3,  // 26: coppice.dht.v1.ArbiterResponse.register:type_name -> coppice.dht.v1.ArbiterRegister
-	25, // 27: coppice.dht.v1.ArbiterResponse.log:type_name -> coppice.dht.v1.ArbiterLog
-	4,  // 28: coppice.dht.v1.ArbiterWhere.meta:type_name -> coppice.dht.v1.ArbiterMeta
-	3,  // 29: coppice.dht.v1.ArbiterFeedUpdate.registers:type_name -> coppice.dht.v1.ArbiterRegister
-	24, // 30: coppice.dht.v1.ArbiterFeedUpdate.where:type_name -> coppice.dht.v1.ArbiterWhere
-	31, // [31:31] is the sub-list for method output_type
-	31, // [31:31] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	27, // 23: coppice.dht.v1.ArbiterRequest.lease:type_name -> coppice.dht.v1.ArbiterLeaseRequest
+	2,  // 24: coppice.dht.v1.ArbiterResponse.code:type_name -> coppice.dht.v1.ArbiterResponse.Code
+	24, // 25: coppice.dht.v1.ArbiterResponse.where:type_name -> coppice.dht.v1.ArbiterWhere
+	16, // 26: coppice.dht.v1.ArbiterResponse.results:type_name -> coppice.dht.v1.ArbiterResult
+	3,  // 27: coppice.dht.v1.ArbiterResponse.register:type_name -> coppice.dht.v1.ArbiterRegister
+	25, // 28: coppice.dht.v1.ArbiterResponse.log:type_name -> coppice.dht.v1.ArbiterLog
+	29, // 29: coppice.dht.v1.ArbiterResponse.leases:type_name -> coppice.dht.v1.ArbiterLeases
+	4,  // 30: coppice.dht.v1.ArbiterWhere.meta:type_name -> coppice.dht.v1.ArbiterMeta
+	28, // 31: coppice.dht.v1.ArbiterLeaseRequest.keys:type_name -> coppice.dht.v1.ArbiterLease
+	28, // 32: coppice.dht.v1.ArbiterLeaseRequest.give_up:type_name -> coppice.dht.v1.ArbiterLease
+	28, // 33: coppice.dht.v1.ArbiterLeases.keys:type_name -> coppice.dht.v1.ArbiterLease
+	3,  // 34: coppice.dht.v1.ArbiterFeedUpdate.registers:type_name -> coppice.dht.v1.ArbiterRegister
+	24, // 35: coppice.dht.v1.ArbiterFeedUpdate.where:type_name -> coppice.dht.v1.ArbiterWhere
+	36, // [36:36] is the sub-list for method output_type
+	36, // [36:36] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_dht_wire_v1_arbiter_proto_init() }
@@ -2776,6 +3017,7 @@ func file_dht_wire_v1_arbiter_proto_init() {
 		(*ArbiterRequest_Hello)(nil),
 		(*ArbiterRequest_Status)(nil),
 		(*ArbiterRequest_StepDown)(nil),
+		(*ArbiterRequest_Lease)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2783,7 +3025,7 @@ func file_dht_wire_v1_arbiter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dht_wire_v1_arbiter_proto_rawDesc), len(file_dht_wire_v1_arbiter_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   26,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

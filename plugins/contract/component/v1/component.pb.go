@@ -781,6 +781,7 @@ type StartRequest struct {
 	Bindings      []*BindingState        `protobuf:"bytes,4,rep,name=bindings,proto3" json:"bindings,omitempty"`
 	Restored      bool                   `protobuf:"varint,5,opt,name=restored,proto3" json:"restored,omitempty"`
 	DataDir       string                 `protobuf:"bytes,6,opt,name=data_dir,json=dataDir,proto3" json:"data_dir,omitempty"`
+	Leased        bool                   `protobuf:"varint,8,opt,name=leased,proto3" json:"leased,omitempty"` // exactly-one: begin nothing before the node's first LeaseGrant; see LeaseGrant
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -862,6 +863,13 @@ func (x *StartRequest) GetDataDir() string {
 		return x.DataDir
 	}
 	return ""
+}
+
+func (x *StartRequest) GetLeased() bool {
+	if x != nil {
+		return x.Leased
+	}
+	return false
 }
 
 type QuiesceRequest struct {
@@ -1058,6 +1066,7 @@ func (x *Status) GetInfo() map[string]string {
 	return nil
 }
 
+// compared as a pair; as one number, for stores outside that compare numbers: incarnation << 32 | epoch
 type Token struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Incarnation   uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
@@ -1903,11 +1912,14 @@ func (x *LeaseBeat) GetToken() *Token {
 	return nil
 }
 
+// ttl_ms counts from when the beat was sent, on a clock that goes on while the machine sleeps (CLOCK_BOOTTIME). leased: another node may run the
+// instance as soon as the grant has run out, so nothing may act after it.
 type LeaseGrant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TtlMs         uint32                 `protobuf:"varint,1,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
 	Drain         bool                   `protobuf:"varint,2,opt,name=drain,proto3" json:"drain,omitempty"`
 	Token         *Token                 `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
+	Leased        bool                   `protobuf:"varint,4,opt,name=leased,proto3" json:"leased,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1961,6 +1973,13 @@ func (x *LeaseGrant) GetToken() *Token {
 		return x.Token
 	}
 	return nil
+}
+
+func (x *LeaseGrant) GetLeased() bool {
+	if x != nil {
+		return x.Leased
+	}
+	return false
 }
 
 type QueryRequest struct {
@@ -2730,7 +2749,7 @@ const file_plugins_contract_component_v1_component_proto_rawDesc = "" +
 	"\fmemory_bytes\x18\x01 \x01(\x04R\vmemoryBytes\x12\x12\n" +
 	"\x04cpus\x18\x02 \x01(\x01R\x04cpus\x120\n" +
 	"\x14max_concurrent_calls\x18\x03 \x01(\rR\x12maxConcurrentCalls\x12#\n" +
-	"\rneeds_network\x18\x04 \x01(\bR\fneedsNetwork\"\xb0\x02\n" +
+	"\rneeds_network\x18\x04 \x01(\bR\fneedsNetwork\"\xc8\x02\n" +
 	"\fStartRequest\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x121\n" +
 	"\x05token\x18\x02 \x01(\v2\x1b.coppice.component.v1.TokenR\x05token\x12\x18\n" +
@@ -2740,7 +2759,8 @@ const file_plugins_contract_component_v1_component_proto_rawDesc = "" +
 	"attributes\x12>\n" +
 	"\bbindings\x18\x04 \x03(\v2\".coppice.component.v1.BindingStateR\bbindings\x12\x1a\n" +
 	"\brestored\x18\x05 \x01(\bR\brestored\x12\x19\n" +
-	"\bdata_dir\x18\x06 \x01(\tR\adataDir\"\xb3\x01\n" +
+	"\bdata_dir\x18\x06 \x01(\tR\adataDir\x12\x16\n" +
+	"\x06leased\x18\b \x01(\bR\x06leased\"\xb3\x01\n" +
 	"\x0eQuiesceRequest\x12\x1f\n" +
 	"\vdeadline_ms\x18\x01 \x01(\rR\n" +
 	"deadlineMs\x12C\n" +
@@ -2844,12 +2864,13 @@ const file_plugins_contract_component_v1_component_proto_rawDesc = "" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\">\n" +
 	"\tLeaseBeat\x121\n" +
-	"\x05token\x18\x01 \x01(\v2\x1b.coppice.component.v1.TokenR\x05token\"l\n" +
+	"\x05token\x18\x01 \x01(\v2\x1b.coppice.component.v1.TokenR\x05token\"\x84\x01\n" +
 	"\n" +
 	"LeaseGrant\x12\x15\n" +
 	"\x06ttl_ms\x18\x01 \x01(\rR\x05ttlMs\x12\x14\n" +
 	"\x05drain\x18\x02 \x01(\bR\x05drain\x121\n" +
-	"\x05token\x18\x03 \x01(\v2\x1b.coppice.component.v1.TokenR\x05token\"q\n" +
+	"\x05token\x18\x03 \x01(\v2\x1b.coppice.component.v1.TokenR\x05token\x12\x16\n" +
+	"\x06leased\x18\x04 \x01(\bR\x06leased\"q\n" +
 	"\fQueryRequest\x12\x14\n" +
 	"\x05query\x18\x01 \x01(\tR\x05query\x12\x1f\n" +
 	"\vparams_json\x18\x02 \x01(\fR\n" +

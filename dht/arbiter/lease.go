@@ -1,0 +1,441 @@
+package arbiter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coppice-project/coppice/dht/peers"
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+)
+
+// Leases (notes: consistency §5, §3.8 I3 to I5). The owner of a leased register may act only while it holds a lease that the leader
+// acknowledged, and nobody else becomes owner before that lease has ended for certain. No clock value travels: the owner counts
+// Timings.Lease from when it sent the request, the leader a little more from when it answered.
+//
+//	owner   validUntil = sendTime + T             by its own clock
+//	leader  end        = answerTime + T·(1+ε)/(1−ε)  by its own clock; in real time never before validUntil
+//
+// The leader answers only after it made sure, with messages sent after the request had arrived, that it leads (confirm). So whoever
+// leads after it was elected after the request was sent, and counts no lease as ended before electedAt + T·(1+ε)/(1−ε): it need not know what
+// its predecessors acknowledged. A claim marks the epoch that it would end as revoked before it is proposed; from then on no renewal of that
+// epoch is acknowledged. All of this is in the leader's memory only.
+//
+// What is left: between the admission of a claim and its entry into the log the leader must not lose the lead, have another leader acknowledge
+// a renewal, and win the lead back. Raft refuses proposals made while it does not lead, so that takes a goroutine that stands still between
+// two statements for longer than two elections while raft's own goroutines run.
+
+const (
+	// epsilon is how far the rates of two clocks may be from real time (notes §1: 1 %).
+	epsilonPercent = 1
+	// processLease is how long a component's process runs on without its node: the longest grant of a node socket. Grants of leased instances end
+	// before the node's own lease does, so this matters only where the node is proven dead before that.
+	processLease = 2 * time.Second
+	// revocationHolds is how long an epoch stays revoked after the last claim that was told to wait: claimers ask more often than that. After it
+	// they have given up, because the owner lives after all.
+	revocationHolds = 500 * time.Millisecond
+	// maxWaitTold bounds what a claim is told to wait before it asks again: the lease may be given up meanwhile, or the owner proven dead.
+	maxWaitTold = 200 * time.Millisecond
+	// maxLeaseKeys bounds one request.
+	maxLeaseKeys = 1 << 14
+)
+
+// withDrift is how long one clock has to run until another one, asked to run for d, certainly has.
+func withDrift(d time.Duration) time.Duration {
+	return d * (100 + epsilonPercent) / (100 - epsilonPercent)
+}
+
+// LeaseKey names an ownership by the register and its epoch.
+type LeaseKey struct {
+	Key   string
+	Epoch uint64
+}
+
+// LeaseRequest renews all leases that a process of this node holds, and gives some up.
+type LeaseRequest struct {
+	Boot uint64 // of the process, as in the registers
+	Seq  uint64 // rises with each request of the process: what was given up is not renewed by a request sent before
+	Keys []LeaseKey
+	// GiveUp are ownerships of which the caller certainly runs nothing any more: they may be claimed at once.
+	GiveUp []LeaseKey
+}
+
+// Leases is what the leader acknowledged.
+type Leases struct {
+	Asked   time.Duration // Config.BootTime at the sending of the request that was answered
+	For     time.Duration // from Asked on, by the clock of Config.BootTime
+	Held    []LeaseKey
+	Refused map[LeaseKey]string // why not
+}
+
+// WaitError says that a claim or a deletion must wait: the lease of the epoch that it would end may still be held. Nothing was done. The
+// epoch is revoked: it ends if the claim is made again, at the latest every half second, until it goes through.
+type WaitError struct {
+	For    time.Duration // until it may be asked again
+	Reason string
+}
+
+func (e *WaitError) Error() string { return "wait: " + e.Reason }
+
+// Lease renews or gives up leases. It asks the leader, whoever that is, until the context ends. Errors: ErrNoLeader: nothing was
+// acknowledged, and what was to be given up may not have been.
+func (a *Arbiter) Lease(ctx context.Context, r LeaseRequest) (Leases, error) {
+	if len(r.Keys)+len(r.GiveUp) > maxLeaseKeys {
+		return Leases{}, fmt.Errorf("renew leases: %d at once, at most %d are possible", len(r.Keys)+len(r.GiveUp), maxLeaseKeys)
+	}
+	req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Lease{Lease: &wirev1.ArbiterLeaseRequest{
+		Boot: r.Boot, Seq: r.Seq, Keys: leasesToWire(r.Keys), GiveUp: leasesToWire(r.GiveUp),
+	}}}
+	for pause := newPause(); ; pause.wait(ctx) {
+		leader, changed := a.where.current()
+		if leader == "" {
+			a.findLeader(ctx, changed)
+		} else {
+			asked := a.cfg.BootTime() // of this try: an earlier one may have been answered long ago
+			resp, err := a.attempt(ctx, leader, changed, req)
+			switch a.judge(leader, resp, err) {
+			case carried:
+				return leasesFrom(asked, resp.GetLeases()), nil
+			case rejected:
+				return Leases{}, fmt.Errorf("renew leases: %s", resp.GetReason())
+			case notDone, doubtful:
+			}
+		}
+		if ctx.Err() != nil {
+			return Leases{}, fmt.Errorf("renew leases: %w (%w)", ErrNoLeader, context.Cause(ctx))
+		}
+		select {
+		case <-a.closing:
+			return Leases{}, fmt.Errorf("renew leases: %w", ErrClosed)
+		default:
+		}
+	}
+}
+
+func leasesToWire(keys []LeaseKey) []*wirev1.ArbiterLease {
+	out := make([]*wirev1.ArbiterLease, len(keys))
+	for i, k := range keys {
+		out[i] = &wirev1.ArbiterLease{Key: k.Key, Epoch: k.Epoch}
+	}
+	return out
+}
+
+func leasesFrom(asked time.Duration, w *wirev1.ArbiterLeases) Leases {
+	out := Leases{Asked: asked, For: time.Duration(w.GetTtlMs()) * time.Millisecond, Refused: map[LeaseKey]string{}}
+	for _, l := range w.GetKeys() {
+		k := LeaseKey{l.GetKey(), l.GetEpoch()}
+		if l.GetRefused() != "" {
+			out.Refused[k] = l.GetRefused()
+			continue
+		}
+		out.Held = append(out.Held, k)
+	}
+	return out
+}
+
+// ===== at the leader =====
+
+// leases is what the leader knows about leases, of one term.
+type leases struct {
+	a *Arbiter
+
+	mu    sync.Mutex // guards the rest
+	term  uint64
+	since time.Duration // when this node was first seen to lead in that term
+	keys  map[string]*leased
+}
+
+// leased is the lease of one register.
+type leased struct {
+	owner peer.ID
+	boot  uint64
+	epoch uint64
+	end   time.Duration // whatever was acknowledged to this owner has ended then, in any epoch
+	free  bool          // the owner gave this epoch up
+	// dropped is the request that gave it up: no earlier one counts any more.
+	dropped uint64
+	revoked bool          // no renewal of the epoch is acknowledged
+	asked   time.Duration // by the last claim that was told to wait
+	claims  int           // proposed and not decided
+	doubt   bool          // the fate of a proposed claim is not known: the epoch stays revoked while this term lasts
+	probed  time.Duration // when the owner's host was asked last; 0 never
+}
+
+func newLeases(a *Arbiter) *leases { return &leases{a: a, keys: map[string]*leased{}} }
+
+// lead makes sure that the state is of this node's present term as leader; false: it does not lead. Locked.
+func (l *leases) lead(r *raft.Raft) bool {
+	term := r.CurrentTerm()
+	if r.State() != raft.Leader || r.CurrentTerm() != term {
+		return false
+	}
+	if term != l.term {
+		// Seen later than it was: that only makes it wait longer.
+		l.term, l.since, l.keys = term, l.a.cfg.BootTime(), map[string]*leased{}
+	}
+	return true
+}
+
+// notice starts the clock of a new term soon, so that claims after a leader's death wait no longer than they must.
+func (l *leases) notice(r *raft.Raft) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lead(r)
+}
+
+// of returns the lease of a register as it stands. Locked.
+func (l *leases) of(reg *Register) *leased {
+	c := l.keys[reg.Key]
+	if c == nil || c.owner != reg.Owner {
+		// Its owner has not been acknowledged anything by this leader, but perhaps by one before.
+		c = &leased{owner: reg.Owner, boot: reg.Boot, epoch: reg.Epoch, end: l.since + withDrift(l.a.t.Lease)}
+		l.keys[reg.Key] = c
+	}
+	if c.boot != reg.Boot {
+		c.boot, c.dropped = reg.Boot, 0
+	}
+	if c.epoch != reg.Epoch {
+		c.epoch, c.free, c.revoked, c.claims, c.doubt, c.probed = reg.Epoch, false, false, 0, false, 0
+	}
+	return c
+}
+
+// serveLease answers a node that renews.
+func (a *Arbiter) serveLease(ctx context.Context, from peer.ID, req *wirev1.ArbiterLeaseRequest) *wirev1.ArbiterResponse {
+	if len(req.GetKeys())+len(req.GetGiveUp()) > maxLeaseKeys {
+		return invalid("%d leases at once; at most %d", len(req.GetKeys())+len(req.GetGiveUp()), maxLeaseKeys)
+	}
+	// The machine is at least as new as everything committed when the request arrived, and nobody else led then.
+	if _, err := a.reads.index(ctx); err != nil {
+		if errors.Is(err, raft.ErrNotLeader) {
+			return notLeader()
+		}
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: err.Error()}
+	}
+	r := a.raft.Load()
+	a.leases.mu.Lock()
+	defer a.leases.mu.Unlock()
+	if r == nil || !a.leases.lead(r) {
+		return notLeader()
+	}
+	return &wirev1.ArbiterResponse{Leases: a.leases.renew(from, req)}
+}
+
+// renew acknowledges what may be. Locked.
+func (l *leases) renew(from peer.ID, req *wirev1.ArbiterLeaseRequest) *wirev1.ArbiterLeases {
+	out := &wirev1.ArbiterLeases{TtlMs: uint64(l.a.t.Lease.Milliseconds())}
+	tree, now := l.a.fsm.shown.Load().tree, l.a.cfg.BootTime()
+	mine := func(k *wirev1.ArbiterLease) *leased {
+		reg := treeGet(tree, k.GetKey())
+		if reg == nil || reg.Owner != from || reg.Boot != req.GetBoot() || reg.Epoch != k.GetEpoch() {
+			return nil
+		}
+		return l.of(reg)
+	}
+	for _, k := range req.GetGiveUp() {
+		if c := mine(k); c != nil {
+			c.free, c.dropped = true, max(c.dropped, req.GetSeq())
+		}
+	}
+	for _, k := range req.GetKeys() {
+		c, refused := mine(k), ""
+		switch {
+		case c == nil:
+			refused = "the caller is not its owner in that epoch"
+		case req.GetSeq() <= c.dropped:
+			refused = "it was given up by a later request"
+		case c.revoked && (c.claims > 0 || c.doubt || now-c.asked < revocationHolds):
+			refused = "the epoch is revoked: another node claims it"
+		default:
+			c.free, c.revoked, c.end = false, false, now+withDrift(l.a.t.Lease)
+		}
+		out.Keys = append(out.Keys, &wirev1.ArbiterLease{Key: k.GetKey(), Epoch: k.GetEpoch(), Refused: refused})
+	}
+	return out
+}
+
+// admission is what becomes of an entry's commands before they are proposed.
+type admission struct {
+	l      *leases
+	term   uint64
+	waits  map[int]*wirev1.ArbiterResult // by command: not proposed
+	claims []taken                       // of the others
+	behind bool                          // the machine does not know yet what a claim knows
+}
+
+// taken is an epoch that an admitted command ends.
+type taken struct {
+	lease *leased
+	epoch uint64
+}
+
+// admit decides which commands of an entry may be proposed now. The epochs that they end are revoked when it returns. settle is called
+// when their fate is known.
+func (l *leases) admit(r *raft.Raft, e *wirev1.ArbiterEntry) (*admission, bool) {
+	ad := &admission{l: l, waits: map[int]*wirev1.ArbiterResult{}}
+	if l.a.cfg.Leased == nil {
+		return ad, true
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.lead(r) {
+		return nil, false
+	}
+	ad.term = l.term
+	st := l.a.fsm.shown.Load()
+	if st == nil {
+		return ad, true
+	}
+	for i, cmd := range e.GetCommands() {
+		l.admitCommand(ad, st, i, cmd, peer.ID(e.GetProposer()))
+	}
+	return ad, true
+}
+
+func (l *leases) admitCommand(ad *admission, st *viewState, i int, cmd *wirev1.ArbiterCommand, proposer peer.ID) {
+	var ends []taken
+	var longest time.Duration
+	key := ""
+	take := func(reg *Register) {
+		c, wait := l.take(reg)
+		ends = append(ends, taken{c, reg.Epoch})
+		if wait > longest {
+			longest, key = wait, reg.Key
+		}
+	}
+	claim := func(c *wirev1.ArbiterClaim) {
+		reg := l.leasedTo(st, c.GetKey(), peer.ID(c.GetOwner()))
+		switch {
+		case reg == nil || reg.Nonce == c.GetNonce() || reg.Epoch > c.GetExpect(): // done before, or to be refused
+		case reg.Epoch < c.GetExpect():
+			ad.behind = true
+		default:
+			take(reg)
+		}
+	}
+	switch k := cmd.GetKind().(type) {
+	case *wirev1.ArbiterCommand_Claim:
+		claim(k.Claim)
+	case *wirev1.ArbiterCommand_Txn:
+		for _, ops := range [][]*wirev1.ArbiterOp{k.Txn.GetThen(), k.Txn.GetOtherwise()} {
+			for _, op := range ops {
+				if c := op.GetClaim(); c != nil {
+					claim(c)
+				} else if d := op.GetDelete(); d != "" {
+					if reg := l.leasedTo(st, d, proposer); reg != nil {
+						take(reg) // a register made anew would have an owner beside the one before
+					}
+				}
+			}
+		}
+	}
+	if longest > 0 {
+		told := min(longest, maxWaitTold)
+		ad.waits[i] = &wirev1.ArbiterResult{
+			Code: wirev1.ArbiterResult_WAIT, WaitMs: uint64(told.Milliseconds()) + 1, Register: toWire(treeGet(st.tree, key)),
+			Reason: fmt.Sprintf("the lease of %s may be held for another %s", key, longest.Round(time.Millisecond)),
+		}
+		return
+	}
+	for _, t := range ends {
+		t.lease.claims++
+	}
+	ad.claims = append(ad.claims, ends...)
+}
+
+// leasedTo returns the register if it is leased to another node than by; nil: there is no lease to mind.
+func (l *leases) leasedTo(st *viewState, key string, by peer.ID) *Register {
+	reg := treeGet(st.tree, key)
+	if reg == nil || reg.Owner == "" || reg.Owner == by || !l.a.cfg.Leased(key, reg.Body) {
+		return nil
+	}
+	return reg
+}
+
+// take revokes an epoch and says how long its lease may still be held. Locked.
+func (l *leases) take(reg *Register) (*leased, time.Duration) {
+	c, now := l.of(reg), l.a.cfg.BootTime()
+	c.revoked, c.asked = true, now
+	if c.free || now >= c.end {
+		return c, 0
+	}
+	if l.a.cfg.Links != nil && (c.probed == 0 || now-c.probed > time.Second) {
+		c.probed = max(now, 1)
+		go l.probe(*reg, l.term)
+	}
+	return c, c.end - now
+}
+
+// probe asks the host of an owner. A host that refuses the connection runs no process of that node, and what the process left behind runs for
+// no longer than its last grant.
+func (l *leases) probe(reg Register, term uint64) {
+	ctx, cancel := context.WithTimeout(context.Background(), l.a.t.RPC)
+	defer cancel()
+	if l.a.cfg.Links.Probe(ctx, reg.Owner) != peers.Refused {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c := l.keys[reg.Key]
+	if term != l.term || c == nil || c.owner != reg.Owner || c.boot != reg.Boot || c.epoch != reg.Epoch || !c.revoked {
+		return
+	}
+	c.end = min(c.end, l.a.cfg.BootTime()+withDrift(processLease))
+}
+
+// rest returns the entry without the commands that wait; nil: all wait.
+func (ad *admission) rest(entry []byte, e *wirev1.ArbiterEntry) ([]byte, error) {
+	if len(ad.waits) == 0 {
+		return entry, nil
+	}
+	if len(ad.waits) == len(e.GetCommands()) {
+		return nil, nil
+	}
+	out := &wirev1.ArbiterEntry{Format: e.GetFormat(), Shard: e.GetShard(), Since: e.GetSince(), Proposer: e.GetProposer()}
+	for i, c := range e.GetCommands() {
+		if ad.waits[i] == nil {
+			out.Commands = append(out.Commands, c)
+		}
+	}
+	return proto.Marshal(out)
+}
+
+// merge puts the results of those that were proposed and of those that wait in the order of the commands.
+func (ad *admission) merge(n int, done []*wirev1.ArbiterResult) []*wirev1.ArbiterResult {
+	if len(ad.waits) == 0 {
+		return done
+	}
+	out := make([]*wirev1.ArbiterResult, n)
+	for i := range out {
+		if w := ad.waits[i]; w != nil {
+			out[i] = w
+		} else if len(done) > 0 {
+			out[i], done = done[0], done[1:]
+		}
+	}
+	return out
+}
+
+// settle is told that the proposal is decided, or that nobody knows.
+func (ad *admission) settle(doubt bool) {
+	if len(ad.claims) == 0 {
+		return
+	}
+	ad.l.mu.Lock()
+	defer ad.l.mu.Unlock()
+	if ad.term != ad.l.term {
+		return
+	}
+	for _, t := range ad.claims {
+		if c := t.lease; c.epoch == t.epoch {
+			c.claims = max(c.claims-1, 0)
+			c.doubt = c.doubt || doubt
+		}
+	}
+}
