@@ -103,6 +103,38 @@ func TestWithheldLease(t *testing.T) {
 	}
 }
 
+// A process of a leased instance is granted no more than what is left of the lease, and nothing when nothing is.
+func TestGrantsEndWithTheLease(t *testing.T) {
+	w := newWorld(t)
+	m := New(Config{Instance: instance})
+	left := time.Hour
+	s, err := w.r.ServeNode(m, NodeSocketConfig{Path: filepath.Join(w.dir, "n"), Lease: func() (time.Duration, bool) { return left, true }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.Allow("c")
+	conn, err := grpc.NewClient("unix:"+filepath.Join(w.dir, "n"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ask := leaseOn(t, with(within(t, 500*time.Millisecond), componentv1.MetaCredential, "c"), componentv1.NewNodeClient(conn))
+	for _, c := range []struct {
+		left time.Duration
+		want uint32
+	}{{time.Hour, 2000}, {1500 * time.Millisecond, 1500}, {20 * time.Millisecond, 20}} {
+		left = c.left
+		if g, err := ask(); err != nil || g.GetTtlMs() != c.want || !g.GetLeased() {
+			t.Errorf("with %s left: %v, %v", c.left, g, err)
+		}
+	}
+	left = 0
+	if g, err := ask(); err == nil {
+		t.Errorf("with nothing left: %v", g)
+	}
+}
+
 func leaseOn(t *testing.T, ctx context.Context, node componentv1.NodeClient) func() (*componentv1.LeaseGrant, error) {
 	t.Helper()
 	lease, err := node.Lease(ctx)

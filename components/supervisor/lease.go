@@ -26,8 +26,10 @@ const (
 	steadyFor = 300 * time.Millisecond
 )
 
-// lease is a node's right to serve what it owns. It is asked on each call, on the way in and on the way out, so it costs two atomic
-// reads and a look at CLOCK_BOOTTIME. It is lost at once when the process was suspended, after outOfTouch without the arbiter, and when
+// lease is a node's right to serve what it owns, by what it heard. It is no proof: a leader that was deposed and does not know it yet, or wakes from
+// a suspension, is heard like any other, so a node cut off together with one may go on for longer than outOfTouch. That is enough where the
+// epoch fences (safe). What is exactly-one needs a lease besides that the leader acknowledges for it (session.go).
+// It is asked on each call, on the way in and on the way out, so it costs two atomic reads and a look at CLOCK_BOOTTIME. It is lost at once when the process was suspended, after outOfTouch without the arbiter, and when
 // others have called this node dead; it comes back when the registers have been read through the log.
 type lease struct {
 	boot   func() time.Duration

@@ -332,3 +332,29 @@ func TestLeaseLapseEndsTheProcess(t *testing.T) {
 	}
 	server.Stop()
 }
+
+// Exactly-one: nothing of the component runs before the node has granted the first lease, whoever calls Start.
+func TestALeasedStartWaitsForTheFirstGrant(t *testing.T) {
+	dir, err := os.MkdirTemp("", "n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	socket := filepath.Join(dir, "n")
+	node := &leaser{}
+	node.epoch.Store(1)
+	node.skip.Store(1 << 30)
+	node.serve(t, socket)
+	p := startProcess(t, componentv1.EnvNodeSocket+"="+socket)
+	control := componentv1.NewComponentClient(p.conn)
+	req := &componentv1.StartRequest{Instance: "a/counter-0", Token: &componentv1.Token{Incarnation: 1, Epoch: 1}, Leased: true}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := control.Start(trusted(ctx), req); status.Code(err) != codes.DeadlineExceeded {
+		t.Fatalf("it started without a grant: %v", err)
+	}
+	node.skip.Store(0)
+	if _, err := control.Start(trusted(t.Context()), req); err != nil {
+		t.Fatalf("%v\n%s", err, p.stderr)
+	}
+}
