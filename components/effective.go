@@ -32,7 +32,8 @@ type Effective struct {
 
 	Durable   componentsv1.Durability
 	Interval  time.Duration // with DURABILITY_INTERVAL
-	Guarantee string
+	Guarantee string        // the grade that Policy is, in words
+	Policy
 
 	CPUMillis, MemoryBytes, DiskBytes uint64
 
@@ -44,7 +45,10 @@ type Effective struct {
 }
 
 // Leased says whether its instances run under a lease of the arbiter: taken over only when the owner certainly runs nothing any more.
-func (e *Effective) Leased() bool { return e.Guarantee == ExactlyOne }
+func (e *Effective) Leased() bool { return e.Takeover == TakeoverLeased }
+
+// Keeps says whether an owner goes on that has lost touch with the arbiter.
+func (e *Effective) Keeps() bool { return e.OnPartition == PartitionKeep }
 
 // Key is "app/name".
 func (e *Effective) Key() string { return ComponentKey(e.Application, e.Name) }
@@ -80,6 +84,7 @@ func effective(app *componentsv1.Application, spec *componentsv1.ComponentSpec) 
 		Spec:        proto.CloneOf(spec),
 		Cost:        app.GetManifest().GetCost(),
 		Guarantee:   Guarantee(spec),
+		Policy:      PolicyOf(spec),
 	}
 	e.Spec.Require = append(append([]string(nil), app.GetManifest().GetRequire()...), spec.GetRequire()...)
 	if len(e.Spec.Objective) == 0 {

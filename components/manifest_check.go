@@ -145,32 +145,6 @@ func (c *checker) atLeastOne(path string, n uint32) {
 	}
 }
 
-// policies checks durable and guarantee, alone and together (what the manifest's language refuses together).
-func (c *checker) policies(spec *componentsv1.ComponentSpec, path string) {
-	durable, _, err := ParseDurable(spec.GetDurable())
-	c.wrap(path+".durable", err)
-	if !c.oneOf(path+".guarantee", spec.GetGuarantee(), Safe, ExactlyOne, AlwaysOn) || err != nil {
-		return
-	}
-	if why, ok := unsupportedValues["guarantee"][spec.GetGuarantee()]; ok {
-		c.problem(path+".guarantee", "guarantee: %s is not supported by this version: %s", spec.GetGuarantee(), why)
-	}
-	none := durable == componentsv1.Durability_DURABILITY_NONE
-	unsaid := durable == componentsv1.Durability_DURABILITY_UNSPECIFIED
-	if spec.GetGuarantee() == AlwaysOn && !none && !unsaid {
-		c.problem(path+".durable", "found durable: %s with guarantee: always-on, expected durable: none: "+
-			"an instance that keeps running on both sides of a cut would have two states to save, and merging is not supported by this version",
-			spec.GetDurable())
-	}
-	if none && spec.GetState() != nil {
-		c.problem(path+".state", "found state with durable: none, expected one of them: nothing is saved that could have replicas or a history")
-	}
-	if spec.GetSandbox().GetNetwork() == "host" && Guarantee(spec) != ExactlyOne {
-		c.problem(path+".sandbox.network", "found network: host with guarantee: %s, expected guarantee: exactly-one: "+
-			"a port of the host cannot be served by two instances", Guarantee(spec))
-	}
-}
-
 func (c *checker) resources(r *componentsv1.Resources, path string) {
 	if v := r.GetCpu(); v < 0 || v > 4096 {
 		c.problem(path+".cpu", "found %v, expected a number of cores such as 0.5, not negative", v)

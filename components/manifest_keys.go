@@ -34,21 +34,17 @@ var unsupported = map[string]map[string]string{
 // line goes.
 var notYet = map[string]map[string]string{
 	"ComponentSpec": {
-		"run":          "it runs components that speak component.v1, not ordinary programs",
-		"state":        "a checkpoint is kept on the owner and its successors",
-		"restart":      "the node chooses when a component that ended is started again",
-		"takeover":     "choose the grade with guarantee",
-		"on_partition": "choose the grade with guarantee",
-		"reconcile":    "choose the grade with guarantee",
+		"run":     "it runs components that speak component.v1, not ordinary programs",
+		"state":   "a checkpoint is kept on the owner and its successors",
+		"restart": "the node chooses when a component that ended is started again",
 	},
 	"Sandbox": {"network": "all components have the same"},
 }
 
 // unsupportedValues is the same for single values, by key within a component.
 var unsupportedValues = map[string]map[string]string{
-	"guarantee": {
-		AlwaysOn: "on the side of a cut without a majority an instance stops",
-	},
+	"guarantee":    {AlwaysOn: "on the side of a cut without a majority an instance stops"},
+	"on_partition": {PartitionKeep: "on the side of a cut without a majority an instance stops"},
 	"state.standby": {
 		"warm": "a successor holds the pages and starts cold",
 		"hot":  "a successor holds the pages and starts cold",

@@ -21,13 +21,6 @@ const (
 	MaxInterval = 24 * time.Hour
 )
 
-// The grades of guarantee (DESIGN.md §5).
-const (
-	Safe       = "safe"
-	ExactlyOne = "exactly-one"
-	AlwaysOn   = "always-on"
-)
-
 // EachNode is the count of a component that runs on every node.
 const EachNode = "each-node"
 
@@ -83,30 +76,25 @@ func DefaultDurability(d *componentv1.Description, run *componentsv1.Run) compon
 	return componentsv1.Durability_DURABILITY_INTERVAL
 }
 
-// ResolveDurability is what a deploy pins: the manifest's word, else the default by the description.
+// ResolveDurability is what a deploy pins: the manifest's word, else the default by the description. It fails where the artifact cannot carry the
+// component's policy out.
 func ResolveDurability(spec *componentsv1.ComponentSpec, d *componentv1.Description) (componentsv1.Durability, error) {
 	said, _, err := ParseDurable(spec.GetDurable())
 	if err != nil {
 		return 0, fmt.Errorf("durable of %s: %w", spec.GetName(), err)
 	}
-	if said != componentsv1.Durability_DURABILITY_UNSPECIFIED {
-		return said, nil
+	durable := said
+	if said == componentsv1.Durability_DURABILITY_UNSPECIFIED {
+		durable = DefaultDurability(d, spec.GetRun())
+		p := PolicyOf(spec)
+		switch {
+		case spec.GetGuarantee() == AlwaysOn && !slices.Contains(d.GetFeatures(), componentv1.FeatureMerge):
+			durable = componentsv1.Durability_DURABILITY_NONE
+		case durable == componentsv1.Durability_DURABILITY_EACH_CALL && !p.keepsCalls():
+			durable = componentsv1.Durability_DURABILITY_INTERVAL
+		}
 	}
-	if spec.GetGuarantee() == AlwaysOn {
-		return componentsv1.Durability_DURABILITY_NONE, nil
-	}
-	return DefaultDurability(d, spec.GetRun()), nil
-}
-
-// Guarantee is the grade in force: what the manifest says, else exactly-one for a program and safe for a component.
-func Guarantee(spec *componentsv1.ComponentSpec) string {
-	switch {
-	case spec.GetGuarantee() != "":
-		return spec.GetGuarantee()
-	case spec.GetRun() != nil:
-		return ExactlyOne
-	}
-	return Safe
+	return durable, checkReconcile(spec, d, durable)
 }
 
 // LeasedBody says of a register's body whether its owner runs the instance under a lease of the arbiter (arbiter.Config.Leased).

@@ -47,6 +47,7 @@ const (
 	FeatureTxnCalls    = "txn-calls"   // each call is one transaction with its reply; trailer x-coppice-mark
 	FeatureDeltas      = "deltas"      // Deltas streams journal entries as they are written
 	FeatureIncremental = "incremental" // Checkpoint honours since_mark
+	FeatureMerge       = "merge"       // Merge brings two states with a common base together
 )
 
 // Sections of a StateFrame that the SDKs write. An opaque component may use others of its own.
