@@ -52,3 +52,41 @@ func TestHTTP(t *testing.T) {
 		}
 	}
 }
+
+// Both sides of a cut went on from the same count: the result has what was added on either, and answers repeats of calls of either.
+func TestMerge(t *testing.T) {
+	count := func(r *sdktest.Running, key string, n int64) int64 {
+		t.Helper()
+		v, err := counterv1.NewCounterClient(r.Conn).Add(sdktest.Key(t.Context(), key, ""), &counterv1.AddRequest{N: n})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v.GetValue()
+	}
+	first := sdktest.Start(t, component())
+	count(first, "before", 5)
+	base := first.Checkpoint(0)
+	ours, theirs := sdktest.Start(t, component(), sdktest.From(base)), sdktest.Start(t, component(), sdktest.From(base))
+	count(ours, "ours", 2)
+	if v := count(theirs, "theirs", 10); v != 15 {
+		t.Fatal(v)
+	}
+	merged := sdktest.Start(t, component(), sdktest.From(ours.Merge(base, ours.Checkpoint(0), theirs.Checkpoint(0))))
+	if v, err := counterv1.NewCounterClient(merged.Conn).Get(t.Context(), &counterv1.GetRequest{}); err != nil || v.GetValue() != 17 {
+		t.Errorf("merged: %v, %v; want 17", v.GetValue(), err)
+	}
+	if a, b, c := count(merged, "before", 5), count(merged, "ours", 2), count(merged, "theirs", 10); a != 5 || b != 7 || c != 15 {
+		t.Errorf("repeats are answered %d, %d and %d, want 5, 7 and 15 as before", a, b, c)
+	}
+	if v := count(merged, "after", 1); v != 18 {
+		t.Errorf("the next one is answered %d", v)
+	}
+	again := sdktest.Start(t, component(), sdktest.From(merged.Checkpoint(0)))
+	if v := count(again, "theirs", 10); v != 15 {
+		t.Errorf("after a restart a repeat is answered %d", v)
+	}
+	// Without a base both began from nothing.
+	if frames := ours.Merge(nil, ours.Checkpoint(0), theirs.Checkpoint(0)); len(frames) == 0 {
+		t.Error("no result")
+	}
+}

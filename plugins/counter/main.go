@@ -25,10 +25,16 @@ func component() *sdk.Component {
 	return &sdk.Component{
 		Type:     "counter",
 		Version:  version,
-		State:    &sdk.State{Schema: 1},
+		State:    &sdk.State{Schema: 1, Merge: merge},
 		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, c) },
 		HTTP:     c,
 	}
+}
+
+// merge brings two counts together that went on from the same one, on both sides of a cut: what was added on either side counts.
+func merge(base, ours, theirs, into *sdk.Txn) error {
+	into.PutUint64("value", ours.Uint64("value")+theirs.Uint64("value")-base.Uint64("value"))
+	return nil
 }
 
 type counter struct {

@@ -57,6 +57,11 @@ type State struct {
 	Reads []uint32
 	// Migrate turns a map of schema from, one of Reads, into one of Schema. It runs as one transaction in Start. Nil: nothing needs to be turned.
 	Migrate func(from uint32, tx *Txn) error
+	// Merge, if set, brings two states with a common base together, after a cut on both sides of which the component went on (guarantee: always-on).
+	// base is the state before the cut, ours that of the owner that the cluster knows, theirs that of the other side; into begins as ours, and
+	// what it holds at the end is the result. It runs as one transaction, on no instance's own state, and must give the same for the same. Replies
+	// remembered on either side are remembered in the result. An error leaves ours as it is, and theirs is kept beside.
+	Merge func(base, ours, theirs, into *Txn) error
 	// Limits of the dedupe table and the journal; the zero value is right for almost everyone.
 	Limits state.Limits
 }

@@ -97,6 +97,9 @@ func describe(c *Component) (*description, error) {
 			Stateful: true, WritesSchema: c.State.Schema, ReadsSchemas: c.State.reads(), Incremental: true, LiveSnapshot: true,
 		}
 		d.proto.Features = []string{componentv1.FeatureTxnCalls, componentv1.FeatureDeltas, componentv1.FeatureIncremental}
+		if c.State.Merge != nil {
+			d.proto.Features = append(d.proto.Features, componentv1.FeatureMerge)
+		}
 	}
 	d.proto.Services = &descriptorpb.FileDescriptorSet{File: ordered(files)}
 	return d, nil

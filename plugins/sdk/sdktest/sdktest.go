@@ -138,6 +138,39 @@ func (r *Running) Checkpoint(since uint64) []*componentv1.StateFrame {
 	}
 }
 
+// Merge has the component bring two states with a common base together, and returns the result; an empty base is the empty state.
+func (r *Running) Merge(base, ours, theirs []*componentv1.StateFrame) []*componentv1.StateFrame {
+	r.t.Helper()
+	stream, err := r.Control.Merge(r.t.Context())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, b := range []struct {
+		branch componentv1.BranchFrame_Branch
+		frames []*componentv1.StateFrame
+	}{{componentv1.BranchFrame_BASE, base}, {componentv1.BranchFrame_OURS, ours}, {componentv1.BranchFrame_THEIRS, theirs}} {
+		for _, f := range b.frames {
+			if err := stream.Send(&componentv1.BranchFrame{Branch: b.branch, Frame: f}); err != nil {
+				break // Recv says why
+			}
+		}
+	}
+	if err := stream.CloseSend(); err != nil {
+		r.t.Fatal(err)
+	}
+	var out []*componentv1.StateFrame
+	for {
+		f, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return out
+		}
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		out = append(out, f)
+	}
+}
+
 // Restore gives frames to a component that is created or frozen, and returns its mark.
 func (r *Running) Restore(frames []*componentv1.StateFrame) uint64 {
 	r.t.Helper()

@@ -272,3 +272,29 @@ func (a *ages) expired(class int, age time.Duration, limit int) []string {
 	}
 	return out
 }
+
+// Absorb has the store remember what another one remembers of calls: replies that it has not itself, low-water marks, and how far the component's own
+// calls are numbered. It counts as a change: the mark rises by one, without a journal entry, so what comes next is a full checkpoint. It is for
+// stores that nobody else uses yet; the other one stays as it is.
+func (s *Store) Absorb(other *Store) {
+	from := other.snapshot()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range from.replies.Ascend(allCalls()) {
+		k := parseKey(string(r.GetKey()))
+		if low, ok := s.cur.low(k); ok && k.n < low {
+			continue
+		}
+		if _, _, ok := s.cur.replies.Get(k); !ok {
+			s.cur.putReply(r)
+			s.ages.touch(k)
+		}
+	}
+	for caller, n := range from.lows.Ascend(allStrings()) {
+		s.cur.setLow(caller, n)
+	}
+	s.cur.nextCall = max(s.cur.nextCall, from.nextCall)
+	s.cur.mark++
+	s.snap = nil
+	s.journal.reset(s.cur.mark)
+}
