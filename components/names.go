@@ -61,6 +61,7 @@ const (
 	InstancePrefix     = "inst/"
 	ArtifactPrefix     = "artifact/"
 	ArtifactNamePrefix = "artifact-name/"
+	BranchPrefix       = "branch/"
 )
 
 // ApplicationRegister is the key of an application's desired state.
@@ -68,6 +69,16 @@ func ApplicationRegister(app string) string { return ApplicationPrefix + app }
 
 // InstanceRegister is the key of an instance's ownership; instance is "app/name-0" or "app/name@node".
 func InstanceRegister(instance string) string { return InstancePrefix + instance }
+
+// BranchName names a branch of an instance, what an owner saved that went on without the arbiter: "app/name-0@branch-n2-1".
+func BranchName(instance, node string, n uint32) string {
+	return instance + "@branch-" + node + "-" + strconv.FormatUint(uint64(n), 10)
+}
+
+// BranchRegister is the key of a branch.
+func BranchRegister(instance, node string, n uint32) string {
+	return BranchPrefix + BranchName(instance, node, n)
+}
 
 // InstanceOfKey is the reverse of InstanceRegister; "" when key is not the register of an instance.
 func InstanceOfKey(key string) string {

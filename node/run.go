@@ -138,6 +138,10 @@ func (n *Node) liveRoots() []blobs.Hash {
 			add(body.GetPrevious().GetRoot())
 		}
 	}
+	for _, reg := range n.arbiter.List(components.BranchPrefix) {
+		add(reg.Root)
+	}
+	out = append(out, n.sup.BranchRoots()...)
 	for _, in := range n.sup.Infos() {
 		if !in.Saved.Root.IsZero() {
 			out = append(out, in.Saved.Root)

@@ -100,7 +100,7 @@ func (i *instance) during(ctx context.Context, reg arbiter.Register) (context.Co
 // wanting says whether the instance should still run here in reg's epoch.
 func (i *instance) wanting(reg arbiter.Register) bool {
 	now, ok := i.sup.register(i.key)
-	if !ok || now.Owner != i.sup.cfg.Self || now.Boot != i.sup.cfg.Boot || now.Epoch != reg.Epoch {
+	if !ok || now.Owner != i.sup.cfg.Self || now.Boot != i.sup.cfg.Boot && now.Boot != reg.Boot || now.Epoch != reg.Epoch {
 		return false
 	}
 	var body componentsv1.InstanceBody
@@ -137,9 +137,12 @@ func (i *instance) settled(ctx context.Context, reg arbiter.Register) (arbiter.R
 
 // launchEpoch brings up the process of an epoch with its state, opens the gate and makes it i.gen.
 func (i *instance) launchEpoch(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) error {
-	reg, err := i.settled(ctx, reg)
-	if err != nil {
-		return err
+	b := i.sup.branch(i.name, tokenIn(reg))
+	if b == nil && !(eff.Keeps() && i.sup.CutOff()) { // else nothing can be settled now: what was in doubt is part of the branch
+		var err error
+		if reg, err = i.settled(ctx, reg); err != nil {
+			return err
+		}
 	}
 	if err := i.open(eff); err != nil {
 		return err
@@ -151,6 +154,9 @@ func (i *instance) launchEpoch(ctx context.Context, reg arbiter.Register, body *
 	root := blobs.Hash{}
 	if reg.Seq > 0 {
 		root = hashFrom(reg.Root)
+	}
+	if b != nil {
+		root = hashFrom(b.GetRoot())
 	}
 	g, err := i.process(ctx, reg, body, eff, root, clock)
 	if err != nil {

@@ -25,6 +25,9 @@ type proposal struct {
 // commit makes head the instance's restore point: first on w holders' disks, then in the arbiter's log. It returns nil only when
 // both are so (DESIGN.md §10 G3), errFenced or errForeign when it never will be, and otherwise keeps trying until ctx ends.
 func (s *saver) commit(ctx context.Context, head *chainHead) error {
+	if s.alone() {
+		return s.commitAlone(head)
+	}
 	s.mu.Lock()
 	seq := s.saved.Seq + 1
 	s.ackedNext = map[peer.ID]bool{}
@@ -36,6 +39,9 @@ func (s *saver) commit(ctx context.Context, head *chainHead) error {
 			return s.propose(ctx, &proposal{head: head, req: arbiter.CommitRequest{
 				Key: s.cfg.key, Epoch: s.cfg.epoch, Nonce: s.cfg.nonce, Seq: seq, Root: head.link.Hash[:], Holders: acked, W: uint32(w),
 			}})
+		}
+		if s.alone() {
+			return s.commitAlone(head)
 		}
 		s.note(err)
 		s.cfg.log.Debug("holders are chosen anew", "instance", s.cfg.instance, "error", err)
@@ -69,10 +75,15 @@ func (s *saver) propose(ctx context.Context, p *proposal) error {
 	s.doubt = p
 	s.mu.Unlock()
 	for {
-		reg, err := s.cfg.ledger.Commit(ctx, p.req)
+		cctx, stop := s.untilCut(ctx)
+		reg, err := s.cfg.ledger.Commit(cctx, p.req)
+		stop()
 		if err == nil {
 			s.acknowledge(p, reg.Holders)
 			return nil
+		}
+		if s.alone() && ctx.Err() == nil {
+			return s.commitAlone(p.head) // whether the log has it, too, does not matter: it is part of the branch
 		}
 		if verdict, certain := s.outcome(ctx, p, err); certain {
 			return verdict
@@ -86,6 +97,62 @@ func (s *saver) propose(ctx context.Context, p *proposal) error {
 			return err
 		}
 	}
+}
+
+// alone says whether checkpoints go on without the arbiter.
+func (s *saver) alone() bool {
+	if s.cfg.cut == nil {
+		return false
+	}
+	s.mu.Lock()
+	local := s.local
+	s.mu.Unlock()
+	return local || s.cfg.cut()
+}
+
+// cutLook is how often a commit under way looks whether the arbiter is out of reach.
+const cutLook = 50 * time.Millisecond
+
+// untilCut is ctx until the arbiter is out of reach and that is no reason to wait.
+func (s *saver) untilCut(ctx context.Context) (context.Context, func()) {
+	if s.cfg.cut == nil {
+		return ctx, func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for !s.cfg.cut() {
+			if pause(ctx, cutLook) != nil {
+				return
+			}
+		}
+		cancel()
+	}()
+	return ctx, func() {
+		cancel()
+		<-ended
+	}
+}
+
+// commitAlone makes head the branch's newest checkpoint, on this node's disk: answers that wait for it are given.
+func (s *saver) commitAlone(head *chainHead) error {
+	s.mu.Lock()
+	before := s.saved
+	s.mu.Unlock()
+	if err := s.cfg.branched(head, before); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.local, s.head, s.doubt = true, head, nil
+	s.saved = Saved{
+		Seq: before.Seq, Root: head.link.Hash, Mark: head.meta.GetMark(), Bytes: head.link.Bytes, Holders: []peer.ID{s.cfg.self}, At: time.Now(),
+	}
+	s.acked, s.ackedNext = map[peer.ID]bool{s.cfg.self: true}, map[peer.ID]bool{}
+	mark := s.saved.Mark
+	s.mu.Unlock()
+	s.cfg.committed(mark)
+	return nil
 }
 
 // outcome says what became of a proposal that was answered with an error; certain false: it may still be carried out.
@@ -218,8 +285,8 @@ func (s *saver) repair(ctx context.Context) error {
 	s.mu.Lock()
 	saved := s.saved
 	s.mu.Unlock()
-	if saved.Seq == 0 || time.Since(saved.At) < copiesEvery {
-		return nil
+	if saved.Seq == 0 || time.Since(saved.At) < copiesEvery || s.alone() {
+		return nil // the copies of a branch are made when it is over
 	}
 	have := slices.DeleteFunc(s.keepers(), func(id peer.ID) bool { return !s.cfg.alive(id) })
 	to, _ := s.cfg.holders()

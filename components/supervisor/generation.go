@@ -279,7 +279,8 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 		self: i.sup.cfg.Self, key: reg.Key, instance: i.name, digest: g.digest, version: g.version, schema: g.desc.GetState().GetWritesSchema(),
 		epoch: reg.Epoch, nonce: reg.Nonce, mode: mode(g, eff), interval: interval(g, eff), incremental: g.has(componentv1.FeatureIncremental),
 		component: g.comp, store: i.sup.cfg.Blobs, ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive,
-		committed: g.back.SetCommitted, log: i.sup.cfg.Log,
+		committed: g.back.SetCommitted, log: i.sup.cfg.Log, cut: i.sup.cutFor(eff),
+		branched: func(head *chainHead, before Saved) error { return i.branched(g, head, before) }, local: i.sup.branch(i.name, g.token) != nil,
 	}, g.head, g.saved, have)
 	i.mu.Lock()
 	i.sv = g.saver
@@ -293,16 +294,26 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 	}
 }
 
-// holders names the nodes that keep this instance's checkpoints: this one, then its successors, then those closest to its key.
-func (i *instance) holders() ([]peer.ID, int) {
-	s := i.sup
+// cutFor says when checkpoints of a component go on without the arbiter; nil: never.
+func (s *Supervisor) cutFor(eff *components.Effective) func() bool {
+	if !eff.Keeps() {
+		return nil
+	}
+	return s.CutOff
+}
+
+// holders names the nodes that keep this instance's checkpoints.
+func (i *instance) holders() ([]peer.ID, int) { return i.sup.holdersOf(i.key) }
+
+// holdersOf names the nodes that keep an instance's checkpoints: this one, then its successors, then those closest to its key.
+func (s *Supervisor) holdersOf(key string) ([]peer.ID, int) {
 	to := []peer.ID{s.cfg.Self}
 	add := func(id peer.ID) {
 		if m, ok := s.cfg.Members.Member(id); ok && m.State == members.Alive && !m.NoHolder && len(to) < replicas && !slices.Contains(to, id) {
 			to = append(to, id)
 		}
 	}
-	if reg, ok := s.register(i.key); ok {
+	if reg, ok := s.register(key); ok {
 		var body componentsv1.InstanceBody
 		if err := proto.Unmarshal(reg.Body, &body); err == nil {
 			for _, id := range body.GetSuccessors() {
@@ -312,7 +323,7 @@ func (i *instance) holders() ([]peer.ID, int) {
 			}
 		}
 	}
-	for _, m := range s.cfg.Members.Closest(i.key, 2*replicas, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
+	for _, m := range s.cfg.Members.Closest(key, 2*replicas, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
 		add(m.ID)
 	}
 	return to, len(to)/2 + 1

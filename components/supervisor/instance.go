@@ -188,6 +188,9 @@ func (i *instance) finish() {
 // before something changes, negative = nothing is left to do here.
 func (i *instance) step(ctx context.Context) time.Duration {
 	reg, ok := i.sup.register(i.key)
+	if again, done := i.afterCut(ctx, reg, ok); done {
+		return again
+	}
 	if !ok {
 		return i.vanished("its register was removed")
 	}
@@ -202,6 +205,9 @@ func (i *instance) step(ctx context.Context) time.Duration {
 		i.show(components.Failed, "its register cannot be read: "+err.Error())
 		return maxBackoff
 	}
+	if eff, yes := i.goesAlone(reg, &body); yes {
+		return i.alone(ctx, reg, &body, eff)
+	}
 	if reg.Boot != i.sup.cfg.Boot {
 		return i.reclaim(ctx, reg, &body)
 	}
@@ -214,6 +220,7 @@ func (i *instance) step(ctx context.Context) time.Duration {
 	if surplus(eff, &body) {
 		return i.remove(ctx, reg, &body)
 	}
+	i.sup.service(i.name).keeps.Store(eff.Keeps())
 	if revision != i.wanted {
 		i.wanted, i.refused, i.follows = revision, map[string]string{}, retries{}
 	}

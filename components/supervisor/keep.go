@@ -134,6 +134,9 @@ func (i *instance) retoken(ctx context.Context, reg arbiter.Register, eff *compo
 	have := g.saver.keepers()
 	g.head, g.saved, g.token = g.lastHead(), saved, tokenIn(now)
 	i.save(g, now, eff, have)
+	if now.Boot == i.sup.cfg.Boot {
+		i.sup.service(i.name).stale.Store(false) // it ran on without the arbiter over a restart of this node
+	}
 	if err := i.mem().SetToken(tokenOf(g.token)); err != nil {
 		return i.relaunch("the membrane does not take the new epoch: " + err.Error())
 	}

@@ -36,6 +36,7 @@ type lease struct {
 	touch  func() time.Duration
 	sync   func(ctx context.Context) error
 	log    *slog.Logger
+	begun  time.Duration
 	ticked atomic.Int64  // boot time of the last tick
 	late   atomic.Int64  // boot time of the last tick that came late
 	away   atomic.Int64  // boot time of the last tick that found the arbiter out of reach
@@ -52,7 +53,8 @@ func newLease(cfg Config) *lease {
 	if l.touch == nil {
 		l.touch = func() time.Duration { return 0 }
 	}
-	l.ticked.Store(int64(l.boot()))
+	l.begun = l.boot()
+	l.ticked.Store(int64(l.begun))
 	l.late.Store(int64(-2 * lateFor))
 	l.away.Store(int64(-2 * lateFor))
 	return l

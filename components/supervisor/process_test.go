@@ -32,6 +32,7 @@ type binary struct {
 	onStart       func(ctx context.Context) error // part of the component's Start
 	journal       int64                           // bytes kept of the journal; 0: plenty
 	ballast       int                             // bytes of state besides the counter
+	merge         func(base, ours, theirs, into *sdk.Txn) error
 
 	desc *componentv1.Description
 }
@@ -61,7 +62,7 @@ func (b *binary) component() *sdk.Component {
 		},
 	}
 	if !b.stateless {
-		c.State = &sdk.State{Schema: max(b.schema, 1), Reads: b.reads}
+		c.State = &sdk.State{Schema: max(b.schema, 1), Reads: b.reads, Merge: b.merge}
 		c.State.Limits.JournalBytes = b.journal
 	}
 	return c

@@ -63,7 +63,11 @@ type saverConfig struct {
 	alive func(peer.ID) bool
 	// committed is told every mark whose effects cannot be lost any more.
 	committed func(mark uint64)
-	log       *slog.Logger
+	// cut says that the arbiter is out of reach and that checkpoints go on without it; nil: they wait for it. branched makes such a one durable.
+	cut      func() bool
+	branched func(head *chainHead, before Saved) error
+	local    bool // it goes on from a branch
+	log      *slog.Logger
 }
 
 var (
@@ -93,6 +97,8 @@ type saver struct {
 	compactOff time.Duration
 	// doubt is the commit under way: until it is certain how it ended, no other root may be proposed under its number.
 	doubt *proposal
+	// local: the arbiter was out of reach once, so everything since is a branch. It stays one until this saver is replaced.
+	local bool
 	// acked are those who keep the committed root, ackedNext those who keep the one that is being committed.
 	acked, ackedNext map[peer.ID]bool
 	saveErr, copyErr error
@@ -119,7 +125,7 @@ type flushRequest struct {
 // are known to keep saved.Root.
 func newSaver(cfg saverConfig, head *chainHead, saved Saved, have []peer.ID) *saver {
 	s := &saver{
-		cfg: cfg, head: head, saved: saved, acked: map[peer.ID]bool{}, ackedNext: map[peer.ID]bool{},
+		cfg: cfg, head: head, saved: saved, local: cfg.local, acked: map[peer.ID]bool{}, ackedNext: map[peer.ID]bool{},
 		wake: make(chan struct{}, 1), flushes: make(chan flushRequest), done: make(chan struct{}),
 	}
 	for _, id := range have {

@@ -59,7 +59,9 @@ func (s *Supervisor) hooks(name string, eff *components.Effective) Hooks {
 				i.poke()
 			}
 		},
-		Serving: func() bool { return sv.free.Load() || !sv.stale.Load() && s.lease.holds() && s.mayServe(&sv.lease) },
+		Serving: func() bool {
+			return sv.free.Load() || !sv.stale.Load() && s.mayServe(&sv.lease) && (s.lease.holds() || sv.keeps.Load() && s.CutOff())
+		},
 		Lease: func() (time.Duration, bool) {
 			return s.left(&sv.lease) - leaseMargin, sv.lease.leased.Load()
 		},
@@ -76,6 +78,7 @@ type hung struct {
 type service struct {
 	stale atomic.Bool // the log says that the instance is not this node's
 	free  atomic.Bool // nothing has to hold
+	keeps atomic.Bool // on_partition: keep
 	lease leaseState
 }
 

@@ -111,7 +111,8 @@ type Supervisor struct {
 	// lease is this node's right to serve what it owns.
 	lease *lease
 	// session renews the leases of single instances.
-	session *session
+	session    *session
+	reconciles chan struct{}
 
 	randMu sync.Mutex // guards cfg.Rand
 
@@ -125,7 +126,9 @@ type Supervisor struct {
 	deaths   map[peer.ID]death    // the last of each node that was seen
 	// successions are by register.
 	successions map[string]*succession
-	closed      bool // Run has ended: nothing is started any more
+	// branches are those of this node that are not stored in the cluster yet, by instance and ownership.
+	branches map[string]*componentsv1.Branch
+	closed   bool // Run has ended: nothing is started any more
 }
 
 // New returns a supervisor that does nothing before Run.
@@ -139,11 +142,13 @@ func New(cfg Config) *Supervisor {
 	s := &Supervisor{
 		cfg: cfg, kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
 		moves: map[string]*prepared{}, services: map[string]*service{}, warming: map[string]time.Time{},
-		deaths: map[peer.ID]death{}, successions: map[string]*succession{},
+		deaths: map[peer.ID]death{}, successions: map[string]*succession{}, branches: map[string]*componentsv1.Branch{},
+		reconciles: make(chan struct{}, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.lease, s.session = newLease(s.cfg), newSession()
 	s.handleMoves()
+	s.handleReconcile()
 	return s
 }
 
@@ -152,6 +157,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	defer context.AfterFunc(ctx, s.cancel)()
 	defer s.shutDown()
 	s.endLeftovers(ctx)
+	s.loadBranches()
 	defer s.cfg.Arbiter.Watch(func(old, now *arbiter.Register) {
 		if concerns(old, now) {
 			s.Wake()
@@ -163,6 +169,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	})()
 	s.spawn(func() { s.lease.run(s.ctx, s.judge, s.Wake) })
 	s.spawn(func() { s.keepLeases(s.ctx) })
+	s.spawn(func() { s.keepReconciling(s.ctx) })
 	s.spawn(func() { s.watchLeases(s.ctx) })
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()

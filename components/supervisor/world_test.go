@@ -219,6 +219,7 @@ type simNode struct {
 	fs   *vfs.MemFS
 	boot uint64
 	rate float64 // of its clock; 0: 1
+	dir  string  // its files, through all its lives
 
 	// Of the present life; sup is nil while there is none.
 	clock   *clock
@@ -265,6 +266,9 @@ func (n *simNode) must(err error) {
 func (n *simNode) start(bootstrap bool) {
 	w := n.w
 	w.boots++
+	if n.dir == "" {
+		n.dir = w.t.TempDir()
+	}
 	n.boot = w.boots<<32 | w.rng.Uint64N(1<<32)
 	n.ep, n.clock = w.net.Join(n.id), &clock{start: time.Now(), frozen: -1, rate: n.rate}
 	var out io.Writer = io.Discard
@@ -305,7 +309,7 @@ func (n *simNode) start(bootstrap bool) {
 	n.router = membrane.NewRouter(membrane.RouterConfig{Self: n.id.String(), Caller: fmt.Sprintf("%s.%x", n.name, n.boot), Directory: n.direct, Peers: conns, Log: log})
 	cfg := Config{
 		Self: n.id, Name: n.name, Boot: n.boot, Arbiter: n.arb, Members: n.members, Blobs: n.blobs, Artifacts: w.shelf, Runner: n.runner, Peers: n.ep,
-		Caller: n.caller, Events: n, Shell: n.newShell, RunDir: "/nowhere", LogDir: "/nowhere", DataDir: w.t.TempDir(), Log: log,
+		Caller: n.caller, Events: n, Shell: n.newShell, RunDir: "/nowhere", LogDir: "/nowhere", DataDir: n.dir, Log: log,
 		Rand: rand.New(rand.NewPCG(n.boot, 5)), BootTime: n.clock.now, Touch: n.arb.HeardLeader, Settle: 5 * time.Second,
 		Adopted: func(arbiter.Register) { n.direct.tell() },
 	}

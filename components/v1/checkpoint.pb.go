@@ -593,6 +593,111 @@ func (*MoveAwayReply) Descriptor() ([]byte, []int) {
 	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{8}
 }
 
+// Reconcile asks an instance's owner to bring its state together with a branch, by the component's policy.
+type ReconcileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReconcileRequest) Reset() {
+	*x = ReconcileRequest{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReconcileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReconcileRequest) ProtoMessage() {}
+
+func (x *ReconcileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReconcileRequest.ProtoReflect.Descriptor instead.
+func (*ReconcileRequest) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ReconcileRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *ReconcileRequest) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+type ReconcileReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Outcome       string                 `protobuf:"bytes,1,opt,name=outcome,proto3" json:"outcome,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReconcileReply) Reset() {
+	*x = ReconcileReply{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReconcileReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReconcileReply) ProtoMessage() {}
+
+func (x *ReconcileReply) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReconcileReply.ProtoReflect.Descriptor instead.
+func (*ReconcileReply) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ReconcileReply) GetOutcome() string {
+	if x != nil {
+		return x.Outcome
+	}
+	return ""
+}
+
+func (x *ReconcileReply) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 var File_components_v1_checkpoint_proto protoreflect.FileDescriptor
 
 const file_components_v1_checkpoint_proto_rawDesc = "" +
@@ -639,7 +744,13 @@ const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x0e\n" +
 	"\x02to\x18\x03 \x01(\tR\x02to\x12\x14\n" +
 	"\x05cause\x18\x04 \x01(\tR\x05cause\"\x0f\n" +
-	"\rMoveAwayReplyB?Z=github.com/coppice-project/coppice/components/v1;componentsv1b\x06proto3"
+	"\rMoveAwayReply\"F\n" +
+	"\x10ReconcileRequest\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x16\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\"B\n" +
+	"\x0eReconcileReply\x12\x18\n" +
+	"\aoutcome\x18\x01 \x01(\tR\aoutcome\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reasonB?Z=github.com/coppice-project/coppice/components/v1;componentsv1b\x06proto3"
 
 var (
 	file_components_v1_checkpoint_proto_rawDescOnce sync.Once
@@ -653,7 +764,7 @@ func file_components_v1_checkpoint_proto_rawDescGZIP() []byte {
 	return file_components_v1_checkpoint_proto_rawDescData
 }
 
-var file_components_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_components_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_components_v1_checkpoint_proto_goTypes = []any{
 	(*CheckpointMeta)(nil),     // 0: coppice.components.v1.CheckpointMeta
 	(*PrepareMoveRequest)(nil), // 1: coppice.components.v1.PrepareMoveRequest
@@ -664,6 +775,8 @@ var file_components_v1_checkpoint_proto_goTypes = []any{
 	(*AbortMoveReply)(nil),     // 6: coppice.components.v1.AbortMoveReply
 	(*MoveAwayRequest)(nil),    // 7: coppice.components.v1.MoveAwayRequest
 	(*MoveAwayReply)(nil),      // 8: coppice.components.v1.MoveAwayReply
+	(*ReconcileRequest)(nil),   // 9: coppice.components.v1.ReconcileRequest
+	(*ReconcileReply)(nil),     // 10: coppice.components.v1.ReconcileReply
 }
 var file_components_v1_checkpoint_proto_depIdxs = []int32{
 	0, // [0:0] is the sub-list for method output_type
@@ -684,7 +797,7 @@ func file_components_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_components_v1_checkpoint_proto_rawDesc), len(file_components_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1379,6 +1379,196 @@ func (x *InstanceBody) GetReturnedFrom() string {
 	return ""
 }
 
+// Branch is what an owner saved that went on without the arbiter (on_partition: keep): the body of register branch/<instance>@branch-<node>-<n>, whose root
+// is the branch's last checkpoint, and before that a file of its node.
+type Branch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Instance      string                 `protobuf:"bytes,2,opt,name=instance,proto3" json:"instance,omitempty"` // app/name-0
+	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`         // id of the owner that went on
+	NodeName      string                 `protobuf:"bytes,4,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"`
+	Incarnation   uint64                 `protobuf:"varint,5,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // its ownership
+	Epoch         uint64                 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	BaseRoot      []byte                 `protobuf:"bytes,7,opt,name=base_root,json=baseRoot,proto3" json:"base_root,omitempty"` // the last checkpoint that the arbiter acknowledged to it; empty: none
+	BaseSeq       uint64                 `protobuf:"varint,8,opt,name=base_seq,json=baseSeq,proto3" json:"base_seq,omitempty"`
+	Root          []byte                 `protobuf:"bytes,9,opt,name=root,proto3" json:"root,omitempty"`         // the branch's last checkpoint
+	Commits       uint64                 `protobuf:"varint,10,opt,name=commits,proto3" json:"commits,omitempty"` // checkpoints of the branch
+	Mark          uint64                 `protobuf:"varint,11,opt,name=mark,proto3" json:"mark,omitempty"`
+	Digest        string                 `protobuf:"bytes,12,opt,name=digest,proto3" json:"digest,omitempty"` // artifact that wrote it
+	Version       string                 `protobuf:"bytes,13,opt,name=version,proto3" json:"version,omitempty"`
+	SinceUnixMs   uint64                 `protobuf:"varint,14,opt,name=since_unix_ms,json=sinceUnixMs,proto3" json:"since_unix_ms,omitempty"` // the first and the last of them, by the node's clock; for people
+	UntilUnixMs   uint64                 `protobuf:"varint,15,opt,name=until_unix_ms,json=untilUnixMs,proto3" json:"until_unix_ms,omitempty"`
+	Ended         bool                   `protobuf:"varint,16,opt,name=ended,proto3" json:"ended,omitempty"`    // nothing runs on it any more
+	Number        uint32                 `protobuf:"varint,17,opt,name=number,proto3" json:"number,omitempty"`  // n; 0: not stored yet
+	Outcome       string                 `protobuf:"bytes,18,opt,name=outcome,proto3" json:"outcome,omitempty"` // kept | merged | newest; "": not decided yet
+	Reason        string                 `protobuf:"bytes,19,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Branch) Reset() {
+	*x = Branch{}
+	mi := &file_components_v1_components_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Branch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Branch) ProtoMessage() {}
+
+func (x *Branch) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_components_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Branch.ProtoReflect.Descriptor instead.
+func (*Branch) Descriptor() ([]byte, []int) {
+	return file_components_v1_components_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Branch) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Branch) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *Branch) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Branch) GetNodeName() string {
+	if x != nil {
+		return x.NodeName
+	}
+	return ""
+}
+
+func (x *Branch) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *Branch) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Branch) GetBaseRoot() []byte {
+	if x != nil {
+		return x.BaseRoot
+	}
+	return nil
+}
+
+func (x *Branch) GetBaseSeq() uint64 {
+	if x != nil {
+		return x.BaseSeq
+	}
+	return 0
+}
+
+func (x *Branch) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+func (x *Branch) GetCommits() uint64 {
+	if x != nil {
+		return x.Commits
+	}
+	return 0
+}
+
+func (x *Branch) GetMark() uint64 {
+	if x != nil {
+		return x.Mark
+	}
+	return 0
+}
+
+func (x *Branch) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Branch) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Branch) GetSinceUnixMs() uint64 {
+	if x != nil {
+		return x.SinceUnixMs
+	}
+	return 0
+}
+
+func (x *Branch) GetUntilUnixMs() uint64 {
+	if x != nil {
+		return x.UntilUnixMs
+	}
+	return 0
+}
+
+func (x *Branch) GetEnded() bool {
+	if x != nil {
+		return x.Ended
+	}
+	return false
+}
+
+func (x *Branch) GetNumber() uint32 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Branch) GetOutcome() string {
+	if x != nil {
+		return x.Outcome
+	}
+	return ""
+}
+
+func (x *Branch) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type Fallback struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -1392,7 +1582,7 @@ type Fallback struct {
 
 func (x *Fallback) Reset() {
 	*x = Fallback{}
-	mi := &file_components_v1_components_proto_msgTypes[15]
+	mi := &file_components_v1_components_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1404,7 +1594,7 @@ func (x *Fallback) String() string {
 func (*Fallback) ProtoMessage() {}
 
 func (x *Fallback) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[15]
+	mi := &file_components_v1_components_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1417,7 +1607,7 @@ func (x *Fallback) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fallback.ProtoReflect.Descriptor instead.
 func (*Fallback) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{15}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Fallback) GetDigest() string {
@@ -1467,7 +1657,7 @@ type Previous struct {
 
 func (x *Previous) Reset() {
 	*x = Previous{}
-	mi := &file_components_v1_components_proto_msgTypes[16]
+	mi := &file_components_v1_components_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1479,7 +1669,7 @@ func (x *Previous) String() string {
 func (*Previous) ProtoMessage() {}
 
 func (x *Previous) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[16]
+	mi := &file_components_v1_components_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1492,7 +1682,7 @@ func (x *Previous) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Previous.ProtoReflect.Descriptor instead.
 func (*Previous) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{16}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Previous) GetDigest() string {
@@ -1534,7 +1724,7 @@ type Death struct {
 
 func (x *Death) Reset() {
 	*x = Death{}
-	mi := &file_components_v1_components_proto_msgTypes[17]
+	mi := &file_components_v1_components_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1546,7 +1736,7 @@ func (x *Death) String() string {
 func (*Death) ProtoMessage() {}
 
 func (x *Death) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[17]
+	mi := &file_components_v1_components_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1559,7 +1749,7 @@ func (x *Death) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Death.ProtoReflect.Descriptor instead.
 func (*Death) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{17}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Death) GetNode() string {
@@ -1602,7 +1792,7 @@ type Artifact struct {
 
 func (x *Artifact) Reset() {
 	*x = Artifact{}
-	mi := &file_components_v1_components_proto_msgTypes[18]
+	mi := &file_components_v1_components_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1614,7 +1804,7 @@ func (x *Artifact) String() string {
 func (*Artifact) ProtoMessage() {}
 
 func (x *Artifact) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[18]
+	mi := &file_components_v1_components_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1627,7 +1817,7 @@ func (x *Artifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Artifact.ProtoReflect.Descriptor instead.
 func (*Artifact) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{18}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Artifact) GetFormat() uint32 {
@@ -1719,7 +1909,7 @@ type Platform struct {
 
 func (x *Platform) Reset() {
 	*x = Platform{}
-	mi := &file_components_v1_components_proto_msgTypes[19]
+	mi := &file_components_v1_components_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +1921,7 @@ func (x *Platform) String() string {
 func (*Platform) ProtoMessage() {}
 
 func (x *Platform) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[19]
+	mi := &file_components_v1_components_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +1934,7 @@ func (x *Platform) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Platform.ProtoReflect.Descriptor instead.
 func (*Platform) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{19}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Platform) GetOsArch() string {
@@ -1924,7 +2114,28 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\teach_node\x18\x0f \x01(\tR\beachNode\x12;\n" +
 	"\bprevious\x18\x10 \x01(\v2\x1f.coppice.components.v1.PreviousR\bprevious\x12\x16\n" +
 	"\x06leased\x18\x12 \x01(\bR\x06leased\x12#\n" +
-	"\rreturned_from\x18\x11 \x01(\tR\freturnedFrom\"\x87\x01\n" +
+	"\rreturned_from\x18\x11 \x01(\tR\freturnedFrom\"\xf9\x03\n" +
+	"\x06Branch\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
+	"\binstance\x18\x02 \x01(\tR\binstance\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\x12\x1b\n" +
+	"\tnode_name\x18\x04 \x01(\tR\bnodeName\x12 \n" +
+	"\vincarnation\x18\x05 \x01(\x04R\vincarnation\x12\x14\n" +
+	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\x12\x1b\n" +
+	"\tbase_root\x18\a \x01(\fR\bbaseRoot\x12\x19\n" +
+	"\bbase_seq\x18\b \x01(\x04R\abaseSeq\x12\x12\n" +
+	"\x04root\x18\t \x01(\fR\x04root\x12\x18\n" +
+	"\acommits\x18\n" +
+	" \x01(\x04R\acommits\x12\x12\n" +
+	"\x04mark\x18\v \x01(\x04R\x04mark\x12\x16\n" +
+	"\x06digest\x18\f \x01(\tR\x06digest\x12\x18\n" +
+	"\aversion\x18\r \x01(\tR\aversion\x12\"\n" +
+	"\rsince_unix_ms\x18\x0e \x01(\x04R\vsinceUnixMs\x12\"\n" +
+	"\runtil_unix_ms\x18\x0f \x01(\x04R\vuntilUnixMs\x12\x14\n" +
+	"\x05ended\x18\x10 \x01(\bR\x05ended\x12\x16\n" +
+	"\x06number\x18\x11 \x01(\rR\x06number\x12\x18\n" +
+	"\aoutcome\x18\x12 \x01(\tR\aoutcome\x12\x16\n" +
+	"\x06reason\x18\x13 \x01(\tR\x06reason\"\x87\x01\n" +
 	"\bFallback\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
 	"\rartifact_name\x18\x02 \x01(\tR\fartifactName\x12\x18\n" +
@@ -1979,7 +2190,7 @@ func file_components_v1_components_proto_rawDescGZIP() []byte {
 }
 
 var file_components_v1_components_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_components_v1_components_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_components_v1_components_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_components_v1_components_proto_goTypes = []any{
 	(Durability)(0),       // 0: coppice.components.v1.Durability
 	(*Manifest)(nil),      // 1: coppice.components.v1.Manifest
@@ -1997,47 +2208,48 @@ var file_components_v1_components_proto_goTypes = []any{
 	(*Pinned)(nil),        // 13: coppice.components.v1.Pinned
 	(*Overlay)(nil),       // 14: coppice.components.v1.Overlay
 	(*InstanceBody)(nil),  // 15: coppice.components.v1.InstanceBody
-	(*Fallback)(nil),      // 16: coppice.components.v1.Fallback
-	(*Previous)(nil),      // 17: coppice.components.v1.Previous
-	(*Death)(nil),         // 18: coppice.components.v1.Death
-	(*Artifact)(nil),      // 19: coppice.components.v1.Artifact
-	(*Platform)(nil),      // 20: coppice.components.v1.Platform
-	nil,                   // 21: coppice.components.v1.ComponentSpec.AttributesEntry
-	nil,                   // 22: coppice.components.v1.ComponentSpec.BindingsEntry
-	nil,                   // 23: coppice.components.v1.ComponentSpec.ExposeEntry
-	nil,                   // 24: coppice.components.v1.ComponentSpec.EnvEntry
-	nil,                   // 25: coppice.components.v1.Application.OverlaysEntry
-	nil,                   // 26: coppice.components.v1.Overlay.NodesEntry
-	nil,                   // 27: coppice.components.v1.Overlay.AttributesEntry
-	nil,                   // 28: coppice.components.v1.Overlay.BindingsEntry
+	(*Branch)(nil),        // 16: coppice.components.v1.Branch
+	(*Fallback)(nil),      // 17: coppice.components.v1.Fallback
+	(*Previous)(nil),      // 18: coppice.components.v1.Previous
+	(*Death)(nil),         // 19: coppice.components.v1.Death
+	(*Artifact)(nil),      // 20: coppice.components.v1.Artifact
+	(*Platform)(nil),      // 21: coppice.components.v1.Platform
+	nil,                   // 22: coppice.components.v1.ComponentSpec.AttributesEntry
+	nil,                   // 23: coppice.components.v1.ComponentSpec.BindingsEntry
+	nil,                   // 24: coppice.components.v1.ComponentSpec.ExposeEntry
+	nil,                   // 25: coppice.components.v1.ComponentSpec.EnvEntry
+	nil,                   // 26: coppice.components.v1.Application.OverlaysEntry
+	nil,                   // 27: coppice.components.v1.Overlay.NodesEntry
+	nil,                   // 28: coppice.components.v1.Overlay.AttributesEntry
+	nil,                   // 29: coppice.components.v1.Overlay.BindingsEntry
 }
 var file_components_v1_components_proto_depIdxs = []int32{
 	2,  // 0: coppice.components.v1.Manifest.components:type_name -> coppice.components.v1.ComponentSpec
 	5,  // 1: coppice.components.v1.Manifest.objective:type_name -> coppice.components.v1.Term
 	6,  // 2: coppice.components.v1.Manifest.cost:type_name -> coppice.components.v1.Cost
-	21, // 3: coppice.components.v1.ComponentSpec.attributes:type_name -> coppice.components.v1.ComponentSpec.AttributesEntry
+	22, // 3: coppice.components.v1.ComponentSpec.attributes:type_name -> coppice.components.v1.ComponentSpec.AttributesEntry
 	3,  // 4: coppice.components.v1.ComponentSpec.resources:type_name -> coppice.components.v1.Resources
-	22, // 5: coppice.components.v1.ComponentSpec.bindings:type_name -> coppice.components.v1.ComponentSpec.BindingsEntry
-	23, // 6: coppice.components.v1.ComponentSpec.expose:type_name -> coppice.components.v1.ComponentSpec.ExposeEntry
+	23, // 5: coppice.components.v1.ComponentSpec.bindings:type_name -> coppice.components.v1.ComponentSpec.BindingsEntry
+	24, // 6: coppice.components.v1.ComponentSpec.expose:type_name -> coppice.components.v1.ComponentSpec.ExposeEntry
 	4,  // 7: coppice.components.v1.ComponentSpec.near:type_name -> coppice.components.v1.Near
 	5,  // 8: coppice.components.v1.ComponentSpec.objective:type_name -> coppice.components.v1.Term
 	7,  // 9: coppice.components.v1.ComponentSpec.run:type_name -> coppice.components.v1.Run
 	8,  // 10: coppice.components.v1.ComponentSpec.state:type_name -> coppice.components.v1.State
-	24, // 11: coppice.components.v1.ComponentSpec.env:type_name -> coppice.components.v1.ComponentSpec.EnvEntry
+	25, // 11: coppice.components.v1.ComponentSpec.env:type_name -> coppice.components.v1.ComponentSpec.EnvEntry
 	9,  // 12: coppice.components.v1.ComponentSpec.restart:type_name -> coppice.components.v1.Restart
 	10, // 13: coppice.components.v1.ComponentSpec.health:type_name -> coppice.components.v1.Health
 	11, // 14: coppice.components.v1.ComponentSpec.sandbox:type_name -> coppice.components.v1.Sandbox
 	1,  // 15: coppice.components.v1.Application.manifest:type_name -> coppice.components.v1.Manifest
 	13, // 16: coppice.components.v1.Application.pinned:type_name -> coppice.components.v1.Pinned
-	25, // 17: coppice.components.v1.Application.overlays:type_name -> coppice.components.v1.Application.OverlaysEntry
+	26, // 17: coppice.components.v1.Application.overlays:type_name -> coppice.components.v1.Application.OverlaysEntry
 	0,  // 18: coppice.components.v1.Pinned.durable:type_name -> coppice.components.v1.Durability
-	26, // 19: coppice.components.v1.Overlay.nodes:type_name -> coppice.components.v1.Overlay.NodesEntry
-	27, // 20: coppice.components.v1.Overlay.attributes:type_name -> coppice.components.v1.Overlay.AttributesEntry
-	28, // 21: coppice.components.v1.Overlay.bindings:type_name -> coppice.components.v1.Overlay.BindingsEntry
-	16, // 22: coppice.components.v1.InstanceBody.fallback:type_name -> coppice.components.v1.Fallback
-	18, // 23: coppice.components.v1.InstanceBody.deaths:type_name -> coppice.components.v1.Death
-	17, // 24: coppice.components.v1.InstanceBody.previous:type_name -> coppice.components.v1.Previous
-	20, // 25: coppice.components.v1.Artifact.platforms:type_name -> coppice.components.v1.Platform
+	27, // 19: coppice.components.v1.Overlay.nodes:type_name -> coppice.components.v1.Overlay.NodesEntry
+	28, // 20: coppice.components.v1.Overlay.attributes:type_name -> coppice.components.v1.Overlay.AttributesEntry
+	29, // 21: coppice.components.v1.Overlay.bindings:type_name -> coppice.components.v1.Overlay.BindingsEntry
+	17, // 22: coppice.components.v1.InstanceBody.fallback:type_name -> coppice.components.v1.Fallback
+	19, // 23: coppice.components.v1.InstanceBody.deaths:type_name -> coppice.components.v1.Death
+	18, // 24: coppice.components.v1.InstanceBody.previous:type_name -> coppice.components.v1.Previous
+	21, // 25: coppice.components.v1.Artifact.platforms:type_name -> coppice.components.v1.Platform
 	14, // 26: coppice.components.v1.Application.OverlaysEntry.value:type_name -> coppice.components.v1.Overlay
 	27, // [27:27] is the sub-list for method output_type
 	27, // [27:27] is the sub-list for method input_type
@@ -2057,7 +2269,7 @@ func file_components_v1_components_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_components_v1_components_proto_rawDesc), len(file_components_v1_components_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,316 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coppice-project/coppice/components"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	counterv1 "github.com/coppice-project/coppice/plugins/counter/v1"
+	"github.com/coppice-project/coppice/plugins/sdk"
+)
+
+func mergeCounts(base, ours, theirs, into *sdk.Txn) error {
+	into.PutUint64("value", ours.Uint64("value")+theirs.Uint64("value")-base.Uint64("value"))
+	return nil
+}
+
+// kept is a world in which the store goes on in a cut, on n1, with successors n2 and n3.
+func kept(t *testing.T, durable, reconcile string, merge func(base, ours, theirs, into *sdk.Txn) error, f func(w *world)) {
+	t.Helper()
+	inWorld(t, 3, func(w *world) {
+		w.shelf.add(&binary{name: "counter", version: "1.0.0", merge: merge})
+		w.deploy("1.0.0", func(spec *componentsv1.ComponentSpec, _ *componentsv1.Application) {
+			spec.OnPartition, spec.Reconcile, spec.Durable = components.PartitionKeep, reconcile, durable
+		})
+		w.place(w.nodes[0], w.nodes[1], w.nodes[2])
+		w.running(w.nodes[0], "1.0.0")
+		w.settled()
+		f(w)
+	})
+}
+
+// adds makes n calls by a node and returns the last answer.
+func (n *simNode) adds(count int) int64 {
+	n.w.t.Helper()
+	var v int64
+	for range count {
+		n.w.eventually(20*time.Second, "a call at "+n.name+" is answered", func() bool {
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			defer cancel()
+			got, err := counterv1.NewCounterClient(n.router.Conn(testInstance, "")).Add(ctx, &counterv1.AddRequest{N: 1})
+			v = got.GetValue()
+			return err == nil
+		})
+	}
+	return v
+}
+
+// takenOver waits until one of the others than n1 runs it, and returns that one.
+func (w *world) takenOver() *simNode {
+	w.t.Helper()
+	var by *simNode
+	w.eventually(20*time.Second, "another node runs it", func() bool {
+		for _, n := range w.nodes[1:] {
+			if n.runs("") {
+				by = n
+			}
+		}
+		return by != nil
+	})
+	return by
+}
+
+func (w *world) storedBranches() []*componentsv1.Branch {
+	var out []*componentsv1.Branch
+	for _, reg := range w.up()[0].arb.List(components.BranchPrefix) {
+		var b componentsv1.Branch
+		if err := proto.Unmarshal(reg.Body, &b); err != nil {
+			w.t.Fatal(err)
+		}
+		out = append(out, &b)
+	}
+	return out
+}
+
+// reads waits until the instance answers a value at every node.
+func (w *world) reads(want int64) {
+	w.t.Helper()
+	var last []int64
+	defer func() {
+		if w.t.Failed() {
+			w.t.Logf("the last answers: %v", last)
+		}
+	}()
+	w.eventually(40*time.Second, "every node answers what both sides counted", func() bool {
+		last = nil
+		for _, n := range w.nodes {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			v, err := n.get(ctx)
+			cancel()
+			if err != nil {
+				v = -1
+			}
+			last = append(last, v)
+		}
+		for _, v := range last {
+			if v != want {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func TestAnAlwaysOnInstanceRunsOnBothSidesOfACutAndIsMerged(t *testing.T) {
+	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		n[1].adds(10)
+		w.net.Isolate(n[0].id)
+		next := w.takenOver()
+		if v := n[2].adds(5); v != 15 {
+			w.t.Errorf("the side of the majority counts %d, want 15", v)
+		}
+		if v := n[0].adds(3); v != 13 {
+			w.t.Errorf("the node that is cut off counts %d, want 13", v)
+		}
+		// Its process dies: another one goes on from the branch, on the same node.
+		n[0].runner.running(testInstance)[0].die("killed")
+		if v := n[0].adds(1); v != 14 {
+			w.t.Errorf("after the death of its process the node that is cut off counts %d, want 14", v)
+		}
+		if b := n[0].sup.Branches(); len(b) != 1 || b[0].GetCommits() < 4 || len(n[0].published("branched")) != 1 {
+			w.t.Errorf("branches on the node: %v", b)
+		}
+		w.net.Heal()
+		w.reads(19)
+		w.eventually(10*time.Second, "the branch is stored and merged", func() bool {
+			b := w.storedBranches()
+			return len(b) == 1 && b[0].GetOutcome() == outcomeMerged && len(n[0].sup.Branches()) == 0
+		})
+		if b := w.storedBranches()[0]; b.GetNodeName() != "n1" || b.GetNumber() != 1 || b.GetBaseSeq() == 0 {
+			w.t.Errorf("the branch: %v", b)
+		}
+		if reg, _ := w.register(); reg.Owner != next.id {
+			w.t.Errorf("%s owns it, want %s, who took it over", w.nameOf(reg.Owner), next.name)
+		}
+		if v := n[0].adds(1); v != 20 {
+			w.t.Errorf("the next one is answered %d", v)
+		}
+	})
+}
+
+func TestTheMajoritysStateGoesOnAndTheBranchIsStoredBeside(t *testing.T) {
+	kept(t, "200ms", components.KeepMajority, nil, func(w *world) {
+		n := w.nodes
+		n[1].adds(10)
+		time.Sleep(time.Second)
+		w.net.Isolate(n[0].id)
+		w.takenOver()
+		n[2].adds(2)
+		n[0].adds(30)
+		w.eventually(20*time.Second, "the branch is saved", func() bool { b := n[0].sup.Branches(); return len(b) == 1 })
+		time.Sleep(time.Second)
+		w.net.Heal()
+		w.reads(12)
+		w.eventually(10*time.Second, "the branch is stored", func() bool { return len(w.storedBranches()) == 1 && len(n[0].sup.Branches()) == 0 })
+		b := w.storedBranches()[0]
+		if b.GetOutcome() != outcomeKept || len(n[0].published("branch")) != 1 {
+			w.t.Errorf("the branch: %v", b)
+		}
+		reg, ok := n[1].arb.Get(components.BranchRegister(testInstance, "n1", 1))
+		if !ok || string(reg.Root) != string(b.GetRoot()) {
+			w.t.Error("its register does not name its root")
+		}
+		for _, x := range n {
+			w.eventually(10*time.Second, x.name+" holds its pages", func() bool { return x.blobs.Complete(hashFrom(b.GetRoot())) })
+		}
+	})
+}
+
+func TestTheNewestStateGoesOnWhereThatIsAskedFor(t *testing.T) {
+	kept(t, "100ms", components.ReconNewest, nil, func(w *world) {
+		n := w.nodes
+		n[1].adds(10)
+		time.Sleep(time.Second)
+		w.net.Isolate(n[0].id)
+		next := w.takenOver()
+		n[2].adds(1)
+		for range 20 {
+			n[0].adds(1)
+			time.Sleep(200 * time.Millisecond)
+		}
+		w.net.Heal()
+		w.reads(30)
+		w.eventually(10*time.Second, "both states are stored as branches", func() bool {
+			outcomes := map[string]string{}
+			for _, b := range w.storedBranches() {
+				outcomes[b.GetNodeName()] = b.GetOutcome()
+			}
+			return outcomes["n1"] == outcomeNewest && outcomes[next.name] == outcomeKept
+		})
+	})
+}
+
+// Nobody could claim: all were cut off from all. The branch is the next checkpoint, and the process goes on.
+func TestABranchThatNobodyClaimedAgainstIsCommitted(t *testing.T) {
+	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		n[0].adds(10)
+		before := n[0].runner.running(testInstance)
+		for _, x := range n {
+			w.net.Isolate(x.id)
+		}
+		if v := n[0].adds(5); v != 15 {
+			w.t.Errorf("alone it counts %d, want 15", v)
+		}
+		w.net.Heal()
+		w.eventually(20*time.Second, "the branch is committed", func() bool { return len(n[0].published("rejoined")) == 1 })
+		w.reads(15)
+		if v := n[1].adds(1); v != 16 {
+			w.t.Errorf("the next one is answered %d", v)
+		}
+		reg, _ := w.register()
+		if after := n[0].runner.running(testInstance); reg.Owner != n[0].id || reg.Epoch != 2 || len(after) != 1 || after[0] != before[0] || len(w.storedBranches()) != 0 {
+			w.t.Errorf("epoch %d of %s, %d branches; its process was replaced: %v", reg.Epoch, w.nameOf(reg.Owner), len(w.storedBranches()), len(after) != 1 || after[0] != before[0])
+		}
+	})
+}
+
+// Autonomy: a node that restarts without an uplink starts what keeps, from what lies on its disk.
+func TestANodeThatRestartsWhileItIsCutOffGoesOn(t *testing.T) {
+	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		n[0].adds(10)
+		w.net.Isolate(n[0].id)
+		w.takenOver()
+		if v := n[0].adds(2); v != 12 {
+			w.t.Errorf("alone it counts %d, want 12", v)
+		}
+		for round := range 2 {
+			n[0].kill()
+			time.Sleep(100 * time.Millisecond)
+			n[0].start(false)
+			w.net.Isolate(n[0].id)
+			if v := n[0].adds(1); v != int64(13+round) {
+				w.t.Errorf("restarted alone it counts %d, want %d", v, 13+round)
+			}
+		}
+		n[1].adds(5)
+		n[0].kill() // and once more, with the cut over before it goes on alone
+		n[0].start(false)
+		w.net.Heal()
+		w.reads(19)
+		w.eventually(10*time.Second, "the branch is merged", func() bool {
+			return len(w.storedBranches()) == 1 && w.storedBranches()[0].GetOutcome() == outcomeMerged
+		})
+	})
+}
+
+// A node that restarted alone and was claimed against by nobody takes its branch along into the next epoch.
+func TestARestartedNodeCommitsItsBranch(t *testing.T) {
+	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		n[0].adds(10)
+		for _, x := range n {
+			w.net.Isolate(x.id)
+		}
+		n[0].adds(1)
+		n[0].kill()
+		n[0].start(false)
+		w.net.Isolate(n[0].id)
+		if v := n[0].adds(1); v != 12 {
+			w.t.Errorf("restarted alone it counts %d, want 12", v)
+		}
+		w.net.Heal()
+		w.reads(12)
+		w.eventually(10*time.Second, "the branch is gone", func() bool { return len(n[0].sup.Branches()) == 0 })
+		if v := n[2].adds(1); v != 13 {
+			w.t.Errorf("the next one is answered %d", v)
+		}
+	})
+}
+
+// A merge that fails costs neither state: the branch stays beside.
+func TestAMergeThatFailsKeepsBoth(t *testing.T) {
+	refuse := func(_, _, _, _ *sdk.Txn) error { return errors.New("these cannot be added up") }
+	kept(t, "each-call", components.ReconMerge, refuse, func(w *world) {
+		n := w.nodes
+		n[1].adds(10)
+		w.net.Isolate(n[0].id)
+		w.takenOver()
+		n[2].adds(5)
+		n[0].adds(3)
+		w.net.Heal()
+		w.reads(15)
+		w.eventually(20*time.Second, "the branch is kept beside, with the reason", func() bool {
+			b := w.storedBranches()
+			return len(b) == 1 && b[0].GetOutcome() == outcomeKept && b[0].GetReason() != ""
+		})
+		t.Log(w.storedBranches()[0].GetReason())
+		if v := n[0].adds(1); v != 16 {
+			w.t.Errorf("the next one is answered %d", v)
+		}
+	})
+}
+
+// What does not keep stops as before.
+func TestWhatStopsStopsInACut(t *testing.T) {
+	scene(t, 3, func(w *world) {
+		n := w.nodes
+		n[0].adds(3)
+		w.net.Isolate(n[0].id)
+		time.Sleep(2 * outOfTouch)
+		if v, err := n[0].get(within(w.t, time.Second)); err == nil {
+			w.t.Errorf("cut off it answers %d", v)
+		}
+		if len(n[0].sup.Branches()) != 0 {
+			w.t.Error("it has a branch")
+		}
+		w.net.Heal()
+	})
+}
