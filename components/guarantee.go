@@ -89,11 +89,6 @@ func (c *checker) policies(spec *componentsv1.ComponentSpec, path string) {
 	if !ok || err != nil {
 		return
 	}
-	for key, value := range map[string]string{"guarantee": spec.GetGuarantee(), "on_partition": spec.GetOnPartition()} {
-		if why, ok := unsupportedValues[key][value]; ok {
-			c.problem(path+"."+key, "%s: %s is not supported by this version: %s", key, value, why)
-		}
-	}
 	if c.agree(spec, path) {
 		c.together(spec, path, durable)
 	}

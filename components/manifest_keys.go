@@ -43,8 +43,6 @@ var notYet = map[string]map[string]string{
 
 // unsupportedValues is the same for single values, by key within a component.
 var unsupportedValues = map[string]map[string]string{
-	"guarantee":    {AlwaysOn: "on the side of a cut without a majority an instance stops"},
-	"on_partition": {PartitionKeep: "on the side of a cut without a majority an instance stops"},
 	"state.standby": {
 		"warm": "a successor holds the pages and starts cold",
 		"hot":  "a successor holds the pages and starts cold",

@@ -261,11 +261,26 @@ func (n *Node) put(ctx context.Context, key string, body []byte) error {
 	return err
 }
 
+// errCutOff says that nothing can be changed here: what the cluster wants is decided where the majority of the voters is.
+var errCutOff = errors.New("this node has lost touch with the majority of the voters, and only they change what the cluster wants; what runs here goes on as its guarantee says: " +
+	"try a node on the other side, or again when the cut is over")
+
+// mayChange says at once what a command would otherwise wait for in vain.
+func (n *Node) mayChange() error {
+	if n.sup.CutOff() {
+		return errCutOff
+	}
+	return nil
+}
+
 // errNoRegister says that a register is not there.
 var errNoRegister = errors.New("there is no such record")
 
 // update changes a register's body by f, against whoever else changes it. f returns nil to leave it as it is.
 func (n *Node) update(ctx context.Context, key string, f func(body []byte) ([]byte, error)) error {
+	if err := n.mayChange(); err != nil {
+		return err
+	}
 	for range casTries {
 		reg, ok, err := n.arbiter.Read(ctx, key)
 		if err != nil {

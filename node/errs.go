@@ -11,7 +11,7 @@ import (
 func isDeadline(err error) bool { return errors.Is(err, context.DeadlineExceeded) }
 
 func isUnavailable(err error) bool {
-	return errors.Is(err, arbiter.ErrNoLeader) || errors.Is(err, arbiter.ErrInDoubt)
+	return errors.Is(err, arbiter.ErrNoLeader) || errors.Is(err, arbiter.ErrInDoubt) || errors.Is(err, errCutOff)
 }
 
 // isOlder says that a record was not taken because a newer one is there: somebody else mirrored more.

@@ -6,11 +6,15 @@ import (
 	"fmt"
 	"slices"
 	"sort"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
+	"github.com/coppice-project/coppice/components"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/kb"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
@@ -25,7 +29,7 @@ func number(name, doc string) kb.Column  { return kb.Column{Name: name, Type: "R
 // registerTables gives the query engine the tables of the platform.
 func (n *Node) registerTables() error {
 	n.kb = kb.New()
-	for _, t := range []kb.Table{n.nodesTable(), n.factsTable(), n.componentsTable(), n.instancesTable(), n.checkpointsTable(), n.eventsTable(), n.artifactsTable(), n.appsTable()} {
+	for _, t := range []kb.Table{n.nodesTable(), n.factsTable(), n.componentsTable(), n.instancesTable(), n.checkpointsTable(), n.branchesTable(), n.eventsTable(), n.artifactsTable(), n.appsTable()} {
 		if err := n.kb.Register(t); err != nil {
 			return err
 		}
@@ -264,6 +268,52 @@ func (n *Node) artifactsTable() kb.Table {
 			}
 			return out, nil
 		},
+	}
+}
+
+// branchesTable are what owners did that went on without the arbiter: those stored in the cluster, and those of this node that are not yet.
+func (n *Node) branchesTable() kb.Table {
+	return kb.Table{
+		Name: "branches", Doc: "what owners did alone while they were cut off (on_partition: keep)",
+		Columns: []kb.Column{
+			text("branch", "app/name-0@branch-node-n"), text("instance", ""), text("node", "where it went on"), integer("epoch", ""), integer("base_seq", "the checkpoint that it began from"),
+			integer("checkpoints", "of the branch"), text("outcome", "kept | merged | newest; empty: not decided yet"), text("reason", ""), text("root", "hex, of its last checkpoint"), text("version", ""),
+			text("began", "RFC 3339, by its node's clock"), text("ended", "the same"), number("age_ms", ""), text("source", ""),
+		},
+		List: func(ctx context.Context, f kb.Freshness) (kb.Rows, error) {
+			if err := n.freshen(ctx, f); err != nil {
+				return kb.Rows{}, err
+			}
+			out := kb.Rows{MaxAge: n.viewAge(), Asked: 1, Answered: 1}
+			stored := map[string]bool{}
+			for _, reg := range n.arbiter.List(components.BranchPrefix) {
+				var b componentsv1.Branch
+				if err := proto.Unmarshal(reg.Body, &b); err != nil {
+					return out, fmt.Errorf("register %s: %w", reg.Key, err)
+				}
+				name := strings.TrimPrefix(reg.Key, components.BranchPrefix)
+				stored[name] = true
+				out.Rows = append(out.Rows, branchRow(name, &b, ms(out.MaxAge), "arbiter"))
+			}
+			for _, b := range n.sup.Branches() {
+				name := ""
+				if b.GetNumber() > 0 {
+					name = components.BranchName(b.GetInstance(), b.GetNodeName(), b.GetNumber())
+				}
+				if !stored[name] {
+					out.Rows = append(out.Rows, branchRow(name, b, 0, n.cfg.Name))
+				}
+			}
+			return out, nil
+		},
+	}
+}
+
+func branchRow(name string, b *componentsv1.Branch, age float64, source string) []any {
+	at := func(unixMs uint64) string { return time.UnixMilli(int64(unixMs)).UTC().Format(time.RFC3339Nano) }
+	return []any{
+		name, b.GetInstance(), b.GetNodeName(), int64(b.GetEpoch()), int64(b.GetBaseSeq()), int64(b.GetCommits()), b.GetOutcome(), b.GetReason(), fmt.Sprintf("%x", b.GetRoot()),
+		b.GetVersion(), at(b.GetSinceUnixMs()), at(b.GetUntilUnixMs()), age, source,
 	}
 }
 

@@ -219,6 +219,9 @@ func listed(names []string) string {
 
 // commitApps makes what a file wants the desired state, all of its applications in one transaction.
 func (n *Node) commitApps(ctx context.Context, apps []*desired) (*apiv1.DeployUpdate, error) {
+	if err := n.mayChange(); err != nil {
+		return nil, err
+	}
 	var compares []arbiter.Compare
 	var ops []arbiter.Op
 	out := &apiv1.DeployUpdate{}

@@ -1,0 +1,104 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/coppice-project/coppice/internal/cluster"
+	"github.com/coppice-project/coppice/internal/cluster/clustertest"
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+const alwaysOnApp = `application: tally
+components:
+  - name: counter
+    artifact: counter@^1
+    guarantee: always-on
+`
+
+// addAt makes counted calls at a node, each repeated until it is answered, and returns the last answer.
+func (g *grove) addAt(n *cluster.Node, key string, count int) string {
+	g.t.Helper()
+	var value string
+	for i := range count {
+		g.wait(fmt.Sprintf("%s to count %s/%d", n.Name, key, i), func(ctx context.Context) (err error) {
+			value, err = add(ctx, g.api(n), fmt.Sprintf("%s/%d", key, i))
+			return err
+		})
+	}
+	return value
+}
+
+// The node of an always-on component is cut off: the component runs on both sides, on the cut-off node even after its process and the whole node were
+// killed there. Nothing can be deployed on that side. When the link is back there is one owner again, and what was counted on either side counts.
+func TestAlwaysOnRunsOnBothSidesOfACut(t *testing.T) {
+	g := seedIn(t, clustertest.Config{Nodes: 3, Namespaces: true})
+	if g.Network.Kind() == cluster.Loopback {
+		t.Skip("links can be cut in network namespaces only, and those are not permitted here")
+	}
+	must(t, g.Up(t.Context()))
+	g.waitVoters()
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, alwaysOnApp)
+	in := g.running(n1, "tally/counter-0", protected(3))
+	owner := g.Node(in.GetNode())
+	survivor := g.others(owner)[0]
+	if v := g.addAt(survivor, "before", 5); v != "5" {
+		t.Fatalf("five calls count %s", v)
+	}
+	must(t, owner.Cut())
+	if v := g.addAt(survivor, "majority", 1); v != "6" {
+		t.Errorf("the side of the majority counts %s, want 6", v)
+	}
+	if v := g.addAt(owner, "alone", 3); v != "8" {
+		t.Errorf("the node that is cut off counts %s, want 8", v)
+	}
+	g.refused(owner, []string{"lost touch with the majority"}, "deploy", g.file("other.yaml", strings.ReplaceAll(alwaysOnApp, "tally", "other")))
+
+	_, err := owner.Kill()
+	must(t, err)
+	must(t, owner.Start(t.Context()))
+	if v := g.addAt(owner, "rebooted", 2); v != "10" {
+		t.Errorf("restarted without an uplink the node counts %s, want 10", v)
+	}
+	if v := g.addAt(owner, "alone", 3); v != "8" {
+		t.Errorf("a repeat of a call that was answered before the restart says %s, want 8 as then", v)
+	}
+
+	must(t, owner.Heal())
+	g.wait("both sides' counts in one", func(ctx context.Context) error {
+		for _, n := range g.Nodes {
+			out, err := countAt(ctx, g, n)
+			if err != nil || out != "11" {
+				return fmt.Errorf("%s says %s, want 11 (%w)", n.Name, out, err)
+			}
+		}
+		return nil
+	})
+	if v := g.addAt(survivor, "alone", 3); v != "8" {
+		t.Errorf("a repeat of a call that the other side answered says %s, want 8 as there", v)
+	}
+	g.wait("the branch to be told of", func(context.Context) error {
+		rows := g.query(survivor, "select branch, node, outcome, checkpoints from branches")
+		if len(rows) != 1 || rows[0]["outcome"] != "merged" || rows[0]["node"] != owner.Name || rows[0]["branch"] != "tally/counter-0@branch-"+owner.Name+"-1" {
+			return fmt.Errorf("branches: %v", rows)
+		}
+		return nil
+	})
+	g.event(survivor, "/apps/tally", "reconciled", func(ev *apiv1.Event) bool { return ev.GetType() == "reconciled" })
+	if now := g.running(survivor, "tally/counter-0", notOn(owner.Name)); now.GetEpoch() <= in.GetEpoch() {
+		t.Errorf("epoch %d after %d", now.GetEpoch(), in.GetEpoch())
+	}
+}
+
+// countAt reads the counter through a node.
+func countAt(ctx context.Context, g *grove, n *cluster.Node) (string, error) {
+	res, err := g.api(n).Call(ctx, &apiv1.CallRequest{Component: "tally/counter", Method: "counter.v1.Counter/Get", Json: `{}`, TimeoutMs: 1000})
+	if err != nil {
+		return "", err
+	}
+	return strings.Trim(strings.TrimPrefix(strings.ReplaceAll(res.GetJson(), " ", ""), `{"value":`), `"}`), nil
+}
