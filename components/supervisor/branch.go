@@ -46,6 +46,12 @@ func (l *lease) cutOff() bool {
 	return away > outOfTouch || away < 0 && l.boot()-l.begun > autonomyAfter
 }
 
+// inTouch says whether the arbiter is heard and what the log says is known: what lies between this and CutOff is not decided upon.
+func (s *Supervisor) inTouch() bool {
+	away := s.lease.touch()
+	return s.lease.holds() && away >= 0 && away < outOfTouch
+}
+
 // branchKey names a branch by its instance and the ownership that it belongs to.
 func branchKey(instance string, t components.Token) string {
 	return fmt.Sprintf("%s %d.%d", instance, t.Incarnation, t.Epoch)
@@ -266,8 +272,8 @@ func (i *instance) afterCut(ctx context.Context, reg arbiter.Register, there boo
 		return time.Millisecond, true
 	case i.sup.CutOff():
 		return 0, false
-	case !i.sup.lease.holds():
-		return 20 * time.Millisecond, true // the log is not read yet
+	case !i.sup.inTouch():
+		return 20 * time.Millisecond, true // it may be cut off, or the log is not read yet
 	case !mine:
 		i.endBranch(ctx, b)
 		return time.Millisecond, true

@@ -74,7 +74,7 @@ func (s *Supervisor) keepReconciling(ctx context.Context) {
 		case <-tick.C:
 		}
 		for _, b := range s.Branches() {
-			if s.CutOff() || !s.lease.holds() || ctx.Err() != nil {
+			if !s.inTouch() || ctx.Err() != nil {
 				break
 			}
 			if err := s.reconcile(ctx, b); err != nil && ctx.Err() == nil {
@@ -298,7 +298,9 @@ type reconciling struct {
 // noMergeError says that trying again does not help: the branch stays beside.
 type noMergeError struct{ why error }
 
-func (e *noMergeError) Error() string { return "it cannot be merged: " + e.why.Error() }
+func (e *noMergeError) Error() string {
+	return "it cannot become the instance's state: " + e.why.Error()
+}
 func (e *noMergeError) Unwrap() error { return e.why }
 
 // merge has the component bring both states together.
@@ -319,6 +321,9 @@ func (r *reconciling) merge(ctx context.Context) error {
 	saved, _ := i.gen.saver.Saved()
 	head, err := i.merged(ctx, base, saved.Root, theirs)
 	if err != nil {
+		return i.goOn(ctx, err)
+	}
+	if err := i.proves(ctx, r.body.GetDigest(), head.link.Hash); err != nil {
 		return i.goOn(ctx, err)
 	}
 	why := fmt.Sprintf("%d checkpoints after %d and %d after it here", r.branch.GetCommits(), r.branch.GetBaseSeq(), saved.Seq-min(saved.Seq, r.branch.GetBaseSeq()))
@@ -351,6 +356,9 @@ func (r *reconciling) newest(ctx context.Context, rule string) error {
 	if err := i.sup.fetch(ctx, root, i.key, append([]peer.ID{r.from}, r.stored.Holders...)); err != nil {
 		return i.goOn(ctx, err)
 	}
+	if err := i.proves(ctx, r.body.GetDigest(), root); err != nil {
+		return i.goOn(ctx, err)
+	}
 	ours := &componentsv1.Branch{
 		Format: 1, Instance: i.name, Node: i.sup.cfg.Self.String(), NodeName: i.sup.cfg.Name, Incarnation: r.reg.Incarnation, Epoch: r.reg.Epoch, Ended: true,
 		BaseSeq: r.branch.GetBaseSeq(), BaseRoot: r.branch.GetBaseRoot(), Root: rootBytes(saved.Root), Commits: saved.Seq - min(saved.Seq, r.branch.GetBaseSeq()),
@@ -362,6 +370,31 @@ func (r *reconciling) newest(ctx context.Context, rule string) error {
 		return i.goOn(ctx, err)
 	}
 	i.relaunch("the state of a branch is newer")
+	return nil
+}
+
+// proves has a process of the running version take a state, before that becomes the only one: a state that cannot be restored would end the instance.
+func (i *instance) proves(ctx context.Context, digest string, root blobs.Hash) error {
+	reg, ok := i.sup.register(i.key)
+	var body componentsv1.InstanceBody
+	if !ok || proto.Unmarshal(reg.Body, &body) != nil {
+		return errNotHere
+	}
+	eff, err := i.sup.effective(body.GetComponent())
+	if err != nil || eff == nil {
+		return errNotHere
+	}
+	g, err := i.sup.launch(ctx, i.name, digest, eff, i.shell, func(components.State) {})
+	if err != nil {
+		return err
+	}
+	defer i.sup.end(i.shell, g, 0)
+	if err := i.sup.restore(ctx, g, root, blobs.Hash{}); err != nil {
+		if ctx.Err() != nil || g.dead() {
+			return err
+		}
+		return &noMergeError{err}
+	}
 	return nil
 }
 

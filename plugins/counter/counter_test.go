@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -70,6 +71,9 @@ func TestMerge(t *testing.T) {
 	count(ours, "ours", 2)
 	if v := count(theirs, "theirs", 10); v != 15 {
 		t.Fatal(v)
+	}
+	for i := range 3 { // theirs is at a later mark than ours
+		count(theirs, fmt.Sprint("theirs again/", i), 0)
 	}
 	merged := sdktest.Start(t, component(), sdktest.From(ours.Merge(base, ours.Checkpoint(0), theirs.Checkpoint(0))))
 	if v, err := counterv1.NewCounterClient(merged.Conn).Get(t.Context(), &counterv1.GetRequest{}); err != nil || v.GetValue() != 17 {

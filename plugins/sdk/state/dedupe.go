@@ -274,8 +274,8 @@ func (a *ages) expired(class int, age time.Duration, limit int) []string {
 }
 
 // Absorb has the store remember what another one remembers of calls: replies that it has not itself, low-water marks, and how far the component's own
-// calls are numbered. It counts as a change: the mark rises by one, without a journal entry, so what comes next is a full checkpoint. It is for
-// stores that nobody else uses yet; the other one stays as it is.
+// calls are numbered. It counts as a change: the mark rises above both stores', without a journal entry, so what comes next is a full checkpoint.
+// It is for stores that nobody else uses yet; the other one stays as it is.
 func (s *Store) Absorb(other *Store) {
 	from := other.snapshot()
 	s.mu.Lock()
@@ -294,7 +294,7 @@ func (s *Store) Absorb(other *Store) {
 		s.cur.setLow(caller, n)
 	}
 	s.cur.nextCall = max(s.cur.nextCall, from.nextCall)
-	s.cur.mark++
+	s.cur.mark = max(s.cur.mark, from.mark) + 1 // no reply is of a later mark than the state that holds it
 	s.snap = nil
 	s.journal.reset(s.cur.mark)
 }
