@@ -349,7 +349,6 @@ func (i *instance) tryRejoin(ctx context.Context, reg arbiter.Register, body *co
 	}
 	next := proto.CloneOf(body)
 	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", "the arbiter is in touch again: its branch goes on", uint64(time.Now().UnixMilli())
-	next.Fallback, next.Settled = nil, false
 	data, err := proto.Marshal(next)
 	if err != nil {
 		return err

@@ -3,6 +3,10 @@ package supervisor
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -10,6 +14,7 @@ import (
 
 	"github.com/coppice-project/coppice/components"
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/dht/arbiter"
 	counterv1 "github.com/coppice-project/coppice/plugins/counter/v1"
 	"github.com/coppice-project/coppice/plugins/sdk"
 )
@@ -313,4 +318,130 @@ func TestWhatStopsStopsInACut(t *testing.T) {
 		}
 		w.net.Heal()
 	})
+}
+
+// Cuts round the owner and round all, with deaths of processes and nodes meanwhile, while every node counts: in the end each answered call is in the
+// count. (A call that failed may have been carried out, and one that was under way at a cut on both sides.)
+func TestNothingAnsweredIsLostOverCutsAndMerges(t *testing.T) {
+	seeds := uint64(3)
+	if s, err := strconv.ParseUint(os.Getenv("COPPICE_SCHEDULES"), 10, 64); err == nil {
+		seeds = s
+	}
+	for seed := uint64(21); seed < 21+seeds; seed++ {
+		t.Run(fmt.Sprint("seed", seed), func(t *testing.T) {
+			t.Setenv("COPPICE_SEED", fmt.Sprint(seed))
+			kept(t, "each-call", components.ReconMerge, mergeCounts, keptFaults)
+		})
+	}
+}
+
+// liftQuarantine is an operator who knows that it was not the component that killed its owners.
+func (w *world) liftQuarantine() {
+	reg, ok := w.nodes[0].arb.Get(testKey)
+	var body componentsv1.InstanceBody
+	if !ok || proto.Unmarshal(reg.Body, &body) != nil || !body.GetQuarantined() {
+		return
+	}
+	body.Quarantined, body.Deaths = false, nil
+	data, err := proto.Marshal(&body)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_, _ = w.nodes[0].arb.Txn(ctx, arbiter.TxnRequest{ // it is tried again
+		Compares: []arbiter.Compare{{Key: testKey, Field: "revision", Equal: reg.Revision}}, Then: []arbiter.Op{{Put: &arbiter.PutOp{Key: testKey, Body: data}}},
+	})
+}
+
+func keptFaults(w *world) {
+	var mu sync.Mutex
+	answered, failed := 0, 0
+	ctx, cancel := context.WithCancel(context.Background())
+	var goes sync.WaitGroup
+	defer goes.Wait()
+	defer cancel()
+	for i, n := range w.nodes {
+		goes.Go(func() {
+			for ctx.Err() == nil {
+				if d := n.door.Load(); d != nil {
+					cctx, done := context.WithTimeout(context.Background(), 8*time.Second)
+					_, err := counterv1.NewCounterClient(d.Conn(testInstance, "")).Add(cctx, &counterv1.AddRequest{N: 1})
+					done()
+					mu.Lock()
+					if err == nil {
+						answered++
+					} else {
+						failed++
+					}
+					mu.Unlock()
+				}
+				time.Sleep(time.Duration(60+17*i) * time.Millisecond)
+			}
+		})
+	}
+	faults := 0
+	for round := range 6 {
+		x := w.nodes[w.rng.IntN(3)]
+		for what := 1 + w.rng.IntN(2); what > 0; what-- {
+			faults++
+			switch w.rng.IntN(5) {
+			case 0:
+				for _, o := range w.nodes {
+					w.net.Isolate(o.id)
+				}
+			case 1:
+				if ps := x.runner.running(testInstance); x.sup != nil && len(ps) > 0 {
+					ps[0].die("killed")
+				}
+			case 2:
+				if x.sup != nil {
+					x.kill()
+					time.Sleep(50 * time.Millisecond)
+					x.start(false)
+				}
+			default:
+				reg, _ := x.sup.Register(testKey)
+				w.net.Isolate(w.node(reg.Owner).id)
+			}
+			time.Sleep(time.Duration(500+w.rng.IntN(8000)) * time.Millisecond)
+		}
+		w.net.Heal()
+		w.eventually(90*time.Second, fmt.Sprintf("round %d: one owner, no branch left", round), func() bool {
+			w.liftQuarantine()
+			running := 0
+			for _, n := range w.nodes {
+				if len(n.sup.Branches()) > 0 || !n.sup.inTouch() {
+					return false
+				}
+				running += len(n.runner.running(testInstance))
+			}
+			for _, b := range w.storedBranches() {
+				if b.GetOutcome() != outcomeMerged {
+					return false
+				}
+			}
+			return running == 1
+		})
+		w.eventually(60*time.Second, "the epoch settles", func() bool {
+			w.liftQuarantine()
+			_, body := w.register()
+			return body.GetSettled()
+		})
+	}
+	cancel()
+	goes.Wait()
+	var v int64
+	w.eventually(30*time.Second, "the count is told", func() bool {
+		cctx, done := context.WithTimeout(context.Background(), time.Second)
+		defer done()
+		got, err := w.nodes[0].get(cctx)
+		v = got
+		return err == nil
+	})
+	w.t.Logf("%d answered, %d failed, the count is %d; %d branches", answered, failed, v, len(w.storedBranches()))
+	// A call under way at the moment of a cut may be carried out on both sides, once for each of the three callers and each fault.
+	if v < int64(answered) || v > int64(answered+failed+3*faults) {
+		w.t.Errorf("%d calls were answered and %d failed over %d faults, the count is %d", answered, failed, faults, v)
+	}
 }

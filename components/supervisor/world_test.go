@@ -231,6 +231,7 @@ type simNode struct {
 	caller  *peers.Caller
 	runner  *simRunner
 	router  *membrane.Router
+	door    atomic.Pointer[membrane.Router] // router, for those who do not wait for a start
 	gate    *grpc.Server
 	direct  *directory
 	sup     *Supervisor
@@ -307,6 +308,7 @@ func (n *simNode) start(bootstrap bool) {
 	n.direct = &directory{shelf: w.shelf, changed: make(chan struct{})}
 	conns := &links{ep: n.ep, conns: map[string]*grpc.ClientConn{}}
 	n.router = membrane.NewRouter(membrane.RouterConfig{Self: n.id.String(), Caller: fmt.Sprintf("%s.%x", n.name, n.boot), Directory: n.direct, Peers: conns, Log: log})
+	n.door.Store(n.router)
 	cfg := Config{
 		Self: n.id, Name: n.name, Boot: n.boot, Arbiter: n.arb, Members: n.members, Blobs: n.blobs, Artifacts: w.shelf, Runner: n.runner, Peers: n.ep,
 		Caller: n.caller, Events: n, Shell: n.newShell, RunDir: "/nowhere", LogDir: "/nowhere", DataDir: n.dir, Log: log,
@@ -354,6 +356,7 @@ func (n *simNode) end() {
 	runner := n.runner
 	alive := n.ep
 	n.direct.sup.Store(nil)
+	n.door.Store(nil)
 	n.sup, n.ep = nil, nil
 	cancel()
 	n.gone.Go(func() {

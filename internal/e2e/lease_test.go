@@ -154,3 +154,39 @@ func TestLeaderAndOwnerStandStill(t *testing.T) {
 	}
 	store.check(t)
 }
+
+// The owner's daemon alone is killed: its component acts on as an orphan until its last grant has run out, and the next owner does not act before that,
+// although the dead node's host refuses connections.
+func TestOrphanOfADeadNodeIsWaitedFor(t *testing.T) {
+	g := plant(t, 3)
+	g.waitVoters()
+	store := openOutside(t)
+	n1 := g.Nodes[0]
+	g.push(n1, testProgram(t, "lamp", ""))
+	g.deploy(n1, fmt.Sprintf(lampApp, store.ln.Addr()))
+	for range 2 {
+		at := g.Alive()[0]
+		in, err := cluster.Calm(t.Context(), at, "light/lamp")
+		must(t, err)
+		owner := g.Node(in.GetNode())
+		g.wait("it to act", func(context.Context) error {
+			if store.token()&(1<<32-1) != in.GetEpoch() {
+				return fmt.Errorf("the store has seen token %d, it is in epoch %d", store.token(), in.GetEpoch())
+			}
+			return nil
+		})
+		before := store.token()
+		killed := time.Now()
+		g.killProcess(owner)
+		g.wait("the next owner to act", func(context.Context) error {
+			if now := store.token(); now <= before {
+				return fmt.Errorf("the store has seen nothing newer than token %d", now)
+			}
+			return nil
+		})
+		t.Logf("the next owner acted %s after the death of %s's daemon", time.Since(killed).Round(time.Millisecond), owner.Name)
+		must(t, owner.Start(t.Context()))
+		must(t, g.AllAlive(t.Context()))
+	}
+	store.check(t)
+}

@@ -149,3 +149,33 @@ func TestTwoOwnerDeathsQuarantineTheComponent(t *testing.T) {
 	g.running(watcher, "tally/counter-0", nil)
 	g.counted(watcher, 1)
 }
+
+// A guarantee and the finer keys that contradict it are refused at their place, and what an artifact cannot carry out when it is deployed.
+func TestContradictingGuarantees(t *testing.T) {
+	g := plant(t, 1)
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "kv", "1.0.0"))
+	g.push(n1, component(t, "counter", "1.0.0"))
+	app := func(name, artifact, keys string) string {
+		return g.file(name+".yaml", "application: "+name+"\ncomponents:\n  - name: a\n    artifact: "+artifact+"\n    "+keys+"\n")
+	}
+	g.refused(n1, []string{"a.yaml:6:15", "found takeover: fenced with guarantee: exactly-one, expected takeover: leased"},
+		"deploy", app("a", "kv", "guarantee: exactly-one\n    takeover: fenced"))
+	g.refused(n1, []string{"b.yaml:6:19", "found on_partition: keep with takeover: leased"}, "deploy", app("b", "kv", "takeover: leased\n    on_partition: keep"))
+	g.refused(n1, []string{"c.yaml:5:14", "found durable: each-call with on_partition: keep"}, "deploy", app("c", "kv", "durable: each-call\n    on_partition: keep"))
+	g.refused(n1, []string{"found merge, expected keep_majority or newest: kv has no Merge"}, "deploy", app("d", "kv", "on_partition: keep\n    reconcile: merge"))
+	g.refused(n1, []string{"found always-on with durable: 5s"}, "deploy", app("e", "kv", "guarantee: always-on\n    durable: 5s"))
+	for name, want := range map[string][2]string{
+		"f": {"kv", "on_partition: keep"}, "g": {"counter", "guarantee: always-on"}, "h": {"kv", "takeover: leased"},
+	} {
+		g.deploy(n1, fmt.Sprintf("application: %s\ncomponents:\n  - name: a\n    artifact: %s\n    %s\n", name, want[0], want[1]))
+		g.running(n1, name+"/a-0", nil)
+	}
+	for _, row := range g.query(n1, "select component, durable, guarantee from components where application <> 'system'") {
+		t.Log(row)
+		want := map[string]string{"f/a": "5s", "g/a": "each-call", "h/a": "each-call"}[fmt.Sprint(row["component"])]
+		if row["durable"] != want {
+			t.Errorf("%v is durable %v, want %s", row["component"], row["durable"], want)
+		}
+	}
+}
