@@ -8,9 +8,14 @@
 // What must be certain is left to the arbiter: an epoch is taken by a claim, a checkpoint is a restore point once it is committed, and
 // whatever this node believes meanwhile costs at most a refused command.
 //
+// Two things it decides without the arbiter. What is exactly-one runs only under a lease that the arbiter's leader acknowledged, and is ended before
+// that ends (session.go). What keeps (on_partition) goes on without the arbiter as a branch, which is committed or reconciled afterwards (branch.go,
+// reconcile.go).
+//
 // # Goroutines
 //
-// Run: one loop that hands changes to actors. One actor for each instance this node owns or prepares. For each running instance: its
+// Run: one loop that hands changes to actors; the keeper of the node's lease, the renewer of instances' leases, the watch over their ends, and the
+// reconciler of branches. One actor for each instance this node owns or prepares. For each running instance: its
 // saver (commits) and, with each-call, one reader of its journal; a compaction now and then. For each death of a node: one per instance
 // it owned, until someone has claimed it.
 //
