@@ -21,11 +21,12 @@ func exactlyOne(spec *componentsv1.ComponentSpec, _ *componentsv1.Application) {
 
 // believer says whether a node believes in its lease of the instance, and acts: a process that stands still does not.
 func (n *simNode) believes() bool {
-	if n.sup == nil || n.clock.stopped() {
+	l := n.life.Load()
+	if l == nil || l.clock.stopped() {
 		return false
 	}
-	st := &n.sup.service(testInstance).lease
-	return st.leased.Load() && n.sup.left(st) > 0
+	st := &l.sup.service(testInstance).lease
+	return st.leased.Load() && l.sup.left(st) > 0
 }
 
 // guard looks at every node each millisecond: of all nodes at most one believes in its lease (I3), and where none is believed in nothing is served.

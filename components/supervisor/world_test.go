@@ -231,6 +231,7 @@ type simNode struct {
 	caller  *peers.Caller
 	runner  *simRunner
 	router  *membrane.Router
+	life    atomic.Pointer[simLife]         // the present one, for those who look on
 	door    atomic.Pointer[membrane.Router] // router, for those who do not wait for a start
 	gate    *grpc.Server
 	direct  *directory
@@ -241,6 +242,12 @@ type simNode struct {
 
 	mu     sync.Mutex // guards events
 	events []events.Event
+}
+
+// simLife is what others look at while the node is killed and started.
+type simLife struct {
+	sup   *Supervisor
+	clock *clock
 }
 
 // Publish implements Publisher.
@@ -319,6 +326,7 @@ func (n *simNode) start(bootstrap bool) {
 		w.tune(n, &cfg)
 	}
 	n.sup = New(cfg)
+	n.life.Store(&simLife{n.sup, n.clock})
 	n.direct.sup.Store(n.sup)
 	n.blobs.SetOnAcked(n.sup.OnAcked)
 	n.gate = membrane.NewServer(n.router.PeerHandler())
@@ -357,6 +365,7 @@ func (n *simNode) end() {
 	alive := n.ep
 	n.direct.sup.Store(nil)
 	n.door.Store(nil)
+	n.life.Store(nil)
 	n.sup, n.ep = nil, nil
 	cancel()
 	n.gone.Go(func() {
