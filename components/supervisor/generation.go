@@ -250,6 +250,17 @@ func (g *generation) start(ctx context.Context, sh Shell, token components.Token
 	return nil
 }
 
+// ownWithin bounds the telling of a started process which epoch it was given; its next lease grant tells it, too.
+const ownWithin = 500 * time.Millisecond
+
+// own makes a process that was started before its epoch was claimed the owner of that epoch.
+func (g *generation) own(ctx context.Context, token components.Token) {
+	g.token = token
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), ownWithin)
+	defer cancel()
+	_, _ = g.back.Heartbeat(ctx, tokenOf(token)) // a process that does not answer is found out by its heartbeats
+}
+
 // serve puts a started process behind the held gate and lets the calls in, unless the instance is frozen: then it stays so.
 func (i *instance) serve(ctx context.Context, g *generation, eff *components.Effective) error {
 	m := i.mem()

@@ -321,8 +321,8 @@ func (s *Supervisor) takeMoved(ctx context.Context, p *prepared, name string, re
 			return arbiter.Register{}, err
 		}
 	}
-	token := components.Token{Incarnation: reg.Incarnation, Epoch: p.epoch + 1}
-	if !body.GetLeased() { // else it is started when it has its lease
+	token := components.Token{Incarnation: reg.Incarnation, Epoch: p.epoch} // the next one is its own once it is claimed
+	if !body.GetLeased() {                                                  // else it is started when it has its lease
 		if err := p.gen.start(ctx, p.shell, token, eff, !root.IsZero(), swapStart); err != nil {
 			return arbiter.Register{}, err
 		}
@@ -332,6 +332,9 @@ func (s *Supervisor) takeMoved(ctx context.Context, p *prepared, name string, re
 	})
 	if err != nil {
 		return arbiter.Register{}, fmt.Errorf("claim: %w", err)
+	}
+	if !p.gen.since.IsZero() {
+		p.gen.own(ctx, tokenIn(claimed))
 	}
 	p.gen.saved = Saved{Seq: claimed.Seq, Root: hashFrom(claimed.Root), Mark: p.gen.mark, Bytes: p.gen.bytes(), Holders: claimed.Holders, At: time.Now()}
 	s.cfg.Events.Publish(events.Event{

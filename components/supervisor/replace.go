@@ -268,14 +268,17 @@ func (i *instance) cutOver(ctx context.Context, reg arbiter.Register, body *comp
 	if err := i.takeOn(next); err != nil {
 		return arbiter.Register{}, 0, err
 	}
-	token := components.Token{Incarnation: reg.Incarnation, Epoch: reg.Epoch + 1}
-	if err := next.start(pctx, i.shell, token, eff, old.stateful() && next.stateful(), swapStart); err != nil {
+	// It is told the present epoch: the next one is its own only once it is claimed, and a token must not be with two who may both run.
+	if err := next.start(pctx, i.shell, tokenIn(reg), eff, old.stateful() && next.stateful(), swapStart); err != nil {
 		if pctx.Err() != nil {
 			return arbiter.Register{}, 0, err
 		}
 		return arbiter.Register{}, 0, &versionError{err}
 	}
 	claimed, err := i.claimSwap(ctx, reg, body, old, next, saved, p)
+	if err == nil {
+		next.own(ctx, tokenIn(claimed))
+	}
 	return claimed, tail, err
 }
 
