@@ -146,6 +146,7 @@ type leases struct {
 	a *Arbiter
 
 	mu    sync.Mutex // guards the rest
+	raft  *raft.Raft // terms of another start of raft are other terms, whatever their number
 	term  uint64
 	since time.Duration // when this node was first seen to lead in that term
 	keys  map[string]*leased
@@ -175,9 +176,9 @@ func (l *leases) lead(r *raft.Raft) bool {
 	if r.State() != raft.Leader || r.CurrentTerm() != term {
 		return false
 	}
-	if term != l.term {
+	if r != l.raft || term != l.term {
 		// Seen later than it was: that only makes it wait longer.
-		l.term, l.since, l.keys = term, l.a.cfg.BootTime(), map[string]*leased{}
+		l.raft, l.term, l.since, l.keys = r, term, l.a.cfg.BootTime(), map[string]*leased{}
 	}
 	return true
 }
@@ -263,6 +264,7 @@ func (l *leases) renew(from peer.ID, req *wirev1.ArbiterLeaseRequest) *wirev1.Ar
 // admission is what becomes of an entry's commands before they are proposed.
 type admission struct {
 	l      *leases
+	raft   *raft.Raft
 	term   uint64
 	waits  map[int]*wirev1.ArbiterResult // by command: not proposed
 	claims []taken                       // of the others
@@ -287,7 +289,7 @@ func (l *leases) admit(r *raft.Raft, e *wirev1.ArbiterEntry) (*admission, bool) 
 	if !l.lead(r) {
 		return nil, false
 	}
-	ad.term = l.term
+	ad.raft, ad.term = l.raft, l.term
 	st := l.a.fsm.shown.Load()
 	if st == nil {
 		return ad, true
@@ -367,14 +369,14 @@ func (l *leases) take(reg *Register) (*leased, time.Duration) {
 	}
 	if l.a.cfg.Links != nil && (c.probed == 0 || now-c.probed > time.Second) {
 		c.probed = max(now, 1)
-		go l.probe(*reg, l.term)
+		go l.probe(*reg, l.raft, l.term)
 	}
 	return c, c.end - now
 }
 
 // probe asks the host of an owner. A host that refuses the connection runs no process of that node, and what the process left behind runs for
 // no longer than its last grant.
-func (l *leases) probe(reg Register, term uint64) {
+func (l *leases) probe(reg Register, r *raft.Raft, term uint64) {
 	ctx, cancel := context.WithTimeout(context.Background(), l.a.t.RPC)
 	defer cancel()
 	if l.a.cfg.Links.Probe(ctx, reg.Owner) != peers.Refused {
@@ -383,7 +385,7 @@ func (l *leases) probe(reg Register, term uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c := l.keys[reg.Key]
-	if term != l.term || c == nil || c.owner != reg.Owner || c.boot != reg.Boot || c.epoch != reg.Epoch || !c.revoked {
+	if r != l.raft || term != l.term || c == nil || c.owner != reg.Owner || c.boot != reg.Boot || c.epoch != reg.Epoch || !c.revoked {
 		return
 	}
 	c.end = min(c.end, l.a.cfg.BootTime()+withDrift(processLease))
@@ -429,7 +431,7 @@ func (ad *admission) settle(doubt bool) {
 	}
 	ad.l.mu.Lock()
 	defer ad.l.mu.Unlock()
-	if ad.term != ad.l.term {
+	if ad.raft != ad.l.raft || ad.term != ad.l.term {
 		return
 	}
 	for _, t := range ad.claims {
