@@ -282,7 +282,7 @@ func (v *verbs) Down(ctx context.Context, r *apiv1.DownRequest) (*apiv1.DownResp
 	begin := time.Now()
 	if !r.GetAll() || api.ForwardedFrom(ctx) != "" {
 		n := v.n.finalCheckpoints(ctx)
-		v.n.stopSoon("down")
+		v.n.stopSoon(whyDown)
 		return &apiv1.DownResponse{Nodes: []*apiv1.DownNode{{Node: v.n.cfg.Name, Stopped: true}}, Checkpoints: n, TookMs: ms(time.Since(begin))}, nil
 	}
 	out := &apiv1.DownResponse{Checkpoints: v.n.finalCheckpoints(ctx)}
