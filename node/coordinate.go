@@ -34,7 +34,7 @@ const (
 	// failuresElsewhere is after how many starts that failed in a row an instance is tried on another node.
 	failuresElsewhere = 3
 	// officeEvery is how often a node looks whether it is coordinator.
-	officeEvery = 100 * time.Millisecond
+	officeEvery = 250 * time.Millisecond
 )
 
 // coordinator is what the placement loop needs of the node: who leads, what is known, and how to carry a plan out.

@@ -8,7 +8,7 @@ import (
 )
 
 const (
-	leaseTick = 50 * time.Millisecond
+	leaseTick = 100 * time.Millisecond
 	// pausedFor: a node that did not run for so long may have been given up by the others (silence is 1.25 s): what it owned must be
 	// looked up again before it serves.
 	pausedFor = 800 * time.Millisecond
