@@ -6,9 +6,9 @@ import (
 )
 
 const (
-	fanOut        = 64                    // members told directly of something urgent
-	gossipTo      = 3                     // members to whom news is passed on
-	exchangeEvery = 10 * time.Second      // anti-entropy, with one random member
+	fanOut        = 64                     // members told directly of something urgent
+	gossipTo      = 3                      // members to whom news is passed on
+	exchangeEvery = 10 * time.Second       // anti-entropy, with one random member
 	tickEvery     = 100 * time.Millisecond // of the loop; also measures the node's own delay
 	lateAfter     = 200 * time.Millisecond
 	lateWindow    = 5 // seconds over which the worst delay counts
