@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -125,6 +126,7 @@ func (v *verbs) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusResp
 	if len(st.Voters) == 1 && out.Nodes.Alive > 1 {
 		out.Unsafe = append(out.Unsafe, &apiv1.Unsafe{Subject: "cluster", Why: "one voter: without " + n.nameOf(st.Voters[0]) + " nothing can be decided until it is back; a third node cures it"})
 	}
+	out.Unsafe = append(out.Unsafe, n.zoneRisks()...)
 	out.Warnings = n.warnings(st)
 	return out, nil
 }
@@ -192,6 +194,10 @@ func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.Doct
 		}
 	}
 	for _, u := range st.GetUnsafe() {
+		if zone, ok := strings.CutPrefix(u.GetSubject(), "zone "); ok {
+			add("warning", u.GetSubject(), "its loss stops all writes", u.GetWhy(), "coppice drill --zone "+zone)
+			continue
+		}
 		add("warning", u.GetSubject(), "not safe against the loss of one node", u.GetWhy(), "add a node: coppice token")
 	}
 	for _, w := range st.GetWarnings() {

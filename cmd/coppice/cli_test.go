@@ -133,6 +133,7 @@ func TestWhatCommandsPrint(t *testing.T) {
 		"doctor":   {"doctor", "doctor -o json"},
 		"token":    {"token", "token --ttl 5m --uses 3 -o json"},
 		"drain":    {"drain n2", "drain n2 -o json"},
+		"drill":    {"drill n2", "drill n2 --really", "drill --zone attic", "drill n2 -o json", "drill"},
 		"down":     {"down", "down --all", "down --all -o json"},
 		"registry": {"registry list", "registry list -o json"},
 		"apps":     {"apps", "apps -o json"},

@@ -276,3 +276,32 @@ func (f *fake) DhtGet(_ context.Context, r *apiv1.DhtGetRequest) (*apiv1.DhtGetR
 func (f *fake) Revoke(context.Context, *apiv1.RevokeRequest) (*apiv1.RevokeResponse, error) {
 	return nil, errors.New("line one\nline two")
 }
+
+func (f *fake) Drill(_ context.Context, r *apiv1.DrillRequest, s *connect.ServerStream[apiv1.DrillUpdate]) error {
+	f.asked = r
+	if r.Zone != "" {
+		return s.Send(&apiv1.DrillUpdate{
+			Lost: []string{"n1", "n2"}, Voters: 3, VotersLeft: 1, WritesStop: true, Cure: "a node in a third zone", Done: true,
+			Instances: []*apiv1.DrillInstance{{Instance: "shop/store-0", From: "n2", Durable: "5s", WouldLoseMs: proto.Uint64(2100), CopiesLeft: 1, Reason: "nobody can take it over"}},
+		})
+	}
+	out := &apiv1.DrillUpdate{
+		Lost: []string{"n2"}, Voters: 3, VotersLeft: 2, Coordinator: "n1",
+		Instances: []*apiv1.DrillInstance{
+			{Instance: "shop/store-0", From: "n2", To: "n1", Durable: "each-call", WouldLoseMs: proto.Uint64(0), CopiesLeft: 2, PredictedMs: proto.Float64(58)},
+			{Instance: "shop/web-0", From: "n2", To: "n3", Durable: "none", PredictedMs: proto.Float64(40)},
+		},
+	}
+	if !r.Really {
+		out.Done = true
+		return s.Send(out)
+	}
+	if err := s.Send(out); err != nil {
+		return err
+	}
+	out.Done, out.CommitMs, out.TookMs = true, proto.Float64(31), proto.Float64(131)
+	for _, i := range out.Instances {
+		i.CameTo, i.TookMs = i.To, proto.Float64(131)
+	}
+	return s.Send(out)
+}
