@@ -61,7 +61,7 @@ func (i *instance) begin(ctx context.Context, reg arbiter.Register, body *compon
 		i.show(components.Running, "")
 	}
 	i.mu.Lock()
-	i.info.StartedMs = float64(time.Since(start).Microseconds()) / 1000
+	i.info.StartedMs = float64(time.Since(g.fetched).Microseconds()) / 1000
 	i.mu.Unlock()
 	i.sup.cfg.Events.Publish(events.Event{
 		Channel: "/apps/" + i.name, Type: "running", Trigger: body.GetTrigger(), Cause: body.GetCause(),

@@ -44,6 +44,7 @@ type generation struct {
 	proc     runner.Process
 	comp     componentv1.ComponentClient
 	back     *membrane.Backend
+	fetched  time.Time // when its artifact was here
 	// credential that its process uses the node socket with.
 	credential string
 
@@ -130,6 +131,7 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 		}
 	}
 	phase(components.Starting)
+	g.fetched = time.Now()
 	spec.Credential = sh.Credential()
 	proc, err := s.cfg.Runner.Start(ctx, spec)
 	for tries := 0; errors.Is(err, syscall.ETXTBSY) && tries < 10 && pause(ctx, 5*time.Millisecond) == nil; tries++ {
