@@ -4,7 +4,7 @@ BIN     := bin
 LDFLAGS := -s -w
 MODULE  := github.com/coppice-project/coppice
 # The shipped components.
-PLUGINS := counter kv shop shopweb
+PLUGINS := counter kv shop shopweb bank
 # Packages of this module, without generated code, for the linters.
 GOFILES  = $(shell git ls-files '*.go' | grep -v -E '\.pb\.go$$|\.connect\.go$$')
 PROTOS   = $(shell git ls-files '*.proto')
