@@ -89,7 +89,8 @@ func (a *Arbiter) live(ctx context.Context) error {
 		if err != nil {
 			a.failures.note("go on alone", err)
 		} else {
-			a.log.Warn("arbiter: this node goes on alone, in the next incarnation", "incarnation", a.view.now().meta.Incarnation, "why", t.why)
+			group, _ := a.disk.incarnations()
+			a.log.Warn("arbiter: this node goes on alone, in the next incarnation", "incarnation", group, "why", t.why)
 		}
 		if r, err = a.startRaft(); err != nil {
 			return err
@@ -200,6 +201,7 @@ func (a *Arbiter) renew(t *turn) error {
 	a.fsm.reset()
 	a.base.Store(last)
 	a.raise(point{next.number, last})
+	a.where.outrank(next)
 	return nil
 }
 
