@@ -20,8 +20,8 @@ type lost struct {
 	Time         time.Time      `json:"time"`
 	Term         uint64         `json:"term"`
 	LastIndex    uint64         `json:"last_index"`
-	Committed    uint64         `json:"committed"`        // known to be, here; what follows may or may not have been
-	Begun        uint64         `json:"begun,omitempty"`  // last index that the next incarnation took over, where this node knows it
+	Committed    uint64         `json:"committed"`       // known to be, here; what follows may or may not have been
+	Begun        uint64         `json:"begun,omitempty"` // last index that the next incarnation took over, where this node knows it
 	Unreadable   string         `json:"unreadable,omitempty"`
 	Registers    []lostRegister `json:"registers"`
 }
