@@ -44,6 +44,9 @@ func (a *Arbiter) Status() Status {
 			s.FeedAge = age
 		}
 	}
+	if r != nil {
+		s.Primary, s.Paired = a.two.status(r)
+	}
 	switch {
 	case halted != "":
 		s.Role = "halted"

@@ -112,6 +112,24 @@ func (t *two) partner(r *raft.Raft) (other peer.ID, primary, on bool) {
 	return other, first == t.a.cfg.Self, first == t.a.cfg.Self || first == other
 }
 
+// status says who is primary of the rule of two, if it holds, and whether this node could go on alone.
+func (t *two) status(r *raft.Raft) (primary peer.ID, paired bool) {
+	other, first, on := t.partner(r)
+	if !on {
+		return "", false
+	}
+	primary = other
+	if first {
+		primary = t.a.cfg.Self
+	}
+	inc, err := t.a.speaks()
+	if err != nil {
+		return primary, false
+	}
+	l := t.look(other, first, on, inc)
+	return primary, l.met && t.worthProbing(l)
+}
+
 // contact notes one, unless it came too late.
 func (t *two) contact(with peer.ID, inc incarnation, at time.Duration) bool {
 	t.mu.Lock()
