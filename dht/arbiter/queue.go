@@ -156,7 +156,7 @@ type batch struct {
 	commands []*pending
 	entry    []byte
 	inc      uint64 // the incarnation whose index stands in the entry
-	doubt    bool // an earlier try may have been carried out
+	doubt    bool   // an earlier try may have been carried out
 }
 
 // proposeLoop carries commands to the leader, one entry at a time. An entry in doubt is sent again, as it was, until it is answered or
