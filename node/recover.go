@@ -114,6 +114,7 @@ func (n *Node) recoverReport(from arbiter.Survivor, all []arbiter.Survivor) *api
 		out.Missing = append(out.Missing, x)
 	}
 	best := all[0]
+	leader, leads := arbiter.Leading(all)
 	switch {
 	case from.Incarnation == 0:
 		out.Reason = out.From + " holds nothing of the arbiter's log"
@@ -121,6 +122,8 @@ func (n *Node) recoverReport(from arbiter.Survivor, all []arbiter.Survivor) *api
 		out.Reason = out.From + " has stopped applying: " + from.Halted
 	case from.Incarnation < best.Incarnation:
 		out.Reason = fmt.Sprintf("%s is of incarnation %d, and %s of %d: nothing of a lower one may come back", out.From, from.Incarnation, n.nameOf(best.ID), best.Incarnation)
+	case leads:
+		out.Reason = fmt.Sprintf("%s leads the arbiter: a majority of the voters is there, and nothing needs to be recovered", n.nameOf(leader.ID))
 	case len(here) > len(from.Voters)/2:
 		out.Reason = fmt.Sprintf("%d of %d voters answer: that is a majority, and nothing needs to be recovered", len(here), len(from.Voters))
 	default:

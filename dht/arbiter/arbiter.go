@@ -230,6 +230,7 @@ func (a *Arbiter) halt(err error) {
 // onApply is told the last entry of an applied batch.
 func (a *Arbiter) onApply(l *raft.Log) {
 	a.raise(point{a.fsm.m.meta.Incarnation, l.Index})
+	a.two.applied(a.fsm.m.meta.TwoNode)
 	a.lagging.Store(true)
 	a.notice.beat()
 	a.mirror.beat()

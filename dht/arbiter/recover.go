@@ -25,6 +25,7 @@ type Survivor struct {
 	Incarnation uint64 // of its log; 0: it has none
 	Term        uint64
 	Last        uint64 // index of the last entry of its log
+	LastTerm    uint64 // and its term
 	Applied     uint64 // index of the last entry that it has applied
 	Committed   uint64 // index up to which it knows the log to be committed
 	Registers   int    // applied
@@ -35,17 +36,17 @@ type Survivor struct {
 	lineage uint64
 }
 
-// Better says whether the log of s should be preferred to that of o when a group is recovered: the higher (incarnation, term of its last
-// vote, last index, id). It is a total order of nodes.
+// Better says whether the log of s should be preferred to that of o when a group is recovered: the higher (incarnation, term of the last
+// entry, its index, id), as for an election. It is a total order of nodes.
 func (s Survivor) Better(o Survivor) bool {
 	a, b := incarnation{s.Incarnation, s.lineage}, incarnation{o.Incarnation, o.lineage}
 	switch {
 	case a != b:
 		return b.before(a)
+	case s.LastTerm != o.LastTerm:
+		return s.LastTerm > o.LastTerm
 	case s.Last != o.Last:
 		return s.Last > o.Last
-	case s.Term != o.Term:
-		return s.Term > o.Term
 	}
 	return s.ID > o.ID
 }
@@ -54,7 +55,7 @@ func (s Survivor) Better(o Survivor) bool {
 func survivorOf(id peer.ID, w *wirev1.ArbiterWhere, l *wirev1.ArbiterLog) Survivor {
 	at := incarnationOf(l.GetGroup())
 	s := Survivor{
-		ID: id, Role: "none", Incarnation: at.number, lineage: at.lineage, Term: l.GetTerm(), Last: l.GetLast(), Applied: l.GetApplied(),
+		ID: id, Role: "none", Incarnation: at.number, lineage: at.lineage, Term: l.GetTerm(), Last: l.GetLast(), LastTerm: l.GetLastTerm(), Applied: l.GetApplied(),
 		Committed: l.GetCommitted(), Registers: int(l.GetRegisters()), Voters: nearest(idsFromWire(l.GetVoters())), Leader: peer.ID(w.GetLeader()), Halted: l.GetHalted(),
 	}
 	switch {
@@ -129,6 +130,16 @@ func Reachable(of Survivor, all []Survivor) (here, missing []peer.ID) {
 	return here, missing
 }
 
+// Leading returns the survivor that leads, with a majority that this node may not know of; false: none says so.
+func Leading(all []Survivor) (Survivor, bool) {
+	for _, s := range all {
+		if s.Leader == s.ID && s.Incarnation > 0 {
+			return s, true
+		}
+	}
+	return Survivor{}, false
+}
+
 // Recover makes this node the only voter of the next incarnation of the group, from what its own log holds; the keeper then brings in other
 // voters. It is for a group that has lost most of its voters for good: what only they had committed is lost, but for what adopt brings
 // back. It returns the new incarnation when this node leads it. Errors wrap ErrMajority while most of the voters answer (their log is the one
@@ -143,6 +154,9 @@ func (a *Arbiter) Recover(ctx context.Context, adopt []Adoption) (uint64, error)
 		return 0, fmt.Errorf("recover: this node has stopped applying: %s", own.Halted)
 	}
 	here, missing := Reachable(own, all)
+	if l, is := Leading(all); is {
+		return 0, fmt.Errorf("recover: %w: node %s leads them", ErrMajority, l.ID)
+	}
 	if len(here) > len(own.Voters)/2 {
 		return 0, fmt.Errorf("recover: %w: %d of %d answer; it goes on by itself", ErrMajority, len(here), len(own.Voters))
 	}

@@ -36,6 +36,9 @@ func (a *Arbiter) answer(ctx context.Context, from peer.ID, req *wirev1.ArbiterR
 		resp := a.serveReadIndex(ctx)
 		if resp.GetCode() == wirev1.ArbiterResponse_OK {
 			st := a.fsm.shown.Load()
+			if st == nil { // another incarnation begins just now
+				return notLeader()
+			}
 			resp.Register, resp.Index = toWire(treeGet(st.tree, k.Read)), st.at.index
 		}
 		return resp
@@ -114,6 +117,7 @@ func (a *Arbiter) logState() *wirev1.ArbiterLog {
 	}
 	if r := a.raft.Load(); r != nil {
 		l.Term, l.Last, l.Committed = r.CurrentTerm(), r.LastIndex(), r.CommitIndex()
+		l.LastTerm = a.disk.termOf(l.Last)
 		voters, _ := a.configuration(r)
 		l.Voters = idsToWire(voters)
 	}

@@ -189,6 +189,18 @@ func (d *disk) ends() (first, last uint64) {
 	return d.first, d.last
 }
 
+// termOf returns the term of the entry at an index, from the log or the newest snapshot; 0: unknown.
+func (d *disk) termOf(index uint64) uint64 {
+	var l raft.Log
+	if d.GetLog(index, &l) == nil {
+		return l.Term
+	}
+	if snaps, err := d.List(); err == nil && len(snaps) > 0 && snaps[0].Index == index {
+		return snaps[0].Term
+	}
+	return 0
+}
+
 // FirstIndex implements raft.LogStore.
 func (d *disk) FirstIndex() (uint64, error) {
 	d.mu.RLock()

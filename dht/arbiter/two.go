@@ -62,6 +62,7 @@ type two struct {
 	with    peer.ID       // of the contact
 	at      time.Duration // of the contact, on the boot-time clock
 	notYet  time.Duration // boot time before which this node does not try to go alone again
+	rule    peer.ID       // primary, as last applied
 	leaving bool          // no contact counts any more: this node is finding out whether the other is dead
 }
 
@@ -81,6 +82,21 @@ func (t *two) linkChanged(id peer.ID, up bool) {
 		t.down[id] = true
 	}
 	t.mu.Unlock()
+	t.kick()
+}
+
+// applied is told who is primary after each batch of entries: a rule that begins begins with a contact.
+func (t *two) applied(primary peer.ID) {
+	t.mu.Lock()
+	same := t.rule == primary
+	t.rule = primary
+	t.mu.Unlock()
+	if !same {
+		t.kick()
+	}
+}
+
+func (t *two) kick() {
 	select {
 	case t.kicks <- struct{}{}:
 	default:
@@ -144,6 +160,13 @@ func (t *two) contact(with peer.ID, inc incarnation, at time.Duration) bool {
 // serveBeat answers the secondary. It counts as contact whoever is primary: that may not be applied here yet.
 func (t *two) serveBeat(from peer.ID, inc incarnation) *wirev1.ArbiterResponse {
 	own, err := t.a.speaks()
+	var other peer.ID
+	if r := t.a.raft.Load(); err == nil && r != nil {
+		other, _, _ = t.partner(r)
+	}
+	if err == nil && other != from {
+		err = errors.New("the two are not the voters")
+	}
 	if err == nil && own != inc {
 		err = fmt.Errorf("this node is of incarnation %s, the beat of %s", own, inc)
 	}
@@ -196,13 +219,23 @@ func (t *two) run(ctx context.Context, r *raft.Raft) {
 	beats := newBeater(t)
 	defer beats.stop()
 	probing := probePause
+	looked := t.a.cfg.BootTime()
+	var awake time.Duration
 	for {
+		// What came in while this process did not run has not been read yet: it gets a moment to.
+		now := t.a.cfg.BootTime()
+		if now-looked > t.a.t.Alone/3 {
+			awake = now + t.a.t.Alone/3
+		}
+		looked = now
 		pause := t.a.t.Alone / 6
 		other, primary, on := t.partner(r)
 		if inc, err := t.a.speaks(); err == nil && on {
 			l := t.look(other, primary, on, inc)
 			why := ""
 			switch {
+			case l.alone() && now < awake:
+				pause = awake - now
 			case l.alone():
 				why = "the other of two nodes has been silent for " + l.silent.Round(time.Millisecond).String()
 			case t.isDown(other) && t.worthProbing(l):

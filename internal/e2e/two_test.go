@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -138,4 +140,79 @@ func TestRecoverAfterTwoOfThree(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// The log that is recovered from lacks the last checkpoints of an instance, but a holder of them lives: they are adopted, and nothing that
+// was answered is lost.
+func TestRecoverAdoptsNewerCheckpoints(t *testing.T) {
+	g := plant(t, 5)
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "kv", "1.0.0"))
+	g.deploy(n1, kvApp)
+	in := g.running(n1, "data/kv-0", protected(3))
+	var laggard, holder *cluster.Node
+	for _, n := range g.Nodes {
+		switch held := slices.Contains(in.GetReplicas(), n.Name); {
+		case !held && laggard == nil:
+			laggard = n
+		case held && n.Name != in.GetNode():
+			holder = n
+		}
+	}
+	if laggard == nil || holder == nil {
+		t.Fatalf("on %s, held by %v", in.GetNode(), in.GetReplicas())
+	}
+	_, err := laggard.Stop() // from here on it misses what is committed
+	must(t, err)
+	for i := range 5 {
+		g.do(holder, "call", "data/kv", "Put", fmt.Sprintf(`{"key":"late","value":"the %d. write"}`, i))
+	}
+	g.wait("the index of the last checkpoint to name "+holder.Name, func(ctx context.Context) error {
+		now, err := g.instance(ctx, holder, "data/kv-0")
+		if err != nil {
+			return err
+		}
+		res, err := g.api(holder).DhtGet(ctx, &apiv1.DhtGetRequest{Key: "data/kv-0"})
+		var x struct {
+			Seq   uint64
+			Nodes []string
+		}
+		if err == nil {
+			err = json.Unmarshal(res.GetValue(), &x)
+		}
+		if err == nil && (now.GetCheckpointSeq() <= in.GetCheckpointSeq() || x.Seq < now.GetCheckpointSeq() || !slices.Contains(x.Nodes, holder.Name)) {
+			err = fmt.Errorf("the index has %d at %v, the instance %d", x.Seq, x.Nodes, now.GetCheckpointSeq())
+		}
+		return err
+	})
+	lost := g.others(laggard, holder)
+	must(t, cluster.Each(lost, func(n *cluster.Node) error { _, err := n.Kill(); return err }))
+	_, err = laggard.Cont()
+	must(t, err)
+	g.wait("the two that are left to see each other and no leader", func(ctx context.Context) error {
+		for _, n := range []*cluster.Node{laggard, holder} {
+			st, err := g.status(ctx, n)
+			if err != nil || st.GetArbiter().GetLeader() != "" || st.GetNodes().GetAlive() != 2 {
+				return errors.Join(err, fmt.Errorf("%s: leader %q, %v", n.Name, st.GetArbiter().GetLeader(), st.GetNodes()))
+			}
+		}
+		return nil
+	})
+	out := g.do(holder, "recover", "--from", laggard.Name, "--yes")
+	t.Log(out)
+	for _, want := range []string{laggard.Name + " *", "newer checkpoint: data/kv-0", "recovered from " + laggard.Name} {
+		if !strings.Contains(out, want) {
+			t.Errorf("recover does not say %q", want)
+		}
+	}
+	g.running(holder, "data/kv-0", func(now *apiv1.Instance) error {
+		if slices.ContainsFunc(lost, func(n *cluster.Node) bool { return n.Name == now.GetNode() }) {
+			return fmt.Errorf("it is on %s", now.GetNode())
+		}
+		return nil
+	})
+	if out := g.do(holder, "call", "data/kv", "Get", `{"key":"late"}`); !strings.Contains(out, "the 4. write") {
+		t.Errorf("after the recovery it answers %s", out)
+	}
+	g.waitVoters()
 }

@@ -2281,6 +2281,7 @@ type ArbiterLog struct {
 	Voters        [][]byte               `protobuf:"bytes,8,rep,name=voters,proto3" json:"voters,omitempty"`        // peer ids, as its own log has them
 	Committed     uint64                 `protobuf:"varint,9,opt,name=committed,proto3" json:"committed,omitempty"` // known to be committed, here
 	Registers     uint64                 `protobuf:"varint,10,opt,name=registers,proto3" json:"registers,omitempty"`
+	LastTerm      uint64                 `protobuf:"varint,11,opt,name=last_term,json=lastTerm,proto3" json:"last_term,omitempty"` // of the last entry
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2381,6 +2382,13 @@ func (x *ArbiterLog) GetCommitted() uint64 {
 func (x *ArbiterLog) GetRegisters() uint64 {
 	if x != nil {
 		return x.Registers
+	}
+	return 0
+}
+
+func (x *ArbiterLog) GetLastTerm() uint64 {
+	if x != nil {
+		return x.LastTerm
 	}
 	return 0
 }
@@ -2856,7 +2864,7 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\vincarnation\x18\x05 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05index\x18\x06 \x01(\x04R\x05index\x12/\n" +
 	"\x04meta\x18\a \x01(\v2\x1b.coppice.dht.v1.ArbiterMetaR\x04meta\x12\x18\n" +
-	"\alineage\x18\b \x01(\x04R\alineage\"\xa7\x02\n" +
+	"\alineage\x18\b \x01(\x04R\alineage\"\xc4\x02\n" +
 	"\n" +
 	"ArbiterLog\x12\x12\n" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x12\n" +
@@ -2870,7 +2878,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x06voters\x18\b \x03(\fR\x06voters\x12\x1c\n" +
 	"\tcommitted\x18\t \x01(\x04R\tcommitted\x12\x1c\n" +
 	"\tregisters\x18\n" +
-	" \x01(\x04R\tregisters\"\xd1\x01\n" +
+	" \x01(\x04R\tregisters\x12\x1b\n" +
+	"\tlast_term\x18\v \x01(\x04R\blastTerm\"\xd1\x01\n" +
 	"\fArbiterHello\x12\x14\n" +
 	"\x05boots\x18\x01 \x01(\x04R\x05boots\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x12\n" +
