@@ -1,8 +1,10 @@
 package arbiter
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
 )
@@ -93,7 +95,11 @@ func (a *Arbiter) meet(in incarnation) {
 		a.failures.note("write down incarnation "+in.String(), err)
 		return
 	}
-	a.log.Info("arbiter: met a higher incarnation of the group", "incarnation", seen, "own", group)
+	level := slog.LevelInfo
+	if group.none() {
+		level = slog.LevelDebug // the first that it hears of
+	}
+	a.log.Log(context.Background(), level, "arbiter: met a higher incarnation of the group", "incarnation", seen, "own", group)
 	a.where.outrank(seen)
 	a.outranked.beat()
 }
