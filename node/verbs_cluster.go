@@ -164,7 +164,7 @@ func (n *Node) unsafe(in *apiv1.Instance) string {
 func (n *Node) warnings(st arbiter.Status) []string {
 	var out []string
 	if !st.HasLeader {
-		out = append(out, "the arbiter has no leader that this node can reach: nothing can be placed, moved or committed until a majority of the voters is back")
+		out = append(out, "the arbiter has no leader that this node can reach: nothing can be placed, moved or committed until a majority of the voters is back; if they are gone for good: coppice recover")
 	}
 	if st.Halted != "" {
 		out = append(out, "this node stopped voting: "+st.Halted)

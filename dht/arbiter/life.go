@@ -192,10 +192,13 @@ func (a *Arbiter) renew(t *turn) error {
 	f := &renewal{m: newMachine(), next: next, begun: last, self: a.cfg.Self, former: votersOf(conf), adopt: t.adopt}
 	me := a.address()
 	only := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(me), Address: me}}}
-	if err := raft.RecoverCluster(a.raftConfig(), f, a.disk, a.disk, a.disk, a.trans.Load(), only); err != nil {
+	err = raft.RecoverCluster(a.raftConfig(), f, a.disk, a.disk, a.disk, a.trans.Load(), only)
+	// Its snapshot counts once it is there, whatever failed after that.
+	if m, merr := a.disk.machine(); merr != nil {
+		return errors.Join(fmt.Errorf("begin incarnation %d: %w", next.number, err), merr)
+	} else if m.meta.incarnation() != next {
 		return fmt.Errorf("begin incarnation %d: %w", next.number, err)
-	}
-	if _, _, err := a.disk.setIncarnations(func(_, seen incarnation) (incarnation, incarnation) { return next, seen }); err != nil {
+	} else if err := a.disk.settle(m); err != nil {
 		return err
 	}
 	a.fsm.reset()
@@ -205,8 +208,9 @@ func (a *Arbiter) renew(t *turn) error {
 	return nil
 }
 
-// settle finishes what a crash cut off in renew: the snapshot of the next incarnation is there, the log of the lower one beside it. It also
-// names the incarnation of a database that was written before incarnations were.
+// settle makes the database one of the incarnation that its newest snapshot is of: behind the snapshot of a next incarnation the log of the
+// lower one may still lie. After a crash in renew it finishes that. It also names the incarnation of a database that was written before
+// incarnations were.
 func (d *disk) settle(m *machine) error {
 	group, _ := d.incarnations()
 	exists, err := raft.HasExistingState(d, d, d)
