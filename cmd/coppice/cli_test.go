@@ -134,6 +134,7 @@ func TestWhatCommandsPrint(t *testing.T) {
 		"token":    {"token", "token --ttl 5m --uses 3 -o json"},
 		"drain":    {"drain n2", "drain n2 -o json"},
 		"down":     {"down", "down --all", "down --all -o json"},
+		"recover":  {"recover", "recover --yes", "recover --yes --adopt-newer=false -o json", "recover -o json", "recover --from n2 --yes"},
 		"registry": {"registry list", "registry list -o json"},
 		"apps":     {"apps", "apps -o json"},
 		"ps":       {"ps", "ps shop -o json"},

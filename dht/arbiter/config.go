@@ -55,6 +55,9 @@ type Config struct {
 	Mirror func([]Register)
 	// MaxVoters is 1, 3, 5 (default) or 7.
 	MaxVoters int
+	// Turned is told after this node has gone on in the next incarnation, alone (file ""), or has given up what it held of a lower one, which
+	// is in file now. It must not block.
+	Turned func(incarnation uint64, file, why string)
 	// LostFound is the folder into which a node writes what it held of an incarnation that a higher one superseded. Default: lost+found
 	// beside Dir.
 	LostFound string
@@ -152,6 +155,9 @@ func (c Config) complete() (Config, error) {
 	if c.BootTime == nil {
 		begun := time.Now()
 		c.BootTime = func() time.Duration { return time.Since(begun) }
+	}
+	if c.Turned == nil {
+		c.Turned = func(uint64, string, string) {}
 	}
 	if c.LostFound == "" {
 		c.LostFound = filepath.Join(filepath.Dir(c.Dir), "lost+found")

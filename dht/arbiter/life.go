@@ -91,6 +91,7 @@ func (a *Arbiter) live(ctx context.Context) error {
 		} else {
 			group, _ := a.disk.incarnations()
 			a.log.Warn("arbiter: this node goes on alone, in the next incarnation", "incarnation", group, "why", t.why)
+			a.cfg.Turned(group.number, "", t.why)
 		}
 		if r, err = a.startRaft(); err != nil {
 			return err
@@ -177,6 +178,7 @@ func (a *Arbiter) giveUp() error {
 	a.fsm.reset()
 	a.base.Store(0)
 	a.log.Warn("arbiter: the group goes on in a higher incarnation; what this node held of the lower one was put aside", "lower", group, "higher", seen, "file", file)
+	a.cfg.Turned(seen.number, file, "the group goes on in a higher incarnation")
 	return nil
 }
 
