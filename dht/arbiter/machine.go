@@ -31,6 +31,7 @@ type machine struct {
 	deleted                   uint64 // index of the last delete
 	txns                      txnTable
 	former                    []peer.ID // that ever voted, oldest first
+	voted                     []peer.ID // that voted in this incarnation, oldest first
 }
 
 // meta is what the group keeps about itself.
@@ -39,14 +40,23 @@ type meta struct {
 	Incarnation uint64
 	Format      uint32
 	Coordinator peer.ID
+	TwoNode     peer.ID // primary of two voters while either may go on alone; "": none may
+	Lineage     uint64  // tells two incarnations of a number apart
+	Begun       uint64  // last index of the incarnation before
 }
 
 func metaToWire(m meta) *wirev1.ArbiterMeta {
-	return &wirev1.ArbiterMeta{Cluster: m.Cluster, Incarnation: m.Incarnation, Format: m.Format, Coordinator: []byte(m.Coordinator)}
+	return &wirev1.ArbiterMeta{
+		Cluster: m.Cluster, Incarnation: m.Incarnation, Format: m.Format, Coordinator: []byte(m.Coordinator), TwoNode: []byte(m.TwoNode), Lineage: m.Lineage,
+		Begun: m.Begun,
+	}
 }
 
 func metaFromWire(m *wirev1.ArbiterMeta) meta {
-	return meta{Cluster: m.GetCluster(), Incarnation: m.GetIncarnation(), Format: m.GetFormat(), Coordinator: peer.ID(m.GetCoordinator())}
+	return meta{
+		Cluster: m.GetCluster(), Incarnation: m.GetIncarnation(), Format: m.GetFormat(), Coordinator: peer.ID(m.GetCoordinator()),
+		TwoNode: peer.ID(m.GetTwoNode()), Lineage: m.GetLineage(), Begun: m.GetBegun(),
+	}
 }
 
 // change is what one entry did to one key.
@@ -115,14 +125,48 @@ func (m *machine) settle(s *scratch) []change {
 // voters records who votes, so that an empty disk of a former voter is recognised.
 func (m *machine) voters(index uint64, ids []peer.ID) {
 	m.index = index
+	m.former, m.voted = joined(m.former, ids), joined(m.voted, ids)
+}
+
+// joined adds the ids that are not there yet, and forgets the oldest beyond maxFormer. It returns a new slice: views share the old one.
+func joined(known, ids []peer.ID) []peer.ID {
+	out := slices.Clone(known)
 	for _, id := range ids {
-		if !slices.Contains(m.former, id) {
-			m.former = append(m.former, id)
+		if !slices.Contains(out, id) {
+			out = append(out, id)
 		}
 	}
-	if n := len(m.former) - maxFormer; n > 0 {
-		m.former = slices.Clone(m.former[n:])
+	return out[max(0, len(out)-maxFormer):]
+}
+
+// raise begins the next incarnation: self is its only voter, begun the last index of the one before. Every register is of it from now on,
+// so that (incarnation, epoch) of each owner outranks whatever the lower incarnation may still have given out elsewhere.
+func (m *machine) raise(in incarnation, begun uint64, self peer.ID, former []peer.ID) {
+	m.meta.Incarnation, m.meta.Lineage, m.meta.Begun, m.meta.TwoNode = in.number, in.lineage, begun, ""
+	m.former, m.voted = joined(m.former, former), []peer.ID{self}
+	t := m.tree.Txn()
+	it := m.tree.Root().Iterator()
+	for k, v, ok := it.Next(); ok; k, v, ok = it.Next() {
+		r := *v.(*Register)
+		r.Incarnation = in.number
+		t.Insert(k, &r)
 	}
+	m.tree = t.CommitOnly()
+}
+
+// adopt puts checkpoints into registers that know only older ones.
+func (m *machine) adopt(list []Adoption) {
+	t := m.tree.Txn()
+	for _, x := range list {
+		old := treeGet(m.tree, x.Key)
+		if old == nil || x.Seq <= old.Seq || len(x.Holders) == 0 {
+			continue
+		}
+		r := *old
+		r.Seq, r.Root, r.Holders = x.Seq, x.Root, slices.Clone(x.Holders)
+		t.Insert([]byte(x.Key), &r)
+	}
+	m.tree = t.CommitOnly()
 }
 
 // scratch is the effect of an entry, or of a branch of a transaction, before it counts.
@@ -332,6 +376,9 @@ func (s *scratch) setMeta(c *wirev1.ArbiterSetMeta) *wirev1.ArbiterResult {
 	m.Format = max(m.Format, c.GetFormat())
 	if c.Coordinator != nil {
 		m.Coordinator = peer.ID(c.GetCoordinator())
+	}
+	if c.TwoNode != nil {
+		m.TwoNode = peer.ID(c.GetTwoNode())
 	}
 	return ok(nil)
 }

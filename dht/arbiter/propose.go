@@ -23,11 +23,12 @@ func (a *Arbiter) judge(leader peer.ID, resp *wirev1.ArbiterResponse, err error)
 		// Even an unreachable peer may have got it: the call may have gone into a pooled stream first, and only then have dialled.
 		return doubtful
 	}
-	a.raise(resp.GetIndex())
+	inc := resp.GetWhere().GetIncarnation()
+	a.raise(point{inc, resp.GetIndex()})
 	switch resp.GetCode() {
 	case wirev1.ArbiterResponse_OK:
 		for _, r := range resp.GetResults() {
-			a.raise(r.GetIndex())
+			a.raise(point{inc, r.GetIndex()})
 		}
 		return carried
 	case wirev1.ArbiterResponse_DOUBT:
@@ -36,7 +37,7 @@ func (a *Arbiter) judge(leader peer.ID, resp *wirev1.ArbiterResponse, err error)
 		return rejected
 	case wirev1.ArbiterResponse_NOT_LEADER:
 		a.where.lost(leader)
-		a.where.hint(resp.GetWhere())
+		a.hear(resp.GetWhere())
 	case wirev1.ArbiterResponse_BUSY:
 	}
 	return notDone

@@ -46,8 +46,8 @@ var (
 	_ raft.WithClose   = (*transport)(nil)
 )
 
-func newTransport(p peers.Peers, self peer.ID, timeout time.Duration, log hclog.Logger, ids *idCache) *transport {
-	layer := newStreams(p, self)
+func newTransport(p peers.Peers, self peer.ID, d door, timeout time.Duration, log hclog.Logger, ids *idCache) *transport {
+	layer := newStreams(p, self, d)
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Stream: layer, MaxPool: 3, Timeout: timeout, Logger: log,
@@ -104,6 +104,16 @@ func (t *transport) guard(rpc raft.RPC) error {
 
 // Consumer implements raft.Transport.
 func (t *transport) Consumer() <-chan raft.RPC { return t.rpcs }
+
+// ended says whether Close was called.
+func (t *transport) ended() bool {
+	select {
+	case <-t.stop:
+		return true
+	default:
+		return false
+	}
+}
 
 // Close ends all streams and the forwarding. It is called by raft's shutdown too.
 func (t *transport) Close() error {

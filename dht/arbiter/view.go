@@ -38,6 +38,7 @@ type viewState struct {
 	complete uint64 // no change up to here is missing; below at.index only on followers, for checkpoints held back
 	fromRaft bool
 	former   []peer.ID // that ever voted; of the own machine only
+	voted    []peer.ID // that voted in this incarnation; likewise
 }
 
 func newView() *view {
@@ -61,7 +62,7 @@ func (v *view) list(prefix string) []Register {
 
 // machineState is what a machine shows.
 func machineState(m *machine) *viewState {
-	return &viewState{tree: m.tree, meta: m.meta, at: point{m.meta.Incarnation, m.index}, complete: m.index, fromRaft: true, former: m.former}
+	return &viewState{tree: m.tree, meta: m.meta, at: point{m.meta.Incarnation, m.index}, complete: m.index, fromRaft: true, former: m.former, voted: m.voted}
 }
 
 // fromMachine shows what the machine applied. changes are those of the entries between the previous call and this one.
