@@ -2,11 +2,14 @@ package bench
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -22,10 +25,9 @@ import (
 	"github.com/coppice-project/coppice/dht/peers"
 )
 
-var scaleNodes = 1000
-
 const (
-	scaleLost = 4 // one in so many is lost at once
+	scaleNodes = 1000
+	scaleLost  = 4 // one in so many is lost at once
 	// joining is the time in which all nodes come, evenly.
 	joining = 20 * time.Second
 	// scaleIdle is how long traffic is counted while nothing happens.
@@ -34,36 +36,69 @@ const (
 	memberPrefix = "member/"
 )
 
-// scale runs the protocol core of a thousand nodes in this process and in virtual time: members and arbiter, the code that nodes run, over a
-// network and disks in memory. Times are what the protocols take where a message takes 250 µs and computing takes nothing.
+// ScaleCommand is the command of the binary that is the process of the scale benchmark.
+const ScaleCommand = "__scale"
+
+// scale runs the protocol core of a thousand nodes in a process of its own and in virtual time: members and arbiter, the code that nodes run,
+// over a network and disks in memory. Times are what the protocols take where a message takes 250 µs and computing takes nothing.
 func scale(ctx context.Context, cfg Config) ([]Result, error) {
-	var out []Result
-	err := ctx.Err()
+	r, w, err := os.Pipe()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("scale: %w", err)
 	}
-	ctx = context.WithoutCancel(ctx) // it comes from outside of the bubble, where time is another one
-	ok := inBubble(func(t *testing.T) {
-		w := &forest{cfg: cfg, net: peers.NewNet(7), rng: rand.New(rand.NewPCG(7, 1))}
-		defer w.close()
-		out, err = w.grow(ctx)
-	})
-	if err == nil && !ok {
-		err = errors.New("the simulated nodes did not all come to an end")
+	defer r.Close()
+	cmd := exec.CommandContext(ctx, cfg.Binary, ScaleCommand)
+	cmd.Stderr, cmd.ExtraFiles = cfg.Progress, []*os.File{w}
+	err = cmd.Start()
+	if err = errors.Join(err, w.Close()); err != nil {
+		return nil, fmt.Errorf("scale: %w", err)
 	}
-	return out, err
+	var out scaled
+	read := json.NewDecoder(r).Decode(&out)
+	err = cmd.Wait()
+	switch {
+	case out.Error != "":
+		return out.Results, errors.New(out.Error)
+	case err != nil:
+		return out.Results, fmt.Errorf("the simulated nodes did not come to an end: %w", err)
+	}
+	return out.Results, read
 }
 
-// inBubble runs f where time is virtual. The standard library offers that to tests only, so f runs as one.
-func inBubble(f func(t *testing.T)) bool {
-	testing.Init()
-	return testing.RunTests(func(string, string) (bool, error) { return true, nil },
-		[]testing.InternalTest{{Name: "scale", F: func(t *testing.T) { synctest.Test(t, f) }}})
+// scaled is what the process of the scale benchmark tells on its file 3.
+type scaled struct {
+	Results []Result `json:"results"`
+	Error   string   `json:"error"`
+}
+
+// ServeScale is the process of the scale benchmark; it does not return. Only tests have virtual time in the standard library, so it is one.
+func ServeScale() {
+	os.Args = os.Args[:1]
+	testing.Main(func(string, string) (bool, error) { return true, nil }, []testing.InternalTest{{Name: "scale", F: func(t *testing.T) {
+		var out scaled
+		synctest.Test(t, func(t *testing.T) {
+			var err error
+			if out.Results, err = simulate(context.Background(), Config{Progress: os.Stderr}, scaleNodes); err != nil {
+				out.Error = err.Error()
+			}
+		})
+		if err := json.NewEncoder(os.NewFile(3, "results")).Encode(out); err != nil {
+			t.Error(err)
+		}
+	}}}, nil, nil)
+}
+
+// simulate grows a forest, in a bubble.
+func simulate(ctx context.Context, cfg Config, nodes int) ([]Result, error) {
+	w := &forest{cfg: cfg, size: nodes, net: peers.NewNet(7), rng: rand.New(rand.NewPCG(7, 1))}
+	defer w.close()
+	return w.grow(ctx)
 }
 
 // forest is many nodes.
 type forest struct {
 	cfg   Config
+	size  int
 	net   *peers.Net
 	rng   *rand.Rand
 	trees []*tree
@@ -199,18 +234,18 @@ func less(a, b []float64, by float64) []float64 {
 }
 
 func (w *forest) grow(ctx context.Context) ([]Result, error) {
-	for i := range scaleNodes {
+	for i := range w.size {
 		if _, err := w.plant(ctx, i); err != nil {
 			return nil, fmt.Errorf("node %d: %w", i, err)
 		}
-		time.Sleep(joining / time.Duration(scaleNodes))
+		time.Sleep(joining / time.Duration(w.size))
 	}
 	met, err := w.agree("after they joined")
 	if err != nil {
 		return nil, err
 	}
 	join := w.sent()
-	w.cfg.say("%d nodes joined within %s and know each other %s after the last came", scaleNodes, joining, met)
+	w.cfg.say("%d nodes joined within %s and know each other %s after the last came", w.size, joining, met)
 	time.Sleep(30 * time.Second)
 	from := w.sent()
 	time.Sleep(scaleIdle)
@@ -259,9 +294,9 @@ func (w *forest) grow(ctx context.Context) ([]Result, error) {
 	storm := less(w.sent(), before, 1)
 	return []Result{
 		summary("joined → every node sees every node, after the last came", "ms", []float64{ms(met)}),
-		summary(fmt.Sprintf("sent by a node while %d joined within %s", scaleNodes, joining), "B", join),
+		summary(fmt.Sprintf("sent by a node while %d joined within %s", w.size, joining), "B", join),
 		summary("idle: sent by a node, without framing", "B/s", idle),
-		summary(fmt.Sprintf("%d of %d nodes lose power at once, %d of %d voters among them → next commit", lost, scaleNodes, dead, voters), "ms", []float64{ms(commit)}),
+		summary(fmt.Sprintf("%d of %d nodes lose power at once, %d of %d voters among them → next commit", lost, w.size, dead, voters), "ms", []float64{ms(commit)}),
 		summary("… → every view is right", "ms", []float64{ms(settled)}),
 		summary("… sent by a node until then", "B", storm),
 	}, nil
