@@ -8,6 +8,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/coppice-project/coppice/dht/keys"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // step is one thing for the keeper to do. At most one change of the group is under way at any time.
@@ -152,6 +153,9 @@ func (s *situation) sort() groups {
 // next decides what to do now: replace and grow first, then take out, then swap, then see to learners, coordinator and leadership.
 func (s *situation) next() step {
 	g := s.sort()
+	if st := s.takeOut(g); planted.Bug("remove-first") && st.kind != stepNone {
+		return st
+	}
 	for _, rule := range []func(groups) step{s.fill, s.takeOut, s.shrink, s.swap, s.learn, s.tidy, s.name, s.hand} {
 		if st := rule(g); st.kind != stepNone {
 			return st
@@ -163,9 +167,9 @@ func (s *situation) next() step {
 // bring adds a voter: learner first, voter when it has caught up.
 func (s *situation) bring(id peer.ID, why string) step {
 	switch {
-	case !slices.Contains(s.learners, id):
+	case !slices.Contains(s.learners, id) && !planted.Bug("vote-without-learning"):
 		return step{stepLearner, id, why}
-	case !s.ready(id):
+	case !s.ready(id) && !planted.Bug("vote-without-learning"):
 		return step{stepWait, id, why}
 	}
 	return step{stepVoter, id, why}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // judge says what an answer means, and takes its hints.
@@ -20,6 +21,9 @@ func (a *Arbiter) judge(leader peer.ID, resp *wirev1.ArbiterResponse, err error)
 			return notDone // its handler did not get to it
 		}
 		a.disbelieve(leader)
+		if planted.Bug("doubt-forgotten") {
+			return notDone
+		}
 		// Even an unreachable peer may have got it: the call may have gone into a pooled stream first, and only then have dialled.
 		return doubtful
 	}
@@ -88,7 +92,7 @@ func (a *Arbiter) do(ctx context.Context, cmd *wirev1.ArbiterCommand) (*wirev1.A
 		select {
 		case o = <-p.done:
 		case <-ctx.Done():
-			if a.queue.withdraw(p) {
+			if a.queue.withdraw(p) && !planted.Bug("doubt-as-failure") {
 				return nil, true, &InDoubtError{Cause: context.Cause(ctx)}
 			}
 			return nil, false, fmt.Errorf("%w (%w)", ErrNoLeader, context.Cause(ctx))
