@@ -174,9 +174,10 @@ func (a *Arbiter) Commit(ctx context.Context, r CommitRequest) (Register, error)
 		return Register{}, fmt.Errorf("commit %s seq %d: %w", r.Key, r.Seq, err)
 	}
 	if res.GetCode() != wirev1.ArbiterResult_OK && doubt {
-		// A seq never goes back: below ours, ours never was.
+		// A seq never goes back: below ours, ours never was. It never will be only if its epoch is over: an earlier try that left a gap
+		// may yet arrive when the gap is closed.
 		cur := res.GetRegister()
-		if cur == nil || cur.GetSeq() >= r.Seq {
+		if cur == nil || cur.GetSeq() >= r.Seq || res.GetCode() == wirev1.ArbiterResult_REFUSED {
 			return Register{}, fmt.Errorf("commit %s seq %d: %w", r.Key, r.Seq, inDoubt(res))
 		}
 	}
