@@ -162,7 +162,7 @@ func (a *Arbiter) confirm(ctx context.Context) (uint64, error) {
 	if r.State() != raft.Leader {
 		return 0, raft.ErrNotLeader
 	}
-	if planted.Bug("leader-local-read") {
+	if planted.Bug("leader-local-read") && a.fsm.shown.Load() != nil {
 		return a.fsm.applied.Load(), nil
 	}
 	commit, err := a.commitOfTerm(ctx, r, term)

@@ -40,6 +40,7 @@ var harms = []harm{
 	{"crash of the leader", 3, (*faults).crashLeader},
 	{"crash of all", 1, (*faults).crashAll},
 	{"crash of some", 2, (*faults).crashSome},
+	{"crashes while electing", 2, (*faults).crashElecting},
 	{"lost disk", 2, (*faults).loseDisk},
 	{"wiped disk", 2, (*faults).wipeDisk},
 	{"split", 3, (*faults).split},
@@ -196,6 +197,31 @@ func (f *faults) crashMany(list []*node) string {
 		time.Sleep(f.w.between(0, 50*time.Millisecond))
 	}
 	return fmt.Sprint(len(mine), " nodes")
+}
+
+// crashElecting kills the leader, and then, while another is being elected, now this voter and now that for a moment.
+func (f *faults) crashElecting() string {
+	n := f.any(true)
+	if n == nil {
+		return ""
+	}
+	defer n.give()
+	f.w.kill(n)
+	times := 1 + f.w.intn(4)
+	for range times {
+		f.pause(0, 120*time.Millisecond)
+		o := f.any(f.w.oneIn(2))
+		if o == nil {
+			continue
+		}
+		f.w.kill(o)
+		f.pause(0, 10*time.Millisecond)
+		f.w.begin(o)
+		o.give()
+	}
+	f.pause(0, 500*time.Millisecond)
+	f.w.begin(n)
+	return fmt.Sprintf("%s, and %d times others", n.name, times)
 }
 
 // mayLose says whether a disk may be lost now: the group must be able to do without it, whatever configuration anybody believes in.

@@ -87,6 +87,8 @@ func (g *registers) run() {
 		r := g.dice()
 		clients.Go(func() { g.client(i, r, end) })
 	}
+	r := g.dice()
+	clients.Go(func() { g.eager(r, end) })
 	f := newFaults(g.world, size+3)
 	f.run(time.Until(end))
 	clients.Wait()
@@ -176,6 +178,32 @@ func (g *registers) client(number int, r *rand.Rand, end time.Time) {
 		c.once(ctx)
 		cancel()
 		time.Sleep(time.Duration(r.IntN(120)) * time.Millisecond)
+	}
+}
+
+// eager reads at each new leader at once: what it answers before it knows what its predecessors committed would be stale.
+func (g *registers) eager(r *rand.Rand, end time.Time) {
+	c := &client{g: g, number: 5, r: r, last: map[string]arbiter.Register{}}
+	led := map[*life]uint64{}
+	for time.Now().Before(end) && !g.failed() {
+		time.Sleep(time.Millisecond)
+		for _, n := range g.live() {
+			l := n.cur.Load()
+			if l == nil || l.frozen.Load() {
+				continue
+			}
+			s := l.arb.Status()
+			if s.Role != "leader" || led[l] == s.Term {
+				continue
+			}
+			led[l] = s.Term
+			c.at, c.arb = n, l.arb
+			for _, key := range g.single {
+				ctx, cancel := within(200 * time.Millisecond)
+				c.read(ctx, g.single, key)
+				cancel()
+			}
+		}
 	}
 }
 
