@@ -211,7 +211,8 @@ func (s *situation) takeOut(g groups) step {
 	left := len(s.voters) - 1
 	alive := 0
 	for _, v := range s.voters {
-		if v != id && !s.members[v].dead {
+		// Who is silent, or came back and does not take part (an emptied disk), would be waited for for ever.
+		if v != id && s.members[v].alive && (v == s.self || s.ready(v)) {
 			alive++
 		}
 	}

@@ -128,3 +128,24 @@ func TestReplay(t *testing.T) {
 		}
 	}
 }
+
+// TestCorpus plays every schedule that ever failed.
+func TestCorpus(t *testing.T) {
+	raw, err := os.ReadFile("testdata/corpus")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(raw)) {
+		id, _, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if id == "" || id == "#" {
+			continue
+		}
+		k, seed, err := parseID(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := play(t, k, seed); s.failed() {
+			t.Error(s.report())
+		}
+	}
+}
