@@ -17,9 +17,9 @@ import (
 type faults struct {
 	w      *world
 	r      *rand.Rand
-	max    int // nodes at most
-	losses int // disks that may yet be lost
-	only   []string
+	max    int    // nodes at most
+	losses int    // disks that may yet be lost
+	more   []harm // of the kind
 	wg     sync.WaitGroup
 
 	mu   sync.Mutex // guards the rest
@@ -83,21 +83,19 @@ func (f *faults) weather() {
 // run does harm for a while and returns when all of it is over.
 func (f *faults) run(d time.Duration) {
 	end := time.Now().Add(d)
+	all := append(slices.Clone(harms), f.more...)
 	total := 0
-	for _, h := range harms {
+	for _, h := range all {
 		total += h.weight
 	}
 	for time.Now().Before(end) && !f.w.failed() {
 		time.Sleep(f.w.between(50*time.Millisecond, 900*time.Millisecond))
 		pick := f.w.intn(total)
 		i := 0
-		for ; pick >= harms[i].weight; i++ {
-			pick -= harms[i].weight
+		for ; pick >= all[i].weight; i++ {
+			pick -= all[i].weight
 		}
-		h := harms[i]
-		if len(f.only) > 0 && !slices.Contains(f.only, h.name) {
-			continue
-		}
+		h := all[i]
 		run := func() {
 			if what := h.do(f); what != "" {
 				f.w.mu.Lock()

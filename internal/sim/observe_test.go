@@ -17,13 +17,14 @@ type observers struct {
 	// owners is who made an epoch: by (incarnation, key, epoch). epochs is the other way round: by (key, nonce).
 	owners map[string]string
 	epochs map[string]string
-	roots  map[string]string // by (incarnation, key, seq)
-	acked  map[string]uint64 // by key: the highest seq that a client was told is committed
-	newest map[string]uint64 // by key: the highest seq that any node showed
+	by     map[string]peer.ID // who owns: by (incarnation, key, epoch)
+	roots  map[string]string  // by (incarnation, key, seq)
+	acked  map[string]uint64  // by key: the highest seq that a client was told is committed
+	newest map[string]uint64  // by key: the highest seq that any node showed
 }
 
 func newObservers(w *world) *observers {
-	return &observers{w: w, owners: map[string]string{}, epochs: map[string]string{}, roots: map[string]string{}, acked: map[string]uint64{}, newest: map[string]uint64{}}
+	return &observers{w: w, owners: map[string]string{}, epochs: map[string]string{}, by: map[string]peer.ID{}, roots: map[string]string{}, acked: map[string]uint64{}, newest: map[string]uint64{}}
 }
 
 // sight is what one life of a node showed of a register last.
@@ -67,6 +68,12 @@ func (o *observers) saw(n *node, r *arbiter.Register) {
 			o.w.failf("I1: %s shows epoch %s made by %s; it was made by %s", n.name, epoch, maker, was)
 		}
 		o.owners[epoch] = maker
+		if r.Owner != "" {
+			if was, known := o.by[epoch]; known && was != r.Owner {
+				o.w.failf("I1: %s shows %s as the owner of epoch %s; it was %s", n.name, o.w.named(r.Owner), epoch, o.w.named(was))
+			}
+			o.by[epoch] = r.Owner
+		}
 		nonce := fmt.Sprintf("%s/%x", r.Key, r.Nonce)
 		if was, known := o.epochs[nonce]; known && was != epoch {
 			o.w.failf("I1: the claim %s made epoch %s and epoch %s", nonce, was, epoch)
@@ -103,6 +110,14 @@ func (o *observers) lastAcked(key string) uint64 {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.acked[key]
+}
+
+// ownerAt is who owned an epoch.
+func (o *observers) ownerAt(inc uint64, key string, epoch uint64) (peer.ID, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	id, known := o.by[fmt.Sprintf("%d/%s/%d", inc, key, epoch)]
+	return id, known
 }
 
 // group holds the configurations of the group, as the logs on disk have them, against I7: one change at a time, and nobody votes who has not

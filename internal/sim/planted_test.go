@@ -49,6 +49,16 @@ var bugs = []bug{
 	{"snapshot-older", "registers", 2000, "a follower takes a snapshot older than what it has applied (with a log kept short, or it is never sent one)"},
 	{"remove-first", "registers", 200, "the keeper takes a dead voter out before another learns in its place"},
 	{"vote-without-learning", "registers", 30, "the keeper makes a node a voter that has not caught up"},
+	{"mirror-older-wins", "whole", 60, "a holder takes an older mirror for a newer one"},
+	{"one-holder-less", "whole", 10, "w - 1 holders are taken for w"},
+	{"restore-older", "whole", 60, "a new owner starts from the checkpoint before the last acknowledged one"},
+	{"no-lease-wait", "whole", 60, "the successor of an exactly-one instance does not wait until the last owner's lease has run out"},
+	{"lease-not-asked", "whole", 60, "an owner serves whether or not it holds its lease"},
+	{"serves-out-of-touch", "whole", 60, "an owner that is cut off from the arbiter goes on"},
+	{"unsettled-restart", "whole", 300, "a process is started again before it is certain how its predecessor's last commit ended"},
+	{"reply-before-commit", "whole", 100, "an answer is given before its effects are committed"},
+	{"stale-reply", "whole", 300, "an answer is given by an owner that is none any more"},
+	{"token-not-checked", "whole", 300, "an owner answers callers that know of a newer epoch than its own"},
 }
 
 // TestPlanted has the simulation look for each planted bug, and fails where one is not found in time. Each hunt is a process of its own: some

@@ -14,10 +14,10 @@ import (
 )
 
 const (
-	maxLog = 50_000           // lines of events kept of a schedule
-	tail   = 80               // lines of them printed with a failure
-	decide = 5 * time.Second  // of porcupine for one history, outside the bubble
-	slow   = 2 * time.Second  // a schedule that takes longer is named
+	maxLog = 50_000          // lines of events kept of a schedule
+	tail   = 80              // lines of them printed with a failure
+	decide = 5 * time.Second // of porcupine for one history, outside the bubble
+	slow   = 2 * time.Second // a schedule that takes longer is named
 )
 
 // kind is one way of setting up and stressing a cluster.

@@ -13,7 +13,7 @@ import (
 )
 
 // kinds are all there are.
-var kinds = []kind{registersKind}
+var kinds = []kind{registersKind, wholeKind}
 
 func kindOf(name string) (kind, bool) {
 	for _, k := range kinds {
@@ -105,9 +105,9 @@ func TestSim(t *testing.T) {
 }
 
 // shares of the kinds, in percent of all schedules.
-var shares = map[string]int{"registers": 100}
+var shares = map[string]int{"registers": 94, "whole": 6}
 
-const defaultSchedules = 100
+const defaultSchedules = 2000
 
 // TestReplay plays one schedule, named by COPPICE_SIM_SEED ("registers/17"), and prints all its events. COPPICE_SIM_TIMES plays it more than
 // once: what a seed leaves open is the order of goroutines.
