@@ -17,9 +17,9 @@ import (
 type faults struct {
 	w      *world
 	r      *rand.Rand
-	max    int    // nodes at most
-	losses int    // disks that may yet be lost
-	more   []harm // of the kind
+	max    int // nodes at most
+	losses int // disks that may yet be lost
+	harms  []harm
 	wg     sync.WaitGroup
 
 	mu   sync.Mutex // guards the rest
@@ -58,7 +58,7 @@ var harms = []harm{
 }
 
 func newFaults(w *world, most int) *faults {
-	f := &faults{w: w, r: w.dice(), max: most, base: time.Duration(1+w.intn(8)) * time.Millisecond}
+	f := &faults{w: w, r: w.dice(), max: most, harms: slices.Clone(harms), base: time.Duration(1+w.intn(8)) * time.Millisecond}
 	if w.oneIn(5) {
 		f.base = w.between(20*time.Millisecond, 200*time.Millisecond)
 	}
@@ -68,6 +68,11 @@ func newFaults(w *world, most int) *faults {
 	}
 	f.weather()
 	return f
+}
+
+// choose restricts the faults to some.
+func (f *faults) choose(names ...string) {
+	f.harms = slices.DeleteFunc(f.harms, func(h harm) bool { return !slices.Contains(names, h.name) })
 }
 
 // weather sets delay and loss of the network.
@@ -83,7 +88,7 @@ func (f *faults) weather() {
 // run does harm for a while and returns when all of it is over.
 func (f *faults) run(d time.Duration) {
 	end := time.Now().Add(d)
-	all := append(slices.Clone(harms), f.more...)
+	all := f.harms
 	total := 0
 	for _, h := range all {
 		total += h.weight
@@ -125,7 +130,7 @@ func (f *faults) any(leader bool) *node {
 	n := live[f.w.intn(len(live))]
 	if leader {
 		for _, o := range live {
-			if l := o.cur.Load(); l != nil && l.arb.Status().Role == "leader" {
+			if l := o.cur.Load(); l != nil && l.arb != nil && l.arb.Status().Role == "leader" {
 				n = o
 			}
 		}

@@ -13,7 +13,7 @@ import (
 )
 
 // kinds are all there are.
-var kinds = []kind{registersKind, wholeKind}
+var kinds = []kind{registersKind, pagesKind, wholeKind}
 
 func kindOf(name string) (kind, bool) {
 	for _, k := range kinds {
@@ -105,7 +105,7 @@ func TestSim(t *testing.T) {
 }
 
 // shares of the kinds, in percent of all schedules.
-var shares = map[string]int{"registers": 94, "whole": 6}
+var shares = map[string]int{"registers": 70, "pages": 20, "whole": 10}
 
 const defaultSchedules = 2000
 

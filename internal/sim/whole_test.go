@@ -179,8 +179,8 @@ func (p *part) withArbiter(l *life) error {
 
 // liveRoots are what the collector keeps, as a node says it.
 func (p *part) liveRoots() []blobs.Hash {
-	if p.l.arb.Status().FeedAge < 0 {
-		return nil
+	if age := p.l.arb.Status().FeedAge; age < 0 || age > collectAfter/4 {
+		return nil // as in package node, in proportion
 	}
 	out := []blobs.Hash{}
 	for _, reg := range p.l.arb.List(components.InstancePrefix) {
@@ -385,7 +385,8 @@ func (w *whole) run() {
 	}
 	f := newFaults(w.world, size+1)
 	f.losses = 1
-	f.more = []harm{{"crash of a process", 4, w.crashProcess}, {"crash of an owner", 4, w.crashOwner}, {"owner cut off", 4, w.isolateOwner}, {"owner stands still", 3, w.freezeOwner}, {"move", 3, w.move}}
+	f.harms = append(f.harms, harm{"crash of a process", 4, w.crashProcess}, harm{"crash of an owner", 4, w.crashOwner},
+		harm{"owner cut off", 4, w.isolateOwner}, harm{"owner stands still", 3, w.freezeOwner}, harm{"move", 3, w.move})
 	f.run(time.Until(end))
 	callers.Wait()
 	if w.failed() {

@@ -33,6 +33,8 @@ type world struct {
 	echoes bool
 	// build adds what a kind has besides the arbiter to a life that begins.
 	build func(n *node, l *life) error
+	// bare makes a life without an arbiter; nil: every life has one.
+	bare func(n *node, l *life) error
 
 	mu    sync.Mutex // guards the rest
 	nodes []*node
@@ -223,12 +225,14 @@ func (n *node) start(bootstrap bool) *life {
 		panic(fmt.Sprintf("%s: start %s: %v", w.id(), n.name, err))
 	}
 	n.cur.Store(l)
-	w.eyes.watch(l)
+	if l.arb != nil {
+		w.eyes.watch(l)
+		l.runs = append(l.runs, func(ctx context.Context) error { l.ended(l.arb.Run(ctx)); return nil })
+	}
 	var runs sync.WaitGroup
 	for _, run := range l.runs {
 		runs.Go(func() { _ = run(ctx) }) // what matters of how they end is asked elsewhere
 	}
-	runs.Go(func() { l.ended(l.arb.Run(ctx)) })
 	n.gone.Go(func() {
 		defer close(l.done)
 		runs.Wait()
@@ -242,6 +246,9 @@ func (n *node) start(bootstrap bool) *life {
 // assemble makes the parts of a node.
 func (l *life) assemble(bootstrap bool) error {
 	n, w := l.n, l.n.w
+	if w.bare != nil {
+		return w.bare(n, l)
+	}
 	cfg := arbiter.Config{
 		Self: n.id, Boot: l.boot, Peers: l.end, Links: l.end, FS: n.fs, Dir: "raft", Timings: timings, Rand: l.rand.Uint64, Log: l.log, BootTime: l.clock.now,
 	}
