@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -49,6 +50,8 @@ func kindNames() []string {
 // runAll plays schedules of a kind, from first on, on all processors, until there were enough, one fails, or the time is over.
 func runAll(t *testing.T, k kind, first uint64, n int, until time.Time) counts {
 	t.Helper()
+	// A schedule keeps many small databases and their caches; collecting them less often is a quarter of the time.
+	defer debug.SetGCPercent(debug.SetGCPercent(300))
 	var next atomic.Uint64
 	var mu sync.Mutex
 	var sum counts
@@ -95,6 +98,12 @@ func number(t *testing.T, name string, def int) int {
 
 // TestSim runs many schedules of each kind. COPPICE_SIM_FIRST moves the seeds, COPPICE_SIM_SCHEDULES their number, COPPICE_SIM_KIND chooses.
 func TestSim(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it takes minutes")
+	}
+	if os.Getenv("COPPICE_LONG") != "" {
+		t.Skip("TestLongSim plays more")
+	}
 	total := number(t, "COPPICE_SIM_SCHEDULES", defaultSchedules)
 	for _, k := range kinds {
 		if only := os.Getenv("COPPICE_SIM_KIND"); only != "" && only != k.name {
@@ -107,7 +116,6 @@ func TestSim(t *testing.T) {
 // shares of the kinds, in percent of all schedules.
 var shares = map[string]int{"registers": 70, "pages": 20, "whole": 10}
 
-const defaultSchedules = 2000
 
 // TestReplay plays one schedule, named by COPPICE_SIM_SEED ("registers/17"), and prints all its events. COPPICE_SIM_TIMES plays it more than
 // once: what a seed leaves open is the order of goroutines.
@@ -147,5 +155,35 @@ func TestCorpus(t *testing.T) {
 		if s := play(t, k, seed); s.failed() {
 			t.Error(s.report())
 		}
+	}
+}
+
+const (
+	longSchedules = 50_000
+	longFirst     = 1_000_000 // where the long run's seeds begin, apart from those of every day
+)
+
+// TestLongSim plays 50,000 schedules, or COPPICE_SIM_SCHEDULES, or as many as COPPICE_SIM_DURATION allows ("2h"). COPPICE_SIM_FIRST moves the
+// seeds, so that no two nights see the same.
+func TestLongSim(t *testing.T) {
+	if os.Getenv("COPPICE_LONG") == "" {
+		t.Skip("COPPICE_LONG=1 runs it")
+	}
+	total := number(t, "COPPICE_SIM_SCHEDULES", longSchedules)
+	first := uint64(number(t, "COPPICE_SIM_FIRST", longFirst))
+	var each time.Duration
+	if s := os.Getenv("COPPICE_SIM_DURATION"); s != "" {
+		d, err := time.ParseDuration(s)
+		if err != nil {
+			t.Fatalf("COPPICE_SIM_DURATION: %v; try 30m or 2h", err)
+		}
+		each, total = d/time.Duration(len(kinds)), 1<<40
+	}
+	for _, k := range kinds {
+		var until time.Time
+		if each > 0 {
+			until = time.Now().Add(each)
+		}
+		runAll(t, k, first, total*shares[k.name]/100, until)
 	}
 }

@@ -318,15 +318,19 @@ func (d *directory) Resolve(target, _ string) (membrane.Route, error) {
 
 // gates are a node's connections to other nodes' gates.
 type gates struct {
-	end   *peers.Endpoint
-	mu    sync.Mutex // guards conns
-	conns map[string]*grpc.ClientConn
+	end    *peers.Endpoint
+	mu     sync.Mutex // guards the rest
+	conns  map[string]*grpc.ClientConn
+	closed bool
 }
 
 // Conn implements membrane.Peers.
 func (g *gates) Conn(_ context.Context, node string) (grpc.ClientConnInterface, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.closed {
+		return nil, errors.New("this node is gone")
+	}
 	if c := g.conns[node]; c != nil {
 		return c, nil
 	}
@@ -346,6 +350,7 @@ func (g *gates) HTTP(context.Context, string) (http.RoundTripper, error) {
 func (g *gates) close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.closed = true
 	for _, c := range g.conns {
 		_ = c.Close() // of a node that is gone
 	}
