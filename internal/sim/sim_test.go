@@ -116,7 +116,6 @@ func TestSim(t *testing.T) {
 // shares of the kinds, in percent of all schedules.
 var shares = map[string]int{"registers": 70, "pages": 20, "whole": 10}
 
-
 // TestReplay plays one schedule, named by COPPICE_SIM_SEED ("registers/17"), and prints all its events. COPPICE_SIM_TIMES plays it more than
 // once: what a seed leaves open is the order of goroutines.
 func TestReplay(t *testing.T) {
