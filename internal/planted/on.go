@@ -7,9 +7,14 @@ import (
 	"sync/atomic"
 )
 
-var current atomic.Pointer[string]
+var current = fromEnvironment()
 
-func init() { Set(os.Getenv("COPPICE_PLANTED")) }
+func fromEnvironment() *atomic.Pointer[string] {
+	name := os.Getenv("COPPICE_PLANTED")
+	p := &atomic.Pointer[string]{}
+	p.Store(&name)
+	return p
+}
 
 // Set switches one bug on, and all others off; "" switches all off.
 func Set(name string) { current.Store(&name) }

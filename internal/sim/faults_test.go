@@ -9,8 +9,6 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/libp2p/go-libp2p/core/peer"
-
-	"github.com/coppice-project/coppice/dht/arbiter"
 )
 
 // faults does harm, one or two things at a time, until its time is over.
@@ -546,5 +544,3 @@ func (f *faults) over() {
 		}
 	}
 }
-
-var _ arbiter.Members = (*oracle)(nil)

@@ -605,16 +605,18 @@ func (g *registers) quiet() {
 		return
 	}
 	time.Sleep(timings.Settle + 2*time.Second) // everybody may vote by now
-	voters := g.leading().Voters
+	lead := g.leading()
+	if lead == nil {
+		return // it was asked for too soon
+	}
+	voters := lead.Voters
 	dead := g.of(voters[g.intn(len(voters))])
 	g.logf("quiet death of %s", dead.name)
 	g.kill(dead)
 	want = wantedVoters(len(live) - 1)
 	replaced := func() bool {
-		if !g.settled(want) {
-			return false
-		}
-		return !slices.Contains(g.leading().Voters, dead.id)
+		lead := g.leading()
+		return lead != nil && g.settled(want) && !slices.Contains(lead.Voters, dead.id)
 	}
 	if _, ok := g.eventually(15*time.Second, replaced); !ok {
 		g.statuses()
@@ -629,10 +631,15 @@ func (g *registers) quiet() {
 
 // quietOrder asserts that a voter which could be replaced went after another had begun to learn.
 func (g *registers) quietOrder(dead *node) {
-	n := g.of(g.leading().Leader)
+	lead := g.leading()
+	if lead == nil {
+		return
+	}
+	n := g.of(lead.Leader)
+	l := n.cur.Load()
 	ctx, cancel := within(healed)
 	defer cancel()
-	if err := n.cur.Load().arb.Sync(ctx); err != nil {
+	if err := l.arb.Sync(ctx); err != nil {
 		g.failf("sync %s: %v", n.name, err)
 		return
 	}

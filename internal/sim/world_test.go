@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -455,5 +454,3 @@ func (w *world) statuses() {
 		}
 	}
 }
-
-var _ io.Closer = (*arbiter.Arbiter)(nil)
