@@ -118,10 +118,14 @@ func (n *Node) holdersOf(key string, count int) []peer.ID {
 	return out
 }
 
+// collectViewAge is how old the view may be by which pages are collected. What was acknowledged since is pinned for ten minutes, so it must be
+// less: a node that is cut off for longer may be named as the holder of a checkpoint that its view has never shown.
+const collectViewAge = time.Minute
+
 // liveRoots are the roots that garbage collection keeps: what the registers of instances and the registry name. Until this node has heard
 // the arbiter nothing is known to be dead.
 func (n *Node) liveRoots() []blobs.Hash {
-	if n.arbiter.Status().FeedAge < 0 {
+	if age := n.arbiter.Status().FeedAge; age < 0 || age > collectViewAge {
 		return nil
 	}
 	out := n.registry.Roots()

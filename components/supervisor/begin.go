@@ -14,6 +14,7 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/dht/events"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 const (
@@ -119,7 +120,7 @@ func (i *instance) settled(ctx context.Context, reg arbiter.Register) (arbiter.R
 	}
 	sctx, cancel := context.WithTimeout(ctx, settleWithin)
 	defer cancel()
-	if i.prev.saver != nil {
+	if i.prev.saver != nil && !planted.Bug("unsettled-restart") {
 		if err := i.prev.saver.settle(sctx); err != nil {
 			return reg, fmt.Errorf("%w: %w", errLog, err)
 		}

@@ -22,6 +22,7 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/dht/members"
+	"github.com/coppice-project/coppice/internal/planted"
 	"github.com/coppice-project/coppice/membrane"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
@@ -161,6 +162,9 @@ func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blo
 	steps, head, err := chainSteps(s.cfg.Blobs, root, after)
 	if err != nil {
 		return err
+	}
+	if planted.Bug("restore-older") && len(steps) > 1 {
+		steps = steps[:len(steps)-1]
 	}
 	if len(steps) == 0 {
 		return nil

@@ -16,6 +16,7 @@ import (
 
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 const protoCall = protocol.ID("/coppice/arbiter/1")
@@ -177,6 +178,9 @@ func (a *Arbiter) raftConfig() *raft.Config {
 	c.ShutdownOnRemove = false
 	c.NoLegacyTelemetry = true
 	c.Logger = newRaftLog(a.log)
+	if planted.Bug("snapshot-older") {
+		c.TrailingLogs = 8
+	}
 	return c
 }
 

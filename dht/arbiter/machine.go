@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 const (
@@ -233,7 +234,9 @@ func (s *scratch) softSoFar(key string) bool {
 
 func (s *scratch) remove(key string) {
 	old := s.get(key)
-	s.epochFloor = max(s.epochFloor, old.Epoch)
+	if !planted.Bug("epoch-reused") {
+		s.epochFloor = max(s.epochFloor, old.Epoch)
+	}
 	s.revisionFloor = max(s.revisionFloor, old.Revision)
 	s.deleted = s.index
 	s.cells[key] = &cell{}
@@ -277,13 +280,13 @@ func tooOld(r *Register, format string, args ...any) *wirev1.ArbiterResult {
 func (s *scratch) claim(c *wirev1.ArbiterClaim) *wirev1.ArbiterResult {
 	r := s.get(c.GetKey())
 	switch {
-	case r != nil && r.Nonce == c.GetNonce():
+	case r != nil && r.Nonce == c.GetNonce() && !planted.Bug("claim-retry-unknown"):
 		return ok(r) // the claim that made this epoch, again
 	case r != nil && r.Epoch != c.GetExpect():
 		return refused(r, "%s is in epoch %d, the claim expects %d", c.GetKey(), r.Epoch, c.GetExpect())
 	case r == nil && c.GetExpect() != 0:
 		return refused(nil, "%s is not there, the claim expects epoch %d", c.GetKey(), c.GetExpect())
-	case r == nil && s.since < s.deleted:
+	case r == nil && s.since < s.deleted && !planted.Bug("deleted-revived"):
 		// A late repetition would bring a deleted register back to life.
 		return tooOld(nil, "something was deleted at %d and the proposer knew the log up to %d", s.deleted, s.since)
 	}
@@ -308,16 +311,16 @@ func (s *scratch) commit(c *wirev1.ArbiterCommit) *wirev1.ArbiterResult {
 	if r == nil {
 		return fenced(nil, "%s is not there", c.GetKey())
 	}
-	if r.Epoch != c.GetEpoch() || r.Nonce != c.GetNonce() || r.Owner == "" {
+	if (r.Epoch != c.GetEpoch() || r.Nonce != c.GetNonce() || r.Owner == "") && !planted.Bug("commit-unfenced") {
 		return fenced(r, "%s is in epoch %d, not %d of this owner", c.GetKey(), r.Epoch, c.GetEpoch())
 	}
 	if c.GetSeq() == r.Seq && bytes.Equal(c.GetRoot(), r.Root) {
 		return ok(r) // again
 	}
-	if c.GetSeq() != r.Seq+1 {
+	if c.GetSeq() != r.Seq+1 && !(c.GetSeq() > r.Seq && planted.Bug("seq-gap")) && !(c.GetSeq() <= r.Seq && planted.Bug("seq-back")) {
 		return refused(r, "%s has seq %d, the checkpoint has %d", c.GetKey(), r.Seq, c.GetSeq())
 	}
-	if n := distinct(c.GetHolders()); c.GetW() == 0 || n < int(c.GetW()) {
+	if n := distinct(c.GetHolders()); c.GetW() == 0 || n < int(c.GetW()) && !planted.Bug("too-few-holders") {
 		return refused(r, "%d holders acknowledged, %d are needed and at least 1", n, c.GetW())
 	}
 	n := s.edit(c.GetKey(), c.Body == nil)
@@ -340,7 +343,7 @@ func (s *scratch) setHolders(c *wirev1.ArbiterSetHolders) *wirev1.ArbiterResult 
 		return ok(r)
 	case len(holders) == 0:
 		return refused(r, "%s would have no holder", c.GetKey())
-	case r.Index > s.since:
+	case r.Index > s.since && !planted.Bug("holders-late"):
 		// A late repetition would undo what came after it.
 		return tooOld(r, "%s changed at %d and the proposer knew the log up to %d", c.GetKey(), r.Index, s.since)
 	}

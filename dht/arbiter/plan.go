@@ -8,6 +8,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/coppice-project/coppice/dht/keys"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // step is one thing for the keeper to do. At most one change of the group is under way at any time.
@@ -160,6 +161,9 @@ func (s *situation) sort() groups {
 // one of two what the other, still going by the rule, overrides (consistency.md §3.6).
 func (s *situation) next() step {
 	g := s.sort()
+	if st := s.takeOut(g); planted.Bug("remove-first") && st.kind != stepNone {
+		return st
+	}
 	for _, rule := range []func(groups) step{s.fill, s.takeOut, s.shrink, s.swap, s.pair, s.learn, s.tidy, s.name, s.hand} {
 		st := rule(g)
 		if s.primary != "" && (st.kind == stepVoter || st.kind == stepDemote || st.kind == stepRemove && slices.Contains(s.voters, st.id)) {
@@ -193,9 +197,9 @@ func (s *situation) pair(g groups) step {
 // bring adds a voter: learner first, voter when it has caught up.
 func (s *situation) bring(id peer.ID, why string) step {
 	switch {
-	case !slices.Contains(s.learners, id):
+	case !slices.Contains(s.learners, id) && !planted.Bug("vote-without-learning"):
 		return step{stepLearner, id, why}
-	case !s.ready(id):
+	case !s.ready(id) && !planted.Bug("vote-without-learning"):
 		return step{stepWait, id, why}
 	}
 	return step{stepVoter, id, why}
@@ -237,7 +241,8 @@ func (s *situation) takeOut(g groups) step {
 	left := len(s.voters) - 1
 	alive := 0
 	for _, v := range s.voters {
-		if v != id && !s.members[v].dead {
+		// Who is silent, or came back and does not take part (an emptied disk), would be waited for for ever.
+		if v != id && s.members[v].alive && (v == s.self || s.ready(v)) {
 			alive++
 		}
 	}

@@ -305,6 +305,10 @@ func (a *Arbiter) attempt(ctx context.Context, leader peer.ID, changed <-chan st
 		}
 	}()
 	resp := new(wirev1.ArbiterResponse)
-	err := a.caller.Call(ctx, leader, protoCall, req, resp)
+	call := a.caller.Call
+	if req.GetPropose() != nil {
+		call = a.caller.Once // sent again unseen, "not the leader" would say nothing about the first copy
+	}
+	err := call(ctx, leader, protoCall, req, resp)
 	return resp, err
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // Read returns a register as a linearizable read finds it: after every command that had been answered before Read was called. It is
@@ -161,6 +162,9 @@ func (a *Arbiter) confirm(ctx context.Context) (uint64, error) {
 		return 0, raft.ErrNotLeader
 	}
 	term := r.CurrentTerm()
+	if planted.Bug("leader-local-read") && a.fsm.shown.Load() != nil {
+		return a.fsm.applied.Load(), nil
+	}
 	commit, err := a.commitOfTerm(ctx, r, term)
 	if err != nil {
 		return 0, err
@@ -193,7 +197,7 @@ func (a *Arbiter) commitOfTerm(ctx context.Context, r *raft.Raft, term uint64) (
 		}
 		commit := r.CommitIndex()
 		var l raft.Log
-		if commit > 0 && a.disk.GetLog(commit, &l) == nil && l.Term == term {
+		if commit > 0 && a.disk.GetLog(commit, &l) == nil && (l.Term == term || planted.Bug("read-before-own-term")) {
 			return commit, nil
 		}
 		if !sleep(ctx, time.Millisecond) {

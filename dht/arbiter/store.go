@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // Keys of the raft database.
@@ -74,6 +75,14 @@ func openDisk(fs vfs.FS, dir string, log *slog.Logger) (*disk, error) {
 		return nil, errors.Join(fmt.Errorf("read the raft database %s: %w", dir, err), db.Close())
 	}
 	return d, nil
+}
+
+// promised is how what raft was promised is written; bug names the planted one that forgets the fsync.
+func promised(bug string) *pebble.WriteOptions {
+	if planted.Bug(bug) {
+		return pebble.NoSync
+	}
+	return pebble.Sync
 }
 
 func (d *disk) Close() error { return d.db.Close() }
@@ -254,7 +263,7 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 	if err := b.Set([]byte(keyCommit), numbered("", d.committed()), nil); err != nil {
 		return err
 	}
-	if err := b.Commit(pebble.Sync); err != nil {
+	if err := b.Commit(promised("log-unsynced")); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -366,7 +375,7 @@ func decodeLog(index uint64, b []byte, out *raft.Log) error {
 
 // Set implements raft.StableStore, durable on return.
 func (d *disk) Set(key, val []byte) error {
-	return d.db.Set(append([]byte(preStable), key...), val, pebble.Sync)
+	return d.db.Set(append([]byte(preStable), key...), val, promised("vote-unsynced"))
 }
 
 // Get implements raft.StableStore.
