@@ -152,6 +152,12 @@ func TestHunt(t *testing.T) {
 	for n := range bugs[i].budget {
 		fmt.Printf("schedule %d\n", n+1)
 		if s := play(t, k, uint64(n+1)); s.failed() {
+			planted.Set("")
+			if clean := play(t, k, uint64(n+1)); clean.failed() {
+				fmt.Printf("without the bug it fails, too: %s\n", clean.failures[0])
+				planted.Set(name)
+				continue
+			}
 			how, _, _ := strings.Cut(s.failures[0], "\n")
 			fmt.Printf("FOUND %.200s\n", how)
 			return
