@@ -339,7 +339,7 @@ func (c *chaos) faults(end time.Time) {
 		}
 		kinds := 8
 		if len(c.nodes) <= 3 {
-			kinds = 11
+			kinds = 13
 		}
 		switch c.intn(kinds) {
 		case 0, 1, 2:
@@ -365,6 +365,13 @@ func (c *chaos) faults(end time.Time) {
 			c.away(n, true)
 		case 10:
 			c.away(n, false)
+		case 11, 12: // it stands still, and everybody finds it dead
+			c.net.Freeze(n.id)
+			time.Sleep(time.Duration(1000+c.intn(4500)) * time.Millisecond)
+			if n.arb() != nil && c.intn(2) == 0 {
+				c.suspect(n)
+			}
+			c.net.Thaw(n.id)
 		case 7: // everybody dies
 			if c.intn(4) == 0 {
 				for _, n := range c.live() {

@@ -101,6 +101,7 @@ func (a *Arbiter) meet(in incarnation) {
 	}
 	a.log.Log(context.Background(), level, "arbiter: met a higher incarnation of the group", "incarnation", seen, "own", group)
 	a.where.outrank(seen)
+	a.view.outrank(seen)
 	a.outranked.beat()
 }
 

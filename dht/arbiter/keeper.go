@@ -182,7 +182,7 @@ func (k *keeper) isLeaving(id peer.ID) bool {
 	return is
 }
 
-// caughtUp asks a server whether it has nearly all of the log and would take part.
+// caughtUp asks a server whether it has nearly all of this incarnation's log and would take part.
 func (k *keeper) caughtUp(ctx context.Context, r *raft.Raft, id peer.ID) bool {
 	const near = 100
 	ctx, cancel := context.WithTimeout(ctx, k.a.t.RPC)
@@ -193,6 +193,9 @@ func (k *keeper) caughtUp(ctx context.Context, r *raft.Raft, id peer.ID) bool {
 		return false
 	}
 	l := resp.GetLog()
+	if own, err := k.a.speaks(); err != nil || incarnationOf(l.GetGroup()) != own {
+		return false // what it holds is of another incarnation, whose log may be as long
+	}
 	format := uint32(1)
 	if st := k.a.fsm.shown.Load(); st != nil {
 		format = st.meta.Format

@@ -345,6 +345,57 @@ func TestDivergentTailIsPutAside(t *testing.T) {
 	})
 }
 
+// TestRecoveredOnBothSides: an operator recovers on one side of a cut while the other goes on by itself: two incarnations of one number. When
+// they meet one of them wins, by its lineage, and the other's commits are put aside; nothing of both is mixed.
+func TestRecoveredOnBothSides(t *testing.T) {
+	for seed := range uint64(4) {
+		inPair(t, 60+seed, func(c *cluster, a, b *node) {
+			if err := put(a.arb(), "common", "v", time.Second); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+			c.net.Isolate(b.id)
+			for i := range 3 + int(seed) {
+				if err := put(a.arb(), fmt.Sprint("a", i), "a", 10*time.Second); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ctx, done := within(time.Minute)
+			defer done()
+			if inc, err := b.arb().Recover(ctx, nil); err != nil || inc != 2 {
+				t.Fatalf("recover: %d %v", inc, err)
+			}
+			for i := range 5 - int(seed) {
+				if err := put(b.arb(), fmt.Sprint("b", i), "b", time.Second); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.net.Heal()
+			c.settled(20*time.Second, 2, 0)
+			winner, loser, letter := a, b, "a"
+			if _, there := b.arb().Get("b0"); there {
+				winner, loser, letter = b, a, "b"
+			}
+			doc, err := loser.lostFound("2.json")
+			if err != nil || doc.Incarnation != 2 || doc.SupersededBy != 2 {
+				t.Errorf("lost+found: %+v %v", doc, err)
+			}
+			for _, n := range []*node{winner, loser} {
+				if err := n.arb().Sync(ctx); err != nil {
+					t.Fatal(err)
+				}
+				for _, r := range n.arb().List("") {
+					if r.Key != "common" && !strings.HasPrefix(r.Key, letter) {
+						t.Errorf("%s shows %s, and %s won", n.id.String()[:8], r.Key, letter)
+					}
+				}
+				c.has(n, "common", "v")
+				c.has(n, letter+"0", letter)
+			}
+		})
+	}
+}
+
 // TestRecoverRefuses: a group that has its majority is not recovered, nor one that a node knows nothing of.
 func TestRecoverRefuses(t *testing.T) {
 	inCluster(t, 49, 4, func(c *cluster) {

@@ -115,6 +115,19 @@ func (v *view) leaveMachine() {
 	v.publish(&st, nil)
 }
 
+// outrank has whatever comes of a higher lineage count as newer: of two incarnations of the same number the log indices do not tell.
+func (v *view) outrank(in incarnation) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	st := *v.now()
+	if at := st.meta.incarnation(); at.number != in.number || !at.before(in) {
+		return
+	}
+	st.at, st.complete, st.fromRaft = point{st.at.inc - 1, st.at.index}, 0, false
+	v.ring = nil
+	v.publish(&st, nil)
+}
+
 // fromFeed shows a feed's update.
 func (v *view) fromFeed(u *feedUpdate) {
 	v.mu.Lock()

@@ -84,6 +84,44 @@ func TestTwoNodesKillEither(t *testing.T) {
 	p.audit(false)
 }
 
+// Of two nodes one stands still for longer than the other waits. Silence is no proof: the primary goes on without the secondary, which follows
+// when it wakes; the secondary waits for the primary, which finds everything as it was and does not go on from a peer that lives.
+func TestTwoNodesSleep(t *testing.T) {
+	g := plant(t, 2)
+	primary := g.Node(g.arbiter(g.Nodes[0]).GetPrimary())
+	secondary := g.others(primary)[0]
+	_, err := secondary.Stop()
+	must(t, err)
+	t.Logf("the primary commits %s after the secondary fell asleep", g.goesOn(primary).Round(time.Millisecond))
+	_, err = secondary.Cont()
+	must(t, err)
+	g.waitVoters()
+	if a := g.arbiter(secondary); a.GetIncarnation() != 2 || a.GetPrimary() != primary.Name {
+		t.Errorf("the secondary woke in %v", a)
+	}
+
+	_, err = primary.Stop()
+	must(t, err)
+	begin := time.Now()
+	g.wait("the secondary to have found the primary dead, and no leader", func(ctx context.Context) error {
+		st, err := g.status(ctx, secondary)
+		if err == nil && (st.GetArbiter().GetLeader() != "" || st.GetNodes().GetAlive() != 1 || time.Since(begin) < 5*time.Second) {
+			err = fmt.Errorf("leader %q, %v", st.GetArbiter().GetLeader(), st.GetNodes())
+		}
+		return err
+	})
+	if a := g.arbiter(secondary); a.GetIncarnation() != 2 || a.GetPaired() {
+		t.Errorf("the secondary without a proof: %v", a)
+	}
+	_, err = primary.Cont()
+	must(t, err)
+	g.goesOn(secondary)
+	g.waitVoters()
+	if a := g.arbiter(secondary); a.GetIncarnation() != 2 {
+		t.Errorf("the primary woke and went on without the secondary: %v", a)
+	}
+}
+
 // Of three nodes two are killed at once: nothing is decided any more, and recover says so and why. It goes on from the survivor, with what
 // it has; the dead return and follow.
 func TestRecoverAfterTwoOfThree(t *testing.T) {
