@@ -45,6 +45,7 @@ type disk struct {
 	committed func() uint64
 
 	labels sync.Mutex // held while the incarnations are changed
+	closed bool       // under labels
 
 	mu          sync.RWMutex // guards the rest
 	first, last uint64       // of the log; 0: empty
@@ -85,7 +86,13 @@ func promised(bug string) *pebble.WriteOptions {
 	return pebble.Sync
 }
 
-func (d *disk) Close() error { return d.db.Close() }
+// Close waits for a label that is being written; none is written afterwards. Raft has ended.
+func (d *disk) Close() error {
+	d.labels.Lock()
+	defer d.labels.Unlock()
+	d.closed = true
+	return d.db.Close()
+}
 
 func numbered(prefix string, ns ...uint64) []byte {
 	b := []byte(prefix)

@@ -74,11 +74,12 @@ func (o *observers) saw(n *node, r *arbiter.Register) {
 			}
 			o.by[epoch] = r.Owner
 		}
-		nonce := fmt.Sprintf("%s/%x", r.Key, r.Nonce)
-		if was, known := o.epochs[nonce]; known && was != epoch {
-			o.w.failf("I1: the claim %s made epoch %s and epoch %s", nonce, was, epoch)
+		// A register keeps its epoch when the arbiter goes on in another incarnation.
+		nonce, number := fmt.Sprintf("%s/%x", r.Key, r.Nonce), fmt.Sprint(r.Epoch)
+		if was, known := o.epochs[nonce]; known && was != number {
+			o.w.failf("I1: the claim %s made epoch %s and epoch %s", nonce, was, number)
 		}
-		o.epochs[nonce] = epoch
+		o.epochs[nonce] = number
 	}
 	if r.Seq > 0 {
 		seq := fmt.Sprintf("%d/%s/%d", r.Incarnation, r.Key, r.Seq)
