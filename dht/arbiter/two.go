@@ -61,7 +61,8 @@ type two struct {
 	inc     incarnation   // of the contact
 	with    peer.ID       // of the contact
 	at      time.Duration // of the contact, on the boot-time clock
-	notYet  time.Duration // boot time before which this node does not try to go alone again
+	tried   incarnation   // in which this node last tried to go alone
+	notYet  time.Duration // boot time before which it does not try again in that
 	rule    peer.ID       // primary, as last applied
 	leaving bool          // no contact counts any more: this node is finding out whether the other is dead
 }
@@ -298,8 +299,10 @@ func (t *two) goAlone(ctx context.Context, r *raft.Raft, inc incarnation, primar
 	check := func() error { return t.stillHolds(inc, primary, voters) }
 	now := t.a.cfg.BootTime()
 	t.mu.Lock()
-	early := now < t.notYet
-	t.notYet = now + retryTime
+	early := now < t.notYet && t.tried == inc
+	if !early {
+		t.notYet, t.tried = now+retryTime, inc
+	}
 	t.mu.Unlock()
 	err := errors.New("it was tried a moment ago")
 	if !early {

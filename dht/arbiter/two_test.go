@@ -110,6 +110,25 @@ func TestTwoNodesKillEither(t *testing.T) {
 	}
 }
 
+// TestTwoNodesKillAgainAtOnce: the dead node returns and is killed again as soon as the two have had contact, less than a second after the
+// other went on alone.
+func TestTwoNodesKillAgainAtOnce(t *testing.T) {
+	inPair(t, 52, func(c *cluster, a, b *node) {
+		for round := range 4 {
+			c.kill(b)
+			begun := time.Now()
+			if err := put(a.arb(), "k", fmt.Sprint(round), 5*time.Second); err != nil {
+				t.Fatal(err)
+			}
+			if took := time.Since(begun); took > 500*time.Millisecond {
+				t.Errorf("round %d: the next commit took %s", round, took)
+			}
+			c.up(b, false)
+			c.paired(a, b)
+		}
+	})
+}
+
 // TestTwoNodesSilence: without a proof only the primary goes on, after Alone; the secondary never.
 func TestTwoNodesSilence(t *testing.T) {
 	inPair(t, 42, func(c *cluster, a, b *node) {
