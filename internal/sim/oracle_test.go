@@ -110,11 +110,10 @@ type oracle struct {
 	w    *world
 	self *node
 
-	mu      sync.Mutex // guards the rest
-	states  map[peer.ID]*held
-	subs    map[int]func(old, new arbiter.Member)
-	next    int
-	leaving map[*node]bool
+	mu     sync.Mutex // guards the rest
+	states map[peer.ID]*held
+	subs   map[int]func(old, new arbiter.Member)
+	next   int
 }
 
 type held struct {

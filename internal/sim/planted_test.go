@@ -29,7 +29,7 @@ type bug struct {
 
 // bugs are all that are planted. Budgets are several times what was measured (docs/testing.md).
 var bugs = []bug{
-	{"doubt-as-failure", "registers", 60, "a caller that gives up on a command under way is told that it was not carried out"},
+	{"doubt-as-failure", "registers", 150, "a caller that gives up on a command under way is told that it was not carried out"},
 	{"doubt-forgotten", "registers", 300, "a try whose answer was lost does not count when a later one is refused"},
 	{"claim-retry-unknown", "registers", 60, "a claim that comes twice is not recognised: as if it came with a new nonce"},
 	{"txn-retry-unknown", "registers", 60, "a transaction that comes twice is carried out twice"},
@@ -53,12 +53,12 @@ var bugs = []bug{
 	{"ack-incomplete", "pages", 100, "a holder acknowledges a root of which it lacks pages"},
 	{"collect-reachable", "pages", 100, "the collector takes pages that a live root reaches"},
 	{"collect-pinned", "pages", 300, "the collector takes what was acknowledged and is not committed yet"},
-	{"mirror-older-wins", "whole", 60, "a holder takes an older mirror for a newer one"},
+	{"mirror-older-wins", "whole", 400, "a holder takes an older mirror for a newer one"},
 	{"one-holder-less", "whole", 10, "w - 1 holders are taken for w"},
-	{"restore-older", "whole", 60, "a new owner starts from the checkpoint before the last acknowledged one"},
-	{"no-lease-wait", "whole", 60, "the successor of an exactly-one instance does not wait until the last owner's lease has run out"},
-	{"lease-not-asked", "whole", 60, "an owner serves whether or not it holds its lease"},
-	{"serves-out-of-touch", "whole", 60, "an owner that is cut off from the arbiter goes on"},
+	{"restore-older", "whole", 100, "a new owner starts from the checkpoint before the last acknowledged one"},
+	{"no-lease-wait", "whole", 200, "the successor of an exactly-one instance does not wait until the last owner's lease has run out"},
+	{"lease-not-asked", "whole", 200, "an owner serves whether or not it holds its lease"},
+	{"serves-out-of-touch", "whole", 200, "an owner that is cut off from the arbiter goes on"},
 	{"reply-before-commit", "whole", 100, "an answer is given before its effects are committed"},
 }
 

@@ -3,4 +3,4 @@
 package sim
 
 // The race detector makes a schedule ten times as dear.
-const defaultSchedules = 120
+const defaultSchedules = 60

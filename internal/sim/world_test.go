@@ -55,7 +55,6 @@ type node struct {
 	fs    *vfs.MemFS
 	lost  bool // its disk is gone or it was refused: it never comes back
 	wiped bool // it came back with an empty disk
-	voted bool // somebody saw it vote
 	busy  bool // a fault is being done to it
 
 	cur atomic.Pointer[life] // nil while it does not run
