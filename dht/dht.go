@@ -67,13 +67,14 @@ type Config struct {
 
 // DHT is a node's place in the overlay: the host, its connections to members, kad-dht, and the door.
 type DHT struct {
-	cfg    Config
-	listen []ma.Multiaddr
-	adv    *advertiser
-	h      host.Host
-	peers  *peers.Libp2p
-	door   *door
-	kad    *Kad
+	cfg     Config
+	listen  []ma.Multiaddr
+	adv     *advertiser
+	h       host.Host
+	peers   *peers.Libp2p
+	door    *door
+	kad     *Kad
+	traffic *traffic
 }
 
 func (cfg *Config) check() (listen []ma.Multiaddr, err error) {
@@ -130,8 +131,8 @@ func New(cfg Config) (*DHT, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dht: %w", err)
 	}
-	d := &DHT{cfg: cfg, listen: listen, adv: &advertiser{fixed: cfg.Advertise}}
-	d.h, err = newHost(&d.cfg, d.adv)
+	d := &DHT{cfg: cfg, listen: listen, adv: &advertiser{fixed: cfg.Advertise}, traffic: newTraffic()}
+	d.h, err = newHost(&d.cfg, d.adv, d.traffic)
 	if err != nil {
 		return nil, fmt.Errorf("dht: %w", err)
 	}
@@ -169,6 +170,9 @@ func (d *DHT) ID() peer.ID { return d.h.ID() }
 
 // Host returns the libp2p host.
 func (d *DHT) Host() host.Host { return d.h }
+
+// Traffic tells what each protocol has moved since the node started, most sent first.
+func (d *DHT) Traffic() []Traffic { return d.traffic.list() }
 
 // Peers returns the node's connections to members: peers.Peers and peers.Links.
 func (d *DHT) Peers() *peers.Libp2p { return d.peers }

@@ -52,7 +52,7 @@ const (
 )
 
 // newHost builds the host without listening yet.
-func newHost(cfg *Config, adv *advertiser) (host.Host, error) {
+func newHost(cfg *Config, adv *advertiser, count *traffic) (host.Host, error) {
 	t := timings[cfg.Profile]
 	limits, err := newLimits()
 	if err != nil {
@@ -69,7 +69,7 @@ func newHost(cfg *Config, adv *advertiser) (host.Host, error) {
 		build = tcpHost
 	}
 	h, err := build(HostParams{
-		Identity: cfg.Identity, UserAgent: "coppice", Muxer: &mux, Limits: limits, Conns: cm,
+		Identity: cfg.Identity, UserAgent: "coppice", Muxer: &mux, Limits: limits, Conns: cm, Traffic: count,
 		Announce: adv.addrs, DialTimeout: t.dial, DialTimeoutLocal: t.dialLocal,
 	})
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/metrics"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/sec"
@@ -35,6 +36,8 @@ type HostParams struct {
 	// Limits and Conns belong to the host: its Close closes them. When no host could be built, whoever made them does.
 	Limits network.ResourceManager
 	Conns  connmgr.ConnManager
+	// Traffic counts what streams move; it may be left alone.
+	Traffic metrics.Reporter
 	// Announce turns the addresses listened on into those others are told.
 	Announce func([]ma.Multiaddr) []ma.Multiaddr
 	// DialTimeout bounds one attempt to connect, handshakes included; DialTimeoutLocal one to an address of a private network.
@@ -57,7 +60,7 @@ func tcpHost(p HostParams) (host.Host, error) {
 	}
 	bus := eventbus.NewBus()
 	// No waiting between addresses, and no guesses that a kind of address is not worth a try: a cluster's addresses are meant.
-	net, err := swarm.NewSwarm(id, store, bus, swarm.WithResourceManager(p.Limits),
+	net, err := swarm.NewSwarm(id, store, bus, swarm.WithResourceManager(p.Limits), swarm.WithMetrics(p.Traffic),
 		swarm.WithDialTimeout(p.DialTimeout), swarm.WithDialTimeoutLocal(p.DialTimeoutLocal), swarm.WithDialRanker(swarm.NoDelayDialRanker),
 		swarm.WithUDPBlackHoleSuccessCounter(nil), swarm.WithIPv6BlackHoleSuccessCounter(nil))
 	if err != nil {

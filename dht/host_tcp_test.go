@@ -54,7 +54,7 @@ func accountOf(t *testing.T, build func(HostParams) (host.Host, error)) (a accou
 		if err != nil {
 			t.Fatal(err)
 		}
-		h, err := newHost(&Config{Identity: key, Profile: ProfileLocal, NewHost: build}, &advertiser{})
+		h, err := newHost(&Config{Identity: key, Profile: ProfileLocal, NewHost: build}, &advertiser{}, newTraffic())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/coppice-project/coppice/internal/planted"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -80,7 +81,7 @@ func (g *gate) settle(ctx context.Context, p *phase, trailer metadata.MD) error 
 }
 
 func (g *gate) awaitMark(ctx context.Context, p *phase, text string) error {
-	if !g.durable.Load() {
+	if !g.durable.Load() || planted.Bug("reply-before-commit") {
 		return nil
 	}
 	mark, err := strconv.ParseUint(text, 10, 64)

@@ -42,6 +42,8 @@ type Config struct {
 	BootTime  func() time.Duration // default: CLOCK_BOOTTIME
 	NewRunner func() (runner.Runner, error)
 	Stdout    io.Writer // where the ready line goes; nil: nowhere
+	// Die ends the process as kill -9 does, for coppice drill --really; nil: this node cannot be drilled.
+	Die func()
 }
 
 // Capacity is what a node offers to components. Zero fields are measured.

@@ -34,7 +34,7 @@ const (
 	// failuresElsewhere is after how many starts that failed in a row an instance is tried on another node.
 	failuresElsewhere = 3
 	// officeEvery is how often a node looks whether it is coordinator.
-	officeEvery = 100 * time.Millisecond
+	officeEvery = 250 * time.Millisecond
 )
 
 // coordinator is what the placement loop needs of the node: who leads, what is known, and how to carry a plan out.
@@ -75,7 +75,13 @@ func (c coordinator) View(ctx context.Context) (placement.View, error) {
 		v.Instances = append(v.Instances, r)
 	}
 	facts, ages := n.hostFacts(ctx)
+	inOffice := n.inOffice()
 	for _, m := range n.members.All() {
+		if !m.State.Running() && m.Since.Before(inOffice) {
+			// A node that was cut off called the others dead. It may be coordinator again before they could tell it better: what it held
+			// against them until then counts from now on only.
+			m.Since = inOffice
+		}
 		p := placement.Node{
 			Node: &placementv1.Node{
 				Id: m.ID.String(), Name: m.Name, Zone: m.Zone, Role: m.Role, Labels: m.Labels, Platform: m.Platform, State: m.State.String(), Draining: m.Draining,
@@ -288,6 +294,14 @@ func (c coordinator) Forget(ctx context.Context, application string, version uin
 	return err
 }
 
+// inOffice is since when this node has been coordinator without a break; now when that has just begun.
+func (n *Node) inOffice() time.Time {
+	if at := n.office.Load(); at != 0 {
+		return time.Unix(0, at)
+	}
+	return time.Now()
+}
+
 // followOffice wakes the placement loop when this node becomes coordinator or ceases to be.
 func (n *Node) followOffice(ctx context.Context) error {
 	tick := time.NewTicker(officeEvery)
@@ -296,6 +310,11 @@ func (n *Node) followOffice(ctx context.Context) error {
 	for {
 		if is := (coordinator{n}).Coordinator(); is != was {
 			was = is
+			if is {
+				n.office.Store(time.Now().UnixNano())
+			} else {
+				n.office.Store(0)
+			}
 			n.log.Info("placement", "coordinator", is)
 			n.coord.Trigger()
 		}

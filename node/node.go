@@ -74,6 +74,7 @@ type Node struct {
 	goes  sync.WaitGroup
 	stops []func()
 
+	office   atomic.Int64      // since when this node is coordinator, in Unix nanoseconds; 0: it is not
 	failedMu sync.Mutex        // guards failed
 	failed   map[string]uint64 // by register: the epoch that was told to fail where it is
 
@@ -220,8 +221,8 @@ func (n *Node) openOverlay() (err error) {
 	}
 	n.arbiter, err = arbiter.New(arbiter.Config{
 		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.cfg.FS, Dir: filepath.Join(n.cfg.Data, "raft"),
-		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror,
-		Leased: components.LeasedBody,
+		Leased:  components.LeasedBody,
+		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror, Turned: n.turned,
 	})
 	if err != nil {
 		return err
@@ -300,6 +301,21 @@ func (n *Node) addrsOf(id peer.ID) []ma.Multiaddr {
 		return nil
 	}
 	return addrs
+}
+
+// turned tells that this node's arbiter goes on in another incarnation.
+func (n *Node) turned(incarnation uint64, file, why string) {
+	if n.events == nil {
+		return
+	}
+	ev := events.Event{
+		Channel: "/nodes/" + n.cfg.Name, Type: "alone", Cause: why, Message: fmt.Sprintf("%s goes on alone, in incarnation %d", n.cfg.Name, incarnation),
+		Fields: map[string]string{"incarnation": fmt.Sprint(incarnation)},
+	}
+	if file != "" {
+		ev.Type, ev.Message, ev.Fields["file"] = "superseded", fmt.Sprintf("%s follows incarnation %d; what it held of a lower one is in %s", n.cfg.Name, incarnation, file), file
+	}
+	n.events.Publish(ev)
 }
 
 // diskLow takes the node out of the voters and holders while its disk is nearly full, and back.

@@ -21,7 +21,7 @@ const (
 	factsPrefix   = "/kb/facts/"
 	reportTTL     = 15 * time.Second
 	reportEvery   = reportTTL / 3
-	sampleEvery   = 2 * time.Second
+	sampleEvery   = 5 * time.Second
 	scatterWithin = 500 * time.Millisecond
 	// maxRTTs bounds how many distances a node tells about: those of its watchers and whom it watches.
 	maxRTTs = 32

@@ -33,6 +33,8 @@ import (
 )
 
 const (
+	// saveWithin bounds the final checkpoints of a node that is told to stop by a signal; service managers wait longer than that.
+	saveWithin = 5 * time.Second
 	// goodbyeWithin bounds the parting words of a planned end.
 	goodbyeWithin = time.Second
 	// httpHeaders bounds how long a peer may take for the headers of a request.
@@ -116,10 +118,14 @@ func (n *Node) holdersOf(key string, count int) []peer.ID {
 	return out
 }
 
+// collectViewAge is how old the view may be by which pages are collected. What was acknowledged since is pinned for ten minutes, so it must be
+// less: a node that is cut off for longer may be named as the holder of a checkpoint that its view has never shown.
+const collectViewAge = time.Minute
+
 // liveRoots are the roots that garbage collection keeps: what the registers of instances and the registry name. Until this node has heard
 // the arbiter nothing is known to be dead.
 func (n *Node) liveRoots() []blobs.Hash {
-	if n.arbiter.Status().FeedAge < 0 {
+	if age := n.arbiter.Status().FeedAge; age < 0 || age > collectViewAge {
 		return nil
 	}
 	out := n.registry.Roots()
@@ -166,7 +172,9 @@ type Ready struct {
 
 // Run serves until ctx ends or Stop is called, then ends everything. ready is called once, when the node serves.
 func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
-	ctx, cancel := context.WithCancel(ctx)
+	told := ctx
+	// The parts go on until shutdown ends them: what runs is saved first, and the others are told, for which they are needed.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	parts := map[string]func(context.Context) error{
 		"members": n.members.Run, "arbiter": n.arbiter.Run, "blobs": n.blobs.Run, "records": n.records.Run, "events": n.events.Run,
@@ -181,12 +189,12 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 			}
 		})
 	}
-	err := n.serve(ctx, ready)
+	err := n.serve(ctx, told, ready)
 	if err == nil {
 		select {
-		case <-ctx.Done():
+		case <-told.Done():
+			n.Stop(whyTold)
 		case <-n.stopped:
-			n.log.Info("stopping", "reason", n.why)
 		case err = <-failed:
 			n.log.Error("a part of the node failed: the node ends", "error", err)
 		}
@@ -194,10 +202,10 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 	return errors.Join(err, n.shutdown(cancel))
 }
 
-// serve opens the doors and says that they are open.
-func (n *Node) serve(ctx context.Context, ready func(Ready) error) error {
+// serve opens the doors and says that they are open. It gives up when the node is told to stop.
+func (n *Node) serve(ctx, told context.Context, ready func(Ready) error) error {
 	if n.fresh && n.cfg.Join == "" {
-		fctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		fctx, cancel := context.WithTimeout(told, 30*time.Second)
 		err := n.found(fctx)
 		cancel()
 		if err != nil {
@@ -389,14 +397,26 @@ func (n *Node) memberEvent(c members.Change) {
 	})
 }
 
+// Reasons to stop after which the others are to know that it was meant.
+const (
+	whyTold = "told to stop"
+	whyDown = "down"
+)
+
 // shutdown ends everything in the order of who needs whom.
 func (n *Node) shutdown(cancel context.CancelFunc) error {
-	if n.why == "" {
+	n.Stop("stopping")
+	n.log.Info("stopping", "reason", n.why)
+	if n.why == whyTold {
+		sctx, done := context.WithTimeout(context.Background(), saveWithin)
+		n.finalCheckpoints(sctx)
+		done()
+	}
+	if n.why == whyTold || n.why == whyDown {
 		gctx, done := context.WithTimeout(context.Background(), goodbyeWithin)
 		n.members.Goodbye(gctx)
 		done()
 	}
-	n.Stop("stopping")
 	for _, stop := range n.stops {
 		stop()
 	}

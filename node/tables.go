@@ -29,7 +29,7 @@ func number(name, doc string) kb.Column  { return kb.Column{Name: name, Type: "R
 // registerTables gives the query engine the tables of the platform.
 func (n *Node) registerTables() error {
 	n.kb = kb.New()
-	for _, t := range []kb.Table{n.nodesTable(), n.factsTable(), n.componentsTable(), n.instancesTable(), n.checkpointsTable(), n.branchesTable(), n.eventsTable(), n.artifactsTable(), n.appsTable()} {
+	for _, t := range []kb.Table{n.nodesTable(), n.factsTable(), n.componentsTable(), n.instancesTable(), n.checkpointsTable(), n.branchesTable(), n.eventsTable(), n.artifactsTable(), n.appsTable(), n.trafficTable()} {
 		if err := n.kb.Register(t); err != nil {
 			return err
 		}
@@ -107,6 +107,23 @@ func (n *Node) factsTable() kb.Table {
 				}
 			}
 			out.Asked, out.Answered = len(n.members.Alive()), len(facts)
+			return out, nil
+		},
+	}
+}
+
+// trafficTable is about the node that answers: who wants to know where the bytes go asks the node that sends them.
+func (n *Node) trafficTable() kb.Table {
+	return kb.Table{
+		Name: "traffic", Doc: "what each protocol of the node that answers has moved since it started, without the framing of yamux, TLS and TCP",
+		Columns: []kb.Column{
+			text("node", ""), text("protocol", ""), integer("sent", "bytes"), integer("received", "bytes"), integer("writes", ""), integer("reads", ""), number("age_ms", ""), text("source", ""),
+		},
+		List: func(context.Context, kb.Freshness) (kb.Rows, error) {
+			out := kb.Rows{Asked: 1, Answered: 1}
+			for _, f := range n.overlay.Traffic() {
+				out.Rows = append(out.Rows, []any{n.cfg.Name, f.Protocol, int64(f.Sent), int64(f.Received), int64(f.Writes), int64(f.Reads), 0.0, n.cfg.Name})
+			}
 			return out, nil
 		},
 	}

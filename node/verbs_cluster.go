@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -91,6 +92,9 @@ func (v *verbs) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusResp
 	if st.Coordinator != "" {
 		out.Arbiter.Coordinator = n.nameOf(st.Coordinator)
 	}
+	if st.Primary != "" {
+		out.Arbiter.Primary, out.Arbiter.Paired = n.nameOf(st.Primary), st.Paired
+	}
 	for _, id := range st.Voters {
 		out.Arbiter.Voters = append(out.Arbiter.Voters, n.nameOf(id))
 	}
@@ -122,11 +126,26 @@ func (v *verbs) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusResp
 			out.Unsafe = append(out.Unsafe, &apiv1.Unsafe{Subject: in.GetInstance(), Why: why})
 		}
 	}
-	if len(st.Voters) == 1 && out.Nodes.Alive > 1 {
-		out.Unsafe = append(out.Unsafe, &apiv1.Unsafe{Subject: "cluster", Why: "one voter: without " + n.nameOf(st.Voters[0]) + " nothing can be decided until it is back; a third node cures it"})
+	if why := n.unsafeVotes(st, out.Nodes.Alive); why != "" {
+		out.Unsafe = append(out.Unsafe, &apiv1.Unsafe{Subject: "cluster", Why: why})
 	}
+	out.Unsafe = append(out.Unsafe, n.zoneRisks()...)
 	out.Warnings = n.warnings(st)
 	return out, nil
+}
+
+// unsafeVotes says whose loss would stop decisions now; "": nobody's.
+func (n *Node) unsafeVotes(st arbiter.Status, alive uint32) string {
+	switch {
+	case len(st.Voters) == 1 && alive > 1:
+		return "one voter: without " + n.nameOf(st.Voters[0]) + " nothing can be decided until it is back; the others are about to vote, too"
+	case len(st.Voters) == 2 && st.Primary == "":
+		return "two voters, and neither may go on without the other yet"
+	case len(st.Voters) == 2:
+		return "two voters: a killed process of either is survived, but without a proof of death only " + n.nameOf(st.Primary) +
+			" goes on alone; a third node cures it"
+	}
+	return ""
 }
 
 // unsafe says what the loss of one node would cost an instance now; "" nothing.
@@ -147,7 +166,7 @@ func (n *Node) unsafe(in *apiv1.Instance) string {
 func (n *Node) warnings(st arbiter.Status) []string {
 	var out []string
 	if !st.HasLeader {
-		out = append(out, "the arbiter has no leader that this node can reach: nothing can be placed, moved or committed until a majority of the voters is back")
+		out = append(out, "the arbiter has no leader that this node can reach: nothing can be placed, moved or committed until a majority of the voters is back; if they are gone for good: coppice recover")
 	}
 	if st.Halted != "" {
 		out = append(out, "this node stopped voting: "+st.Halted)
@@ -170,7 +189,7 @@ func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.Doct
 		return nil, err
 	}
 	if st.GetArbiter().GetLeader() == "" {
-		add("error", "arbiter", "no leader", "a majority of the voters cannot be reached from here", "start the missing nodes, or see coppice nodes")
+		add("error", "arbiter", "no leader", "a majority of the voters cannot be reached from here", "start the missing nodes; coppice recover if they are gone for good")
 	} else {
 		add("ok", "arbiter", fmt.Sprintf("led by %s, %d voters", st.GetArbiter().GetLeader(), len(st.GetArbiter().GetVoters())), "", "")
 	}
@@ -192,6 +211,10 @@ func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.Doct
 		}
 	}
 	for _, u := range st.GetUnsafe() {
+		if zone, ok := strings.CutPrefix(u.GetSubject(), "zone "); ok {
+			add("warning", u.GetSubject(), "its loss stops all writes", u.GetWhy(), "coppice drill --zone "+zone)
+			continue
+		}
 		add("warning", u.GetSubject(), "not safe against the loss of one node", u.GetWhy(), "add a node: coppice token")
 	}
 	for _, w := range st.GetWarnings() {
@@ -282,7 +305,7 @@ func (v *verbs) Down(ctx context.Context, r *apiv1.DownRequest) (*apiv1.DownResp
 	begin := time.Now()
 	if !r.GetAll() || api.ForwardedFrom(ctx) != "" {
 		n := v.n.finalCheckpoints(ctx)
-		v.n.stopSoon("down")
+		v.n.stopSoon(whyDown)
 		return &apiv1.DownResponse{Nodes: []*apiv1.DownNode{{Node: v.n.cfg.Name, Stopped: true}}, Checkpoints: n, TookMs: ms(time.Since(begin))}, nil
 	}
 	out := &apiv1.DownResponse{Checkpoints: v.n.finalCheckpoints(ctx)}

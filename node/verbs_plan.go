@@ -20,6 +20,9 @@ func (v *verbs) Plan(ctx context.Context, r *apiv1.PlanRequest) (*apiv1.PlanResp
 		return nil, fail(what, err)
 	}
 	out := &apiv1.PlanResponse{Feasible: true}
+	for _, u := range n.zoneRisks() {
+		out.Warnings = append(out.Warnings, u.GetSubject()+": "+u.GetWhy())
+	}
 	for _, d := range apps {
 		_, plan, err := n.coord.Plan(ctx, d.next)
 		if err != nil {

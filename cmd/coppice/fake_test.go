@@ -273,6 +273,58 @@ func (f *fake) DhtGet(_ context.Context, r *apiv1.DhtGetRequest) (*apiv1.DhtGetR
 	return &apiv1.DhtGetResponse{Key: r.Key, Found: true, Value: []byte("seq 17"), Text: "seq 17", Writer: "n1", Incarnation: 1, Epoch: 3, Revision: 17, AgeMs: 120, Hops: 1, Copies: 3, Agree: 3, Signed: true, TookMs: 2.5, KadKey: "/kb/ckpt/shop/store-0"}, nil
 }
 
+func (f *fake) Recover(_ context.Context, r *apiv1.RecoverRequest) (*apiv1.RecoverResponse, error) {
+	f.asked = r
+	if r.From == "n2" {
+		return &apiv1.RecoverResponse{From: "n2", Reason: "2 of 3 voters answer: that is a majority, and nothing needs to be recovered"}, nil
+	}
+	out := &apiv1.RecoverResponse{
+		Possible: true, From: "n1", Incarnation: 1,
+		Survivors: []*apiv1.Survivor{
+			{Node: "n1", Id: "12D3KooWAAAAAAAAAAAAAAAAn1", Role: "voter", Incarnation: 1, Term: 4, LastIndex: 33, Committed: 33, Applied: 33, Registers: 13, Voters: []string{"n1", "n2", "n3"}},
+			{Node: "n4", Id: "12D3KooWDDDDDDDDDDDDDDDDn4", Role: "none"},
+		},
+		Missing: []*apiv1.Missing{{Node: "n2", Id: "12D3KooWBBBBBBBBBBBBBBBBn2", State: "dead", Since: ago(90 * time.Second)}},
+		Adopted: []*apiv1.Adopted{
+			{Instance: "shop/store-0", RegisterSeq: 3, Seq: 5, Holders: []string{"n1", "n4"}}, {Instance: "shop/web-0", RegisterSeq: 1, Seq: 2, Reason: "none of its holders is alive"},
+		},
+		Lost: []string{"what the arbiter committed after entry 33, if anything: only the missing voters know"}, TookMs: 2.5,
+	}
+	if r.Really {
+		out.Done, out.Incarnation = true, 2
+	}
+	return out, nil
+}
+
 func (f *fake) Revoke(context.Context, *apiv1.RevokeRequest) (*apiv1.RevokeResponse, error) {
 	return nil, errors.New("line one\nline two")
+}
+
+func (f *fake) Drill(_ context.Context, r *apiv1.DrillRequest, s *connect.ServerStream[apiv1.DrillUpdate]) error {
+	f.asked = r
+	if r.Zone != "" {
+		return s.Send(&apiv1.DrillUpdate{
+			Lost: []string{"n1", "n2"}, Voters: 3, VotersLeft: 1, WritesStop: true, Cure: "a node in a third zone", Done: true,
+			Instances: []*apiv1.DrillInstance{{Instance: "shop/store-0", From: "n2", Durable: "5s", WouldLoseMs: proto.Uint64(2100), CopiesLeft: 1, Reason: "nobody can take it over"}},
+		})
+	}
+	out := &apiv1.DrillUpdate{
+		Lost: []string{"n2"}, Voters: 3, VotersLeft: 2, Coordinator: "n1",
+		Instances: []*apiv1.DrillInstance{
+			{Instance: "shop/store-0", From: "n2", To: "n1", Durable: "each-call", WouldLoseMs: proto.Uint64(0), CopiesLeft: 2, PredictedMs: proto.Float64(58)},
+			{Instance: "shop/web-0", From: "n2", To: "n3", Durable: "none", PredictedMs: proto.Float64(40)},
+		},
+	}
+	if !r.Really {
+		out.Done = true
+		return s.Send(out)
+	}
+	if err := s.Send(out); err != nil {
+		return err
+	}
+	out.Done, out.CommitMs, out.TookMs = true, proto.Float64(31), proto.Float64(131)
+	for _, i := range out.Instances {
+		i.CameTo, i.TookMs = i.To, proto.Float64(131)
+	}
+	return s.Send(out)
 }

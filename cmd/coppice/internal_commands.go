@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/coppice-project/coppice/internal/bench"
 	"github.com/coppice-project/coppice/internal/load"
 )
 
@@ -23,6 +24,8 @@ func internalCommand(args []string) (code int, ok bool) {
 			return exitUsage, true
 		}
 		return builtinComponent(args[1]), true
+	case bench.ScaleCommand:
+		bench.ServeScale()
 	case load.Command:
 		return loadGenerator(), true
 	}

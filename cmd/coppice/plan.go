@@ -85,6 +85,9 @@ func (c *cli) planText(w io.Writer, res *apiv1.PlanResponse) {
 	if len(res.Changes) == 0 {
 		fmt.Fprintln(w, "would change nothing")
 	}
+	for _, x := range res.Warnings {
+		fmt.Fprintln(w, c.paint(stateColor("warning"))("warning:"), oneLine(x))
+	}
 }
 
 // refusals lists the nodes that were not taken.

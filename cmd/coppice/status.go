@@ -56,6 +56,9 @@ func (c *cli) statusText(w io.Writer, s *apiv1.StatusResponse) {
 	}
 	t.field("arbiter", leader)
 	t.field("voters", join(a.GetVoters()))
+	if a.GetPrimary() != "" {
+		t.field("primary of two", a.GetPrimary())
+	}
 	t.field("learners", join(a.GetLearners()))
 	t.field("coordinator", a.GetCoordinator())
 	t.field("incarnation", a.GetIncarnation())

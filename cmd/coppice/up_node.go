@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"syscall"
 
 	"github.com/coppice-project/coppice/components/runner"
 	"github.com/coppice-project/coppice/node"
@@ -18,7 +19,7 @@ func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(ready
 	nc := node.Config{
 		Data: cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
 		Labels: cfg.Labels, Capacity: node.Capacity{CPUMillis: cfg.CPUMillis, MemoryBytes: cfg.MemoryBytes, DiskBytes: cfg.DiskBytes}, Plugins: cfg.Plugins,
-		Profile: cfg.Profile, Version: cfg.Version, Log: log,
+		Profile: cfg.Profile, Version: cfg.Version, Log: log, Die: die,
 	}
 	if err := nc.Validate(); err != nil {
 		return &usageError{why: err.Error()}
@@ -34,6 +35,13 @@ func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(ready
 		return &failure{what: "run node " + cfg.Name, why: err.Error()}
 	}
 	return nil
+}
+
+// die is kill -9 of this process by itself.
+func die() {
+	if err := syscall.Kill(os.Getpid(), syscall.SIGKILL); err != nil {
+		os.Exit(exitFailed)
+	}
 }
 
 // execShim is `coppice __exec`: it enters the sandbox and becomes the component.

@@ -14,6 +14,7 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/dht/events"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 const (
@@ -61,7 +62,7 @@ func (i *instance) begin(ctx context.Context, reg arbiter.Register, body *compon
 		i.show(components.Running, "")
 	}
 	i.mu.Lock()
-	i.info.StartedMs = float64(time.Since(start).Microseconds()) / 1000
+	i.info.StartedMs = float64(time.Since(g.fetched).Microseconds()) / 1000
 	i.mu.Unlock()
 	i.sup.cfg.Events.Publish(events.Event{
 		Channel: "/apps/" + i.name, Type: "running", Trigger: body.GetTrigger(), Cause: body.GetCause(),
@@ -119,7 +120,7 @@ func (i *instance) settled(ctx context.Context, reg arbiter.Register) (arbiter.R
 	}
 	sctx, cancel := context.WithTimeout(ctx, settleWithin)
 	defer cancel()
-	if i.prev.saver != nil {
+	if i.prev.saver != nil && !planted.Bug("unsettled-restart") {
 		if err := i.prev.saver.settle(sctx); err != nil {
 			return reg, fmt.Errorf("%w: %w", errLog, err)
 		}

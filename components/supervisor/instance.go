@@ -90,7 +90,7 @@ type Info struct {
 	Settled   bool // the epoch has answered and held: a failure does not return it to the version before
 	TxnCalls  bool
 	Durable   string
-	StartedMs float64 // how long its last start took
+	StartedMs float64 // how long its last start took, once its artifact was here: launch, restore, start
 	Failures  int     // starts in a row that failed
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 const protoCall = protocol.ID("/coppice/arbiter/1")
@@ -30,7 +31,7 @@ type Arbiter struct {
 	disk   *disk
 	fsm    *fsm
 	view   *view
-	trans  *transport
+	trans  atomic.Pointer[transport] // of this life of raft
 	caller *peers.Caller
 	where  *whereabouts
 	follow *follower
@@ -40,9 +41,11 @@ type Arbiter struct {
 	mirror *mirror
 	seen   *sightings
 	leases *leases
+	two    *two
 
-	raft    atomic.Pointer[raft.Raft] // nil until the disk was vouched for
-	known   atomic.Uint64             // highest log index that was ever answered to this node
+	raft    atomic.Pointer[raft.Raft] // nil until the disk was vouched for, and between two incarnations
+	base    atomic.Uint64             // committed when raft was last started
+	known   answered                  // how far the log is that was ever answered to this node
 	feeds   atomic.Int64              // served
 	voted   atomic.Uint64             // elections started here because the leader was proven dead
 	serving inflight                  // what raft has not answered yet
@@ -50,6 +53,9 @@ type Arbiter struct {
 	notice  pulse       // something was committed: tell the followers
 	halted  atomic.Bool // stopped for good
 	lagging atomic.Bool // commits to be noticed
+
+	outranked pulse     // a higher incarnation was met
+	turns     chan turn // wishes to go on in the next incarnation
 
 	ids      idCache
 	failures failures
@@ -69,25 +75,30 @@ func New(cfg Config) (*Arbiter, error) {
 	}
 	a := &Arbiter{
 		cfg: cfg, t: cfg.Timings, log: cfg.Log, disk: d, view: newView(), where: &whereabouts{}, closing: make(chan struct{}),
-		caller: peers.NewCaller(cfg.Peers), seen: newSightings(),
+		caller: peers.NewCaller(cfg.Peers), seen: newSightings(), turns: make(chan turn),
 	}
 	if err := a.label(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	m, err := d.machine()
+	if err == nil {
+		err = d.settle(m)
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("raft database %s: %w", cfg.Dir, err), d.Close())
 	}
 	a.view.fromDisk(m)
-	a.known.Store(m.index)
+	a.raise(point{m.meta.Incarnation, m.index})
+	a.base.Store(m.index)
 	d.committed = func() uint64 {
 		if r := a.raft.Load(); r != nil {
-			return max(m.index, r.CommitIndex())
+			return max(a.base.Load(), r.CommitIndex())
 		}
-		return m.index
+		return a.base.Load()
 	}
 	a.fsm = &fsm{m: newMachine(), view: a.view, halt: a.halt, onApply: a.onApply}
-	a.trans = newTransport(cfg.Peers, cfg.Self, a.t.RPC, newRaftLog(cfg.Log), &a.ids)
+	a.trans.Store(a.newTransport())
+	a.two = newTwo(a)
 	a.follow = &follower{a: a}
 	a.queue = newQueue()
 	a.reads = &rounds{a: a}
@@ -97,6 +108,10 @@ func New(cfg Config) (*Arbiter, error) {
 	peers.ServeCalls(cfg.Peers, protoCall, func() *wirev1.ArbiterRequest { return new(wirev1.ArbiterRequest) }, a.serveCall)
 	cfg.Peers.Handle(protoFeed, a.serveFeed)
 	return a, nil
+}
+
+func (a *Arbiter) newTransport() *transport {
+	return newTransport(a.cfg.Peers, a.cfg.Self, door{speaks: a.speaks, greet: a.greet, met: a.meet}, a.t.RPC, newRaftLog(a.log), &a.ids)
 }
 
 // label checks that the database is this node's own, and counts the start.
@@ -112,7 +127,9 @@ func (a *Arbiter) label() error {
 		return fmt.Errorf("%w: %s belongs to node %s, this is %s; a copied data directory needs its own identity and an empty raft database",
 			ErrRolledBack, a.cfg.Dir, id, a.cfg.Self)
 	}
-	next := &wirev1.ArbiterDisk{Format: diskFormat, Self: l.GetSelf(), Boots: l.GetBoots() + 1, Boot: a.cfg.Boot}
+	next := &wirev1.ArbiterDisk{
+		Format: diskFormat, Self: l.GetSelf(), Boots: l.GetBoots() + 1, Boot: a.cfg.Boot, Group: l.GetGroup(), Seen: l.GetSeen(),
+	}
 	if err := a.disk.writeLabel(next); err != nil {
 		return fmt.Errorf("label the raft database %s: %w", a.cfg.Dir, err)
 	}
@@ -127,7 +144,7 @@ func (a *Arbiter) Bootstrap(cluster string) (string, error) {
 	}
 	me := a.address()
 	conf := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(me), Address: me}}}
-	if err := raft.BootstrapCluster(a.raftConfig(), a.disk, a.disk, a.disk, a.trans, conf); err != nil {
+	if err := raft.BootstrapCluster(a.raftConfig(), a.disk, a.disk, a.disk, a.trans.Load(), conf); err != nil {
 		if errors.Is(err, raft.ErrCantBootstrap) {
 			return "", fmt.Errorf("bootstrap: %s holds a group already; start without bootstrap to go on with it", a.cfg.Dir)
 		}
@@ -142,6 +159,10 @@ func (a *Arbiter) Bootstrap(cluster string) (string, error) {
 		return "", fmt.Errorf("bootstrap: %w", err)
 	}
 	if err := a.disk.StoreLog(&raft.Log{Index: 2, Term: 1, Type: raft.LogCommand, Data: b}); err != nil {
+		return "", fmt.Errorf("bootstrap: %w", err)
+	}
+	first := newMachine().meta.incarnation()
+	if _, _, err := a.disk.setIncarnations(func(_, seen incarnation) (incarnation, incarnation) { return first, seen }); err != nil {
 		return "", fmt.Errorf("bootstrap: %w", err)
 	}
 	return cluster, nil
@@ -159,6 +180,9 @@ func (a *Arbiter) raftConfig() *raft.Config {
 	c.ShutdownOnRemove = false
 	c.NoLegacyTelemetry = true
 	c.Logger = newRaftLog(a.log)
+	if planted.Bug("snapshot-older") {
+		c.TrailingLogs = 8
+	}
 	return c
 }
 
@@ -196,53 +220,6 @@ func (a *Arbiter) Run(ctx context.Context) error {
 	return errors.Join(err, a.Close())
 }
 
-// takePart has the disk vouched for, starts raft, and does what a member of the group does.
-func (a *Arbiter) takePart(ctx context.Context) error {
-	if err := a.verify(ctx); err != nil {
-		if ctx.Err() != nil {
-			return nil
-		}
-		a.halt(err)
-		return err
-	}
-	r, err := a.startRaft()
-	if err != nil {
-		return err
-	}
-	a.standAtStart(r)
-	var wg sync.WaitGroup
-	for _, f := range []func(context.Context, *raft.Raft){a.observe, a.keeper.run, a.tellCommits, a.mirror.run} {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			f(ctx, r)
-		}()
-	}
-	wg.Wait()
-	return nil
-}
-
-func (a *Arbiter) startRaft() (*raft.Raft, error) {
-	var r atomic.Pointer[raft.Raft]
-	a.trans.start(func() uint64 {
-		if x := r.Load(); x != nil {
-			return max(x.AppliedIndex(), a.fsm.applied.Load())
-		}
-		return 0
-	})
-	x, err := raft.NewRaft(a.raftConfig(), a.fsm, a.disk, a.disk, a.disk, a.trans)
-	if err != nil {
-		return nil, fmt.Errorf("start raft on %s: %w", a.cfg.Dir, err)
-	}
-	r.Store(x)
-	a.raft.Store(x)
-	if a.halted.Load() {
-		x.Shutdown() // it met what it does not know before it was stored
-	}
-	a.trans.layer.admit()
-	return x, nil
-}
-
 // halt stops taking part in the group for good, visibly. The node goes on as a follower of others' feed.
 func (a *Arbiter) halt(err error) {
 	if !a.halted.CompareAndSwap(false, true) {
@@ -252,25 +229,37 @@ func (a *Arbiter) halt(err error) {
 	a.log.Error("arbiter: this node has stopped applying and voting", "err", err)
 	if r := a.raft.Load(); r != nil {
 		r.Shutdown() // without waiting: this may be raft's own goroutine
-		_ = a.trans.Close()
+		_ = a.trans.Load().Close()
 	}
 }
 
 // onApply is told the last entry of an applied batch.
 func (a *Arbiter) onApply(l *raft.Log) {
-	a.raise(l.Index)
+	a.raise(point{a.fsm.m.meta.Incarnation, l.Index})
+	a.two.applied(a.fsm.m.meta.TwoNode)
 	a.lagging.Store(true)
 	a.notice.beat()
 	a.mirror.beat()
 }
 
-// raise notes a log index that is known to be committed.
-func (a *Arbiter) raise(index uint64) {
-	for {
-		k := a.known.Load()
-		if index <= k || a.known.CompareAndSwap(k, index) {
-			return
-		}
+// answered is the highest point of the log that was ever answered to this node.
+type answered struct {
+	mu sync.Mutex // guards at
+	at point
+}
+
+func (k *answered) now() point {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.at
+}
+
+// raise notes a point of the log that is known to be committed.
+func (a *Arbiter) raise(p point) {
+	a.known.mu.Lock()
+	defer a.known.mu.Unlock()
+	if a.known.at.before(p) {
+		a.known.at = p
 	}
 }
 
@@ -284,14 +273,9 @@ func (a *Arbiter) Close() error {
 		// Raft answers what it was given, at the latest when it finds that it lost its leadership. After its shutdown it might not.
 		a.serving.wait()
 		if r := a.raft.Load(); r != nil {
-			f := r.Shutdown()
-			err = errors.Join(err, a.trans.Close(), f.Error())
-			<-a.trans.done
-			if !a.halted.Load() {
-				err = errors.Join(err, a.disk.markCommitted(r.CommitIndex()))
-			}
+			err = a.endRaft(r)
 		} else {
-			err = errors.Join(err, a.trans.Close())
+			err = a.trans.Load().Close()
 		}
 		err = errors.Join(err, a.disk.Close())
 	})
@@ -325,26 +309,70 @@ func (f *failures) get() (last, halted string) {
 
 // inflight counts what must end before raft is shut down.
 type inflight struct {
-	mu     sync.Mutex // guards closed; n is raised with it held
+	mu     sync.Mutex // guards the rest
 	closed bool
-	n      sync.WaitGroup
+	paused bool
+	n      int
+	idle   pulse // n fell to 0
 }
 
 func (i *inflight) enter() bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.closed {
+	if i.closed || i.paused {
 		return false
 	}
-	i.n.Add(1)
+	i.n++
 	return true
 }
 
-func (i *inflight) leave() { i.n.Done() }
+func (i *inflight) leave() {
+	i.mu.Lock()
+	i.n--
+	idle := i.n == 0
+	i.mu.Unlock()
+	if idle {
+		i.idle.beat()
+	}
+}
 
+// wait lets nobody in any more, and returns when all have left.
 func (i *inflight) wait() {
 	i.mu.Lock()
 	i.closed = true
 	i.mu.Unlock()
-	i.n.Wait()
+	i.drain(nil)
+}
+
+// pause lets nobody in until resume, and waits for those inside, but not for longer than limit.
+func (i *inflight) pause(limit time.Duration) {
+	i.mu.Lock()
+	i.paused = true
+	i.mu.Unlock()
+	t := time.NewTimer(limit)
+	defer t.Stop()
+	i.drain(t.C)
+}
+
+func (i *inflight) resume() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.paused = false
+}
+
+func (i *inflight) drain(limit <-chan time.Time) {
+	for {
+		idle := i.idle.next()
+		i.mu.Lock()
+		n := i.n
+		i.mu.Unlock()
+		if n == 0 {
+			return
+		}
+		select {
+		case <-idle:
+		case <-limit:
+			return
+		}
+	}
 }

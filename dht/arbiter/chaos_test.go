@@ -45,14 +45,24 @@ func schedules(t *testing.T) (from, n uint64) {
 
 // TestChaos runs clients against a cluster whose nodes crash, restart, are cut off, wrongly suspected, and whose network delays and
 // loses. What the clients saw must be linearizable; I1 and I2 hold on every node at every time; and all nodes agree in the end.
-func TestChaos(t *testing.T) {
+func TestChaos(t *testing.T) { runChaos(t, []int{3, 5, 5, 6}) }
+
+// TestChaosOfTwo is the same with two nodes, and with three of which one is often away: what goes by the rule of two nodes, and into and
+// out of it. Nothing that was acknowledged is lost, whoever goes on alone.
+func TestChaosOfTwo(t *testing.T) { runChaos(t, []int{2, 2, 3}) }
+
+func runChaos(t *testing.T, sizes []int) {
 	from, n := schedules(t)
 	for seed := from; seed < from+n; seed++ {
 		ok := t.Run(fmt.Sprint("seed", seed), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { newChaos(t, seed).run() })
+			synctest.Test(t, func(t *testing.T) {
+				c := newChaos(t, seed)
+				c.sizes = sizes
+				c.run()
+			})
 		})
 		if !ok {
-			t.Fatalf("ARBITER_SEED=%d go test ./dht/arbiter -run TestChaos", seed)
+			t.Fatalf("ARBITER_SEED=%d go test ./dht/arbiter -run '%s$'", seed, t.Name())
 		}
 	}
 }
@@ -61,6 +71,7 @@ type chaos struct {
 	*cluster
 	begun time.Time
 	keys  []string
+	sizes []int // one of them is drawn
 
 	mu      sync.Mutex
 	history map[string][]linOp
@@ -84,7 +95,7 @@ func (c *chaos) run() {
 	defer c.close()
 	c.begun = time.Now()
 	c.adjust = func(cfg *Config) { cfg.Timings.Snapshot, cfg.Timings.SnapshotAfter = 2*time.Second, 60 }
-	c.grow([]int{3, 5, 5, 6}[c.intn(4)])
+	c.grow(c.sizes[c.intn(len(c.sizes))])
 	time.Sleep(3 * time.Second)
 	for _, n := range c.nodes {
 		c.inspect(n)
@@ -104,7 +115,7 @@ func (c *chaos) run() {
 			c.t.Errorf("key %s is not linearizable: %s", key, stuck)
 		}
 	}
-	c.t.Logf("%d answers, %d in doubt, %.0f s simulated", c.answers, c.doubts, c.now().Seconds())
+	c.t.Logf("%d answers, %d in doubt, incarnation %d, %.0f s simulated", c.answers, c.doubts, c.nodes[0].incarnation(), c.now().Seconds())
 }
 
 // inspect asserts I1 and I2 on everything that a node shows.
@@ -326,7 +337,11 @@ func (c *chaos) faults(end time.Time) {
 		if l := c.leader(); l != nil && c.intn(3) == 0 {
 			n = l
 		}
-		switch c.intn(8) {
+		kinds := 8
+		if len(c.nodes) <= 3 {
+			kinds = 13
+		}
+		switch c.intn(kinds) {
 		case 0, 1, 2:
 			c.crash(n)
 		case 3:
@@ -346,6 +361,17 @@ func (c *chaos) faults(end time.Time) {
 			c.net.SetLoss(float64(c.intn(10)) / 100)
 			time.Sleep(time.Duration(c.intn(2000)) * time.Millisecond)
 			c.net.SetLoss(0)
+		case 8, 9:
+			c.away(n, true)
+		case 10:
+			c.away(n, false)
+		case 11, 12: // it stands still, and everybody finds it dead
+			c.net.Freeze(n.id)
+			time.Sleep(time.Duration(1000+c.intn(4500)) * time.Millisecond)
+			if n.arb() != nil && c.intn(2) == 0 {
+				c.suspect(n)
+			}
+			c.net.Thaw(n.id)
 		case 7: // everybody dies
 			if c.intn(4) == 0 {
 				for _, n := range c.live() {
@@ -355,11 +381,40 @@ func (c *chaos) faults(end time.Time) {
 				c.restart()
 			}
 		}
-		if len(c.live()) <= len(c.nodes)/2 {
+		if len(c.live()) <= len(c.nodes)/2 && c.intn(2) == 0 {
 			time.Sleep(time.Duration(c.intn(1500)) * time.Millisecond)
 			c.restart()
 		}
 	}
+}
+
+// away has a node dead or cut off for longer than the other of two waits.
+func (c *chaos) away(n *node, dead bool) {
+	if n.arb() == nil {
+		return
+	}
+	if dead {
+		c.kill(n)
+	} else {
+		c.net.Isolate(n.id)
+		time.Sleep(1600 * time.Millisecond)
+		c.suspect(n)
+	}
+	time.Sleep(time.Duration(2500+c.intn(3000)) * time.Millisecond)
+	if dead {
+		c.up(n, false)
+		c.inspect(n)
+		return
+	}
+	if c.intn(3) == 0 { // the one that went on alone dies before anybody hears of it
+		for _, o := range c.live() {
+			if o != n && c.intn(2) == 0 {
+				c.kill(o)
+			}
+		}
+	}
+	c.net.Heal()
+	c.unsuspect(n)
 }
 
 func (c *chaos) crash(n *node) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"path/filepath"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -57,6 +58,12 @@ type Config struct {
 	Leased func(key string, body []byte) bool
 	// MaxVoters is 1, 3, 5 (default) or 7.
 	MaxVoters int
+	// Turned is told after this node has gone on in the next incarnation, alone (file ""), or has given up what it held of a lower one, which
+	// is in file now. It must not block.
+	Turned func(incarnation uint64, file, why string)
+	// LostFound is the folder into which a node writes what it held of an incarnation that a higher one superseded. Default: lost+found
+	// beside Dir.
+	LostFound string
 }
 
 // Timings are the durations of the arbiter. A zero field takes the profile's value.
@@ -74,6 +81,7 @@ type Timings struct {
 	FeedCoalesce  time.Duration // pure checkpoints of a key go to followers once in so long: 1 s
 	FeedKeepalive time.Duration // of an idle feed: 1 s lan, 5 s wan
 	Mirror        time.Duration // between batches to Mirror: 50 ms
+	Alone         time.Duration // the primary of two nodes goes on alone after so long without the other: 3 s lan, 10 s wan
 	Verify        time.Duration // how long a restarted voter waits for others to vouch for its disk: 1 s lan, 4 s wan
 	Lease         time.Duration // of a leased register's owner, from when it asked; the same on all nodes: 3 s lan, 6 s wan
 	Snapshot      time.Duration // between looks whether the log needs a snapshot: 30 s
@@ -85,8 +93,7 @@ func profile(name string) (Timings, error) {
 		Heartbeat: time.Second, Idle: time.Second, RPC: time.Second, Keeper: 500 * time.Millisecond, DeadFor: time.Second,
 		Unknown: 30 * time.Second, Settle: time.Minute, Swap: 10 * time.Minute, Transfer: 10 * time.Minute, Stagger: 50 * time.Millisecond,
 		FeedCoalesce: time.Second, FeedKeepalive: time.Second, Mirror: 50 * time.Millisecond, Verify: time.Second,
-		Lease:    3 * time.Second,
-		Snapshot: 30 * time.Second, SnapshotAfter: 8192,
+		Alone: 3 * time.Second, Lease: 3 * time.Second, Snapshot: 30 * time.Second, SnapshotAfter: 8192,
 	}
 	switch name {
 	case "", "lan", "local":
@@ -95,6 +102,7 @@ func profile(name string) (Timings, error) {
 		t.Heartbeat, t.Idle, t.RPC = 5*time.Second, 2500*time.Millisecond, 4*time.Second
 		t.Stagger, t.FeedKeepalive, t.Verify = 250*time.Millisecond, 5*time.Second, 4*time.Second
 		t.Lease = 6 * time.Second
+		t.Alone = 10 * time.Second
 		return t, nil
 	}
 	return t, fmt.Errorf("profile %q; lan, wan and local are known", name)
@@ -116,6 +124,7 @@ func (t Timings) or(d Timings) Timings {
 		{&t.FeedCoalesce, &d.FeedCoalesce},
 		{&t.FeedKeepalive, &d.FeedKeepalive},
 		{&t.Mirror, &d.Mirror},
+		{&t.Alone, &d.Alone},
 		{&t.Verify, &d.Verify},
 		{&t.Lease, &d.Lease},
 		{&t.Snapshot, &d.Snapshot},
@@ -152,6 +161,12 @@ func (c Config) complete() (Config, error) {
 	if c.BootTime == nil {
 		begun := time.Now()
 		c.BootTime = func() time.Duration { return time.Since(begun) }
+	}
+	if c.Turned == nil {
+		c.Turned = func(uint64, string, string) {}
+	}
+	if c.LostFound == "" {
+		c.LostFound = filepath.Join(filepath.Dir(c.Dir), "lost+found")
 	}
 	if c.MaxVoters == 0 {
 		c.MaxVoters = 5

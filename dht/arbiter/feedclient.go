@@ -132,7 +132,7 @@ func (f *follower) follow(ctx context.Context, to peer.ID) (heard bool, err erro
 	stop := context.AfterFunc(ctx, func() { _ = s.Reset() })
 	defer stop()
 	st := f.a.view.now()
-	req := &wirev1.ArbiterFeedRequest{Cluster: st.meta.Cluster, Incarnation: st.at.inc, Index: st.complete}
+	req := &wirev1.ArbiterFeedRequest{Cluster: st.meta.Cluster, Incarnation: st.at.inc, Lineage: st.meta.Lineage, Index: st.complete}
 	if err := s.SetWriteDeadline(time.Now().Add(f.a.t.RPC)); err != nil {
 		return false, err
 	}
@@ -172,6 +172,12 @@ func (f *follower) setStream(s peers.Stream, from peer.ID) {
 
 // take gives an update to the view. It returns the snapshot being gathered.
 func (f *follower) take(u *wirev1.ArbiterFeedUpdate, whole *iradix.Txn) (*iradix.Txn, error) {
+	if in := (incarnation{u.GetIncarnation(), u.GetLineage()}); !in.none() && u.GetIndex() > 0 {
+		f.a.meet(in)
+		if _, seen := f.a.disk.incarnations(); in.before(seen) {
+			return nil, fmt.Errorf("the feeder is of incarnation %s, %s was met", in, seen)
+		}
+	}
 	var regs []*Register
 	for _, w := range u.GetRegisters() {
 		r := fromWire(w)
@@ -182,7 +188,7 @@ func (f *follower) take(u *wirev1.ArbiterFeedUpdate, whole *iradix.Txn) (*iradix
 	}
 	up := &feedUpdate{registers: regs, at: point{u.GetIncarnation(), u.GetIndex()}, complete: u.GetComplete()}
 	if w := u.GetWhere(); w != nil {
-		f.a.where.hint(w)
+		f.a.hear(w)
 		if w.GetMeta() != nil {
 			m := metaFromWire(w.GetMeta())
 			up.meta = &m

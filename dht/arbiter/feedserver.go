@@ -56,7 +56,8 @@ func (a *Arbiter) serveFeed(from peer.ID, s peers.Stream) {
 		return
 	}
 	st := a.view.now()
-	if !st.fromRaft || req.GetCluster() != "" && req.GetCluster() != st.meta.Cluster {
+	a.meet(incarnation{req.GetIncarnation(), req.GetLineage()})
+	if !st.fromRaft || a.superseded() || req.GetCluster() != "" && req.GetCluster() != st.meta.Cluster {
 		a.log.Debug("feed refused", "node", from, "cluster", req.GetCluster(), "current", st.fromRaft)
 		return
 	}
@@ -229,7 +230,7 @@ func (f *feeder) sendChanges(order []string, index map[string]uint64, st *viewSt
 
 // stamp says how far the update brings the follower.
 func (f *feeder) stamp(u *wirev1.ArbiterFeedUpdate, st *viewState) *wirev1.ArbiterFeedUpdate {
-	u.Incarnation, u.Index, u.Complete = st.at.inc, st.at.index, st.at.index
+	u.Incarnation, u.Lineage, u.Index, u.Complete = st.at.inc, st.meta.Lineage, st.at.index, st.at.index
 	for _, h := range f.held {
 		u.Complete = min(u.Complete, h.index-1)
 	}

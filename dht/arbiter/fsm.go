@@ -79,6 +79,21 @@ func (f *fsm) former() []peer.ID {
 	return nil
 }
 
+// voted returns who voted in this incarnation.
+func (f *fsm) voted() []peer.ID {
+	if st := f.shown.Load(); st != nil {
+		return st.voted
+	}
+	return nil
+}
+
+// reset begins with nothing. Raft must not be running.
+func (f *fsm) reset() {
+	f.m = newMachine()
+	f.applied.Store(0)
+	f.shown.Store(nil)
+}
+
 func (f *fsm) one(l *raft.Log) (any, []change, error) {
 	switch l.Type {
 	case raft.LogCommand:

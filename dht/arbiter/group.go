@@ -113,6 +113,10 @@ func (a *Arbiter) refreshWhere(r *raft.Raft) {
 	if !member {
 		return
 	}
+	group, err := a.speaks()
+	if err != nil {
+		return
+	}
 	voters, learners := a.configuration(r)
 	term := r.CurrentTerm()
 	leader := a.leaderOf(r)
@@ -120,7 +124,7 @@ func (a *Arbiter) refreshWhere(r *raft.Raft) {
 		return // it changes right now; raft will tell again
 	}
 	before, _ := a.where.current()
-	a.where.own(leader, term, voters, learners)
+	a.where.own(group, leader, term, voters, learners)
 	if leader != before {
 		a.keeper.kick()
 		a.leases.notice(r)
@@ -132,9 +136,10 @@ func (a *Arbiter) whereNow() *wirev1.ArbiterWhere {
 	leader, _ := a.where.current()
 	voters, learners, term := a.where.group()
 	st := a.view.now()
+	at := a.where.incarnation()
 	return &wirev1.ArbiterWhere{
 		Leader: []byte(leader), Voters: idsToWire(voters), Learners: idsToWire(learners), Term: term,
-		Incarnation: st.at.inc, Index: st.at.index, Meta: metaToWire(st.meta),
+		Incarnation: at.number, Lineage: at.lineage, Index: st.at.index, Meta: metaToWire(st.meta),
 	}
 }
 
@@ -148,9 +153,9 @@ func (a *Arbiter) seek(ctx context.Context) {
 		go func() {
 			defer func() { done <- struct{}{} }()
 			resp := new(wirev1.ArbiterResponse)
-			req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Status{Status: true}}
+			req := a.request(&wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Status{Status: true}})
 			if err := a.caller.Call(ctx, id, protoCall, req, resp); err == nil {
-				a.where.hint(resp.GetWhere())
+				a.hear(resp.GetWhere())
 			}
 		}()
 	}
@@ -252,7 +257,7 @@ func (a *Arbiter) tellOnce(r *raft.Raft, busy map[peer.ID]chan struct{}) (again 
 	}
 	voters, learners := a.configuration(r)
 	for _, id := range append(voters, learners...) {
-		p := a.trans.of(id)
+		p := a.trans.Load().of(id)
 		if id == a.cfg.Self || p.told >= commit || time.Since(p.heard) > 2*a.t.Heartbeat {
 			continue
 		}
@@ -269,10 +274,10 @@ func (a *Arbiter) tellOnce(r *raft.Raft, busy map[peer.ID]chan struct{}) (again 
 		go func() {
 			defer close(done)
 			req := &raft.AppendEntriesRequest{
-				RPCHeader: a.trans.header(), Term: term, PrevLogEntry: commit, PrevLogTerm: last.Term, LeaderCommitIndex: commit,
+				RPCHeader: a.trans.Load().header(), Term: term, PrevLogEntry: commit, PrevLogTerm: last.Term, LeaderCommitIndex: commit,
 			}
 			var resp raft.AppendEntriesResponse
-			if err := a.trans.AppendEntries(raft.ServerID(id.String()), raft.ServerAddress(id.String()), req, &resp); err != nil {
+			if err := a.trans.Load().AppendEntries(raft.ServerID(id.String()), raft.ServerAddress(id.String()), req, &resp); err != nil {
 				a.log.Debug("commit notice", "node", id, "err", err)
 			}
 		}()
@@ -292,10 +297,11 @@ func (a *Arbiter) memberChanged(old, now Member) {
 
 // linkChanged is told by the links. A reset alone proves nothing; a refused redial does.
 func (a *Arbiter) linkChanged(id peer.ID, up bool) {
+	a.two.linkChanged(id, up)
 	if up {
 		return
 	}
-	a.trans.layer.drop(id)
+	a.trans.Load().layer.drop(id)
 	if leader, _ := a.where.current(); leader != id {
 		return
 	}
@@ -368,9 +374,12 @@ func (a *Arbiter) standForElection(r *raft.Raft, dead peer.ID, term uint64, rank
 			term = now
 			continue // another voter stands: its election must not be disturbed
 		}
+		if a.raft.Load() != r {
+			return // another life of raft has begun
+		}
 		a.voted.Add(1)
 		a.log.Info("arbiter: standing for election", "why", why, "node", dead, "rank", rank)
-		a.trans.electSelf()
+		a.trans.Load().electSelf()
 		term++ // the own one
 	}
 }

@@ -28,7 +28,7 @@ func inCluster(t *testing.T, seed uint64, n int, f func(c *cluster)) {
 		case n == 1:
 			c.settled(10*time.Second, 1, 0)
 		case n == 2:
-			c.settled(10*time.Second, 1, 1)
+			c.settled(10*time.Second, 2, 0)
 		case n < 5:
 			c.settled(10*time.Second, 3, 0)
 		default:
@@ -70,7 +70,7 @@ func TestVotersFollowMembership(t *testing.T) {
 		c.grow(1)
 		c.settled(5*time.Second, 1, 0)
 		c.grow(1)
-		c.settled(5*time.Second, 1, 1)
+		c.settled(5*time.Second, 2, 0)
 		c.grow(1)
 		c.settled(5*time.Second, 3, 0)
 		c.grow(2)
@@ -78,14 +78,14 @@ func TestVotersFollowMembership(t *testing.T) {
 		if err := put(c.nodes[4].arb(), "x", "five", time.Second); err != nil {
 			t.Fatal(err)
 		}
-		// They die one by one; each is confirmed, and the group shrinks in odd steps.
-		for i, want := range []struct{ voters, learners int }{{3, 0}, {3, 0}, {1, 1}, {1, 0}} {
+		// They die one by one, two seconds apart; each is confirmed, and the group shrinks down to the last.
+		for i, want := range []int{3, 3, 2, 1} {
 			victims := c.live()
-			if i == 3 { // of two nodes, the learner may go
-				victims = slices.DeleteFunc(victims, func(n *node) bool { return n.arb().Status().Role != "learner" })
-			}
 			c.kill(victims[c.intn(len(victims))])
-			c.settled(10*time.Second, want.voters, want.learners)
+			begun := time.Now()
+			c.settled(2*time.Second, want, 0)
+			t.Logf("%d nodes left: %d voters after %s", 4-i, want, time.Since(begun))
+			time.Sleep(max(0, 2*time.Second-time.Since(begun)))
 		}
 		last := c.live()[0]
 		ctx, cancel := within(time.Second)
@@ -378,7 +378,7 @@ func TestUnknownCommandStopsTheNode(t *testing.T) {
 			c.t.Fatal(err)
 		}
 		b = append(b, 0xfa, 0x3f, 0x01, 'x') // field 1023
-		if resp := leader.arb().propose(b); resp.GetCode() != wirev1.ArbiterResponse_FORMAT {
+		if resp := leader.arb().propose(b, 1); resp.GetCode() != wirev1.ArbiterResponse_FORMAT {
 			c.t.Fatalf("the leader let it through: %v", resp)
 		}
 		before := leader.arb().Status().Index

@@ -13,6 +13,7 @@ import (
 
 	"github.com/coppice-project/coppice/dht/keys"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // ErrRolledBack is wrapped when this node's raft database is not what the group knows of this node: emptied, restored from an old
@@ -41,7 +42,7 @@ func (s *sightings) check(from peer.ID, h *wirev1.ArbiterHello) string {
 		return fmt.Sprintf("it counts %d starts, %d were seen", h.GetBoots(), old.GetBoots())
 	case h.GetBoots() == old.GetBoots() && h.GetBoot() != old.GetBoot():
 		return fmt.Sprintf("two processes claim to be start %d of this disk", h.GetBoots())
-	case h.GetTerm() < old.GetTerm():
+	case h.GetTerm() < old.GetTerm() && !h.GetEmpty() && incarnationOf(h.GetGroup()) == incarnationOf(old.GetGroup()):
 		return fmt.Sprintf("it is in term %d, term %d was seen", h.GetTerm(), old.GetTerm())
 	}
 	return ""
@@ -56,21 +57,29 @@ func (s *sightings) remember(from peer.ID, h *wirev1.ArbiterHello) {
 
 // vouch says why a starting node must not take part; "" when nothing speaks against it.
 func (a *Arbiter) vouch(from peer.ID, h *wirev1.ArbiterHello) string {
+	if planted.Bug("amnesia") {
+		return ""
+	}
 	if why := a.seen.check(from, h); why != "" {
 		return why
 	}
-	p := a.trans.of(from)
+	group, _ := a.disk.incarnations()
+	if at := incarnationOf(h.GetGroup()); !h.GetEmpty() && at != group {
+		// Of another incarnation: what was acknowledged there does not bind here. Its log is given up when it meets the higher one.
+		a.meet(at)
+		return ""
+	}
+	p := a.trans.Load().of(from)
 	switch {
+	case h.GetEmpty():
+		voters, _, _ := a.where.group()
+		if slices.Contains(voters, from) || slices.Contains(a.fsm.voted(), from) {
+			return "its log is empty, and it has voted before"
+		}
 	case h.GetTerm() < p.term:
 		return fmt.Sprintf("its log is in term %d, it acknowledged entries in term %d", h.GetTerm(), p.term)
 	case h.GetTerm() == p.term && h.GetLast() < p.matched:
 		return fmt.Sprintf("its log ends at %d, it acknowledged %d", h.GetLast(), p.matched)
-	}
-	if h.GetEmpty() {
-		voters, _, _ := a.where.group()
-		if slices.Contains(voters, from) || slices.Contains(a.fsm.former(), from) {
-			return "its log is empty, and it has voted before"
-		}
 	}
 	if h.GetTakingPart() {
 		a.seen.remember(from, h)
@@ -94,6 +103,9 @@ func (a *Arbiter) verify(ctx context.Context) error {
 			ask = a.likely(5)
 		}
 		answered, why := a.vouchers(ctx, h, ask)
+		if why == nil && a.superseded() {
+			why = errSuperseded
+		}
 		if why != nil {
 			return why
 		}
@@ -114,7 +126,8 @@ func (a *Arbiter) hello() (*wirev1.ArbiterHello, []peer.ID, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("raft database: %w", err)
 	}
-	h := &wirev1.ArbiterHello{Boots: a.disk.label.GetBoots(), Boot: a.cfg.Boot, Empty: !exists}
+	group, _ := a.disk.incarnations()
+	h := &wirev1.ArbiterHello{Boots: a.disk.boots(), Boot: a.cfg.Boot, Empty: !exists, Group: group.wire()}
 	if !exists {
 		return h, nil, nil
 	}
@@ -175,7 +188,8 @@ func (a *Arbiter) vouchers(ctx context.Context, h *wirev1.ArbiterHello, ask []pe
 	for _, id := range ask {
 		go func() {
 			resp := new(wirev1.ArbiterResponse)
-			if err := a.caller.Call(ctx, id, protoCall, &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Hello{Hello: h}}, resp); err != nil {
+			req := a.request(&wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Hello{Hello: h}})
+			if err := a.caller.Call(ctx, id, protoCall, req, resp); err != nil {
 				a.log.Debug("nobody to vouch for the disk", "node", id, "err", err)
 				answers <- voice{}
 				return
@@ -184,7 +198,7 @@ func (a *Arbiter) vouchers(ctx context.Context, h *wirev1.ArbiterHello, ask []pe
 				resp.RolledBack = fmt.Sprintf("node %s says: %s", id, why)
 			}
 			if h.GetEmpty() && !slices.Contains(idsFromWire(resp.GetWhere().GetVoters()), id) {
-				a.where.hint(resp.GetWhere()) // no voter, but it may know them
+				a.hear(resp.GetWhere()) // no voter, but it may know them
 				answers <- voice{}
 				return
 			}
@@ -200,7 +214,7 @@ func (a *Arbiter) vouchers(ctx context.Context, h *wirev1.ArbiterHello, ask []pe
 			return answered, fmt.Errorf("%w: %s; remove the data directory and join with a new identity", ErrRolledBack, why)
 		}
 		answered = append(answered, v.id)
-		a.where.hint(v.resp.GetWhere())
+		a.hear(v.resp.GetWhere())
 	}
 	return answered, nil
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/hashicorp/raft"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/proto"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
 )
@@ -67,6 +68,7 @@ func (k *keeper) last() string {
 
 // run looks every Timings.Keeper and when kicked.
 func (k *keeper) run(ctx context.Context, r *raft.Raft) {
+	k.leads = false // of an earlier life of raft
 	for {
 		pause := k.a.t.Keeper
 		if r.State() != raft.Leader || k.a.halted.Load() {
@@ -120,6 +122,7 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	s.voters, s.learners = a.configuration(r)
 	if st := a.fsm.shown.Load(); st != nil {
 		s.coordinator = st.meta.Coordinator
+		s.primary = k.primary(st)
 	}
 	list := a.cfg.Members.List()
 	young := true
@@ -130,7 +133,7 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	for _, m := range list {
 		can := eligible(m, slices.Contains(former, m.ID), young, a.t.Settle) && !k.isLeaving(m.ID)
 		// After a restart the view begins with everybody dead: what raft hears is not.
-		quiet := min(m.For, time.Since(k.since), time.Since(a.trans.of(m.ID).heard))
+		quiet := min(m.For, time.Since(k.since), time.Since(a.trans.Load().of(m.ID).heard))
 		s.members[m.ID] = standing{alive: m.Alive, dead: m.Dead && quiet >= a.t.DeadFor, eligible: can, zone: m.Zone}
 	}
 	for _, id := range append(slices.Clone(s.voters), s.learners...) {
@@ -149,6 +152,25 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	return s
 }
 
+// primary says whether the rule of two nodes holds or may come to hold: an entry that begins it and is not applied here yet may be on the
+// other's disk, and count there once it is committed, with whatever group.
+func (k *keeper) primary(st *viewState) peer.ID {
+	if st.meta.TwoNode != "" {
+		return st.meta.TwoNode
+	}
+	var found peer.ID
+	err := k.a.disk.ruleChanges(st.at.index, func(_ uint64, primary peer.ID) {
+		if primary != "" {
+			found = primary
+		}
+	})
+	if err != nil {
+		k.a.failures.note("read the log for the rule of two nodes", err)
+		return k.a.cfg.Self // it may
+	}
+	return found
+}
+
 func (k *keeper) isLeaving(id peer.ID) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -160,17 +182,20 @@ func (k *keeper) isLeaving(id peer.ID) bool {
 	return is
 }
 
-// caughtUp asks a server whether it has nearly all of the log and would take part.
+// caughtUp asks a server whether it has nearly all of this incarnation's log and would take part.
 func (k *keeper) caughtUp(ctx context.Context, r *raft.Raft, id peer.ID) bool {
 	const near = 100
 	ctx, cancel := context.WithTimeout(ctx, k.a.t.RPC)
 	defer cancel()
 	resp := new(wirev1.ArbiterResponse)
-	req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Status{Status: true}}
+	req := k.a.request(&wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Status{Status: true}})
 	if err := k.a.caller.Call(ctx, id, protoCall, req, resp); err != nil {
 		return false
 	}
 	l := resp.GetLog()
+	if own, err := k.a.speaks(); err != nil || incarnationOf(l.GetGroup()) != own {
+		return false // what it holds is of another incarnation, whose log may be as long
+	}
 	format := uint32(1)
 	if st := k.a.fsm.shown.Load(); st != nil {
 		format = st.meta.Format
@@ -201,19 +226,37 @@ func (k *keeper) do(ctx context.Context, r *raft.Raft, st step) error {
 	case stepHand:
 		return r.LeadershipTransferToServer(id, addr).Error()
 	case stepName:
-		return k.name(ctx, st.id)
+		return k.setMeta(ctx, &wirev1.ArbiterSetMeta{Coordinator: []byte(st.id)})
+	case stepPair:
+		return k.setMeta(ctx, &wirev1.ArbiterSetMeta{TwoNode: []byte(st.id)})
+	case stepUnpair:
+		return k.setMeta(ctx, &wirev1.ArbiterSetMeta{TwoNode: []byte{}})
 	case stepNone, stepWait:
 	}
 	return nil
 }
 
-// name commits who is coordinator.
-func (k *keeper) name(ctx context.Context, id peer.ID) error {
-	ctx, cancel := context.WithTimeout(ctx, k.a.t.RPC)
-	defer cancel()
-	c := &wirev1.ArbiterCommand{Kind: &wirev1.ArbiterCommand_SetMeta{SetMeta: &wirev1.ArbiterSetMeta{Coordinator: []byte(id)}}}
-	_, _, err := k.a.do(ctx, c)
-	return err
+// setMeta commits what the group keeps about itself. It goes straight into this leader's log, not through the queue: a wish that another
+// leader carried out later could end or begin the rule of two nodes at the wrong time.
+func (k *keeper) setMeta(ctx context.Context, m *wirev1.ArbiterSetMeta) error {
+	e := &wirev1.ArbiterEntry{Format: 1, Proposer: []byte(k.a.cfg.Self), Commands: []*wirev1.ArbiterCommand{{Kind: &wirev1.ArbiterCommand_SetMeta{SetMeta: m}}}}
+	b, err := proto.Marshal(e)
+	if err != nil {
+		return err
+	}
+	done := make(chan *wirev1.ArbiterResponse, 1)
+	go func() { done <- k.a.propose(b, k.a.view.now().at.inc) }()
+	select {
+	case resp := <-done:
+		if resp.GetCode() != wirev1.ArbiterResponse_OK {
+			return fmt.Errorf("%s: %s", resp.GetCode(), resp.GetReason())
+		}
+		return nil
+	case <-time.After(k.a.t.RPC):
+		return errors.New("not committed in time")
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // StepDown hands this node's leadership and vote over and returns when it votes no more; learners and followers return at once. The
@@ -234,7 +277,7 @@ func (a *Arbiter) StepDown(ctx context.Context) error {
 			a.findLeader(ctx, changed)
 			continue
 		}
-		req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_StepDown{StepDown: true}}
+		req := a.request(&wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_StepDown{StepDown: true}})
 		if _, err := a.attempt(ctx, leader, changed, req); err != nil && !errors.Is(err, context.Canceled) {
 			a.log.Debug("step down", "leader", leader, "err", err)
 		}

@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 const (
@@ -31,6 +32,7 @@ type machine struct {
 	deleted                   uint64 // index of the last delete
 	txns                      txnTable
 	former                    []peer.ID // that ever voted, oldest first
+	voted                     []peer.ID // that voted in this incarnation, oldest first
 }
 
 // meta is what the group keeps about itself.
@@ -39,14 +41,23 @@ type meta struct {
 	Incarnation uint64
 	Format      uint32
 	Coordinator peer.ID
+	TwoNode     peer.ID // primary of two voters while either may go on alone; "": none may
+	Lineage     uint64  // tells two incarnations of a number apart
+	Begun       uint64  // last index of the incarnation before
 }
 
 func metaToWire(m meta) *wirev1.ArbiterMeta {
-	return &wirev1.ArbiterMeta{Cluster: m.Cluster, Incarnation: m.Incarnation, Format: m.Format, Coordinator: []byte(m.Coordinator)}
+	return &wirev1.ArbiterMeta{
+		Cluster: m.Cluster, Incarnation: m.Incarnation, Format: m.Format, Coordinator: []byte(m.Coordinator), TwoNode: []byte(m.TwoNode), Lineage: m.Lineage,
+		Begun: m.Begun,
+	}
 }
 
 func metaFromWire(m *wirev1.ArbiterMeta) meta {
-	return meta{Cluster: m.GetCluster(), Incarnation: m.GetIncarnation(), Format: m.GetFormat(), Coordinator: peer.ID(m.GetCoordinator())}
+	return meta{
+		Cluster: m.GetCluster(), Incarnation: m.GetIncarnation(), Format: m.GetFormat(), Coordinator: peer.ID(m.GetCoordinator()),
+		TwoNode: peer.ID(m.GetTwoNode()), Lineage: m.GetLineage(), Begun: m.GetBegun(),
+	}
 }
 
 // change is what one entry did to one key.
@@ -115,14 +126,48 @@ func (m *machine) settle(s *scratch) []change {
 // voters records who votes, so that an empty disk of a former voter is recognised.
 func (m *machine) voters(index uint64, ids []peer.ID) {
 	m.index = index
+	m.former, m.voted = joined(m.former, ids), joined(m.voted, ids)
+}
+
+// joined adds the ids that are not there yet, and forgets the oldest beyond maxFormer. It returns a new slice: views share the old one.
+func joined(known, ids []peer.ID) []peer.ID {
+	out := slices.Clone(known)
 	for _, id := range ids {
-		if !slices.Contains(m.former, id) {
-			m.former = append(m.former, id)
+		if !slices.Contains(out, id) {
+			out = append(out, id)
 		}
 	}
-	if n := len(m.former) - maxFormer; n > 0 {
-		m.former = slices.Clone(m.former[n:])
+	return out[max(0, len(out)-maxFormer):]
+}
+
+// raise begins the next incarnation: self is its only voter, begun the last index of the one before. Every register is of it from now on,
+// so that (incarnation, epoch) of each owner outranks whatever the lower incarnation may still have given out elsewhere.
+func (m *machine) raise(in incarnation, begun uint64, self peer.ID, former []peer.ID) {
+	m.meta.Incarnation, m.meta.Lineage, m.meta.Begun, m.meta.TwoNode = in.number, in.lineage, begun, ""
+	m.former, m.voted = joined(m.former, former), []peer.ID{self}
+	t := m.tree.Txn()
+	it := m.tree.Root().Iterator()
+	for k, v, ok := it.Next(); ok; k, v, ok = it.Next() {
+		r := *v.(*Register)
+		r.Incarnation = in.number
+		t.Insert(k, &r)
 	}
+	m.tree = t.CommitOnly()
+}
+
+// adopt puts checkpoints into registers that know only older ones.
+func (m *machine) adopt(list []Adoption) {
+	t := m.tree.Txn()
+	for _, x := range list {
+		old := treeGet(m.tree, x.Key)
+		if old == nil || x.Seq <= old.Seq || len(x.Holders) == 0 {
+			continue
+		}
+		r := *old
+		r.Seq, r.Root, r.Holders = x.Seq, x.Root, slices.Clone(x.Holders)
+		t.Insert([]byte(x.Key), &r)
+	}
+	m.tree = t.CommitOnly()
 }
 
 // scratch is the effect of an entry, or of a branch of a transaction, before it counts.
@@ -189,7 +234,9 @@ func (s *scratch) softSoFar(key string) bool {
 
 func (s *scratch) remove(key string) {
 	old := s.get(key)
-	s.epochFloor = max(s.epochFloor, old.Epoch)
+	if !planted.Bug("epoch-reused") {
+		s.epochFloor = max(s.epochFloor, old.Epoch)
+	}
 	s.revisionFloor = max(s.revisionFloor, old.Revision)
 	s.deleted = s.index
 	s.cells[key] = &cell{}
@@ -233,13 +280,13 @@ func tooOld(r *Register, format string, args ...any) *wirev1.ArbiterResult {
 func (s *scratch) claim(c *wirev1.ArbiterClaim) *wirev1.ArbiterResult {
 	r := s.get(c.GetKey())
 	switch {
-	case r != nil && r.Nonce == c.GetNonce():
+	case r != nil && r.Nonce == c.GetNonce() && !planted.Bug("claim-retry-unknown"):
 		return ok(r) // the claim that made this epoch, again
 	case r != nil && r.Epoch != c.GetExpect():
 		return refused(r, "%s is in epoch %d, the claim expects %d", c.GetKey(), r.Epoch, c.GetExpect())
 	case r == nil && c.GetExpect() != 0:
 		return refused(nil, "%s is not there, the claim expects epoch %d", c.GetKey(), c.GetExpect())
-	case r == nil && s.since < s.deleted:
+	case r == nil && s.since < s.deleted && !planted.Bug("deleted-revived"):
 		// A late repetition would bring a deleted register back to life.
 		return tooOld(nil, "something was deleted at %d and the proposer knew the log up to %d", s.deleted, s.since)
 	}
@@ -264,16 +311,16 @@ func (s *scratch) commit(c *wirev1.ArbiterCommit) *wirev1.ArbiterResult {
 	if r == nil {
 		return fenced(nil, "%s is not there", c.GetKey())
 	}
-	if r.Epoch != c.GetEpoch() || r.Nonce != c.GetNonce() || r.Owner == "" {
+	if (r.Epoch != c.GetEpoch() || r.Nonce != c.GetNonce() || r.Owner == "") && !planted.Bug("commit-unfenced") {
 		return fenced(r, "%s is in epoch %d, not %d of this owner", c.GetKey(), r.Epoch, c.GetEpoch())
 	}
 	if c.GetSeq() == r.Seq && bytes.Equal(c.GetRoot(), r.Root) {
 		return ok(r) // again
 	}
-	if c.GetSeq() != r.Seq+1 {
+	if c.GetSeq() != r.Seq+1 && !(c.GetSeq() > r.Seq && planted.Bug("seq-gap")) && !(c.GetSeq() <= r.Seq && planted.Bug("seq-back")) {
 		return refused(r, "%s has seq %d, the checkpoint has %d", c.GetKey(), r.Seq, c.GetSeq())
 	}
-	if n := distinct(c.GetHolders()); c.GetW() == 0 || n < int(c.GetW()) {
+	if n := distinct(c.GetHolders()); c.GetW() == 0 || n < int(c.GetW()) && !planted.Bug("too-few-holders") {
 		return refused(r, "%d holders acknowledged, %d are needed and at least 1", n, c.GetW())
 	}
 	n := s.edit(c.GetKey(), c.Body == nil)
@@ -296,7 +343,7 @@ func (s *scratch) setHolders(c *wirev1.ArbiterSetHolders) *wirev1.ArbiterResult 
 		return ok(r)
 	case len(holders) == 0:
 		return refused(r, "%s would have no holder", c.GetKey())
-	case r.Index > s.since:
+	case r.Index > s.since && !planted.Bug("holders-late"):
 		// A late repetition would undo what came after it.
 		return tooOld(r, "%s changed at %d and the proposer knew the log up to %d", c.GetKey(), r.Index, s.since)
 	}
@@ -332,6 +379,9 @@ func (s *scratch) setMeta(c *wirev1.ArbiterSetMeta) *wirev1.ArbiterResult {
 	m.Format = max(m.Format, c.GetFormat())
 	if c.Coordinator != nil {
 		m.Coordinator = peer.ID(c.GetCoordinator())
+	}
+	if c.TwoNode != nil {
+		m.TwoNode = peer.ID(c.GetTwoNode())
 	}
 	return ok(nil)
 }

@@ -41,7 +41,7 @@ func (m *mirror) beat() { m.pulse.beat() }
 
 // changed implements a view's watcher.
 func (m *mirror) changed(old, now *Register) {
-	if old != nil && now != nil && old.Revision == now.Revision && old.Epoch == now.Epoch {
+	if old != nil && now != nil && old.Revision == now.Revision && old.Epoch == now.Epoch && old.Incarnation == now.Incarnation {
 		return // a checkpoint
 	}
 	var r Register

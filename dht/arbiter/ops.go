@@ -31,7 +31,7 @@ func (a *Arbiter) Status() Status {
 	s := Status{
 		Cluster: st.meta.Cluster, HasLeader: leader != "", Leader: leader, Coordinator: st.meta.Coordinator, Voters: slices.Clone(voters),
 		Learners: slices.Clone(learners), Incarnation: st.at.inc, Term: term, Index: st.at.index, FeedAge: a.follow.staleness(),
-		Registers: st.tree.Len(), Pending: a.queue.len(), Followers: int(a.feeds.Load()), Boots: a.disk.label.GetBoots(), Halted: halted,
+		Registers: st.tree.Len(), Pending: a.queue.len(), Followers: int(a.feeds.Load()), Boots: a.disk.boots(), Halted: halted,
 		LastError: last, Commits: a.fsm.entries.Load(), Elections: a.voted.Load(), Role: "unverified",
 	}
 	r := a.raft.Load()
@@ -43,6 +43,9 @@ func (a *Arbiter) Status() Status {
 		if age := a.leaderAge(); age >= 0 {
 			s.FeedAge = age
 		}
+	}
+	if r != nil {
+		s.Primary, s.Paired = a.two.status(r)
 	}
 	switch {
 	case halted != "":
@@ -66,7 +69,7 @@ func (a *Arbiter) lag(r *raft.Raft, servers []peer.ID) map[peer.ID]uint64 {
 	last := r.LastIndex()
 	for _, id := range servers {
 		if id != a.cfg.Self {
-			out[id] = last - min(last, a.trans.of(id).matched)
+			out[id] = last - min(last, a.trans.Load().of(id).matched)
 		}
 	}
 	return out

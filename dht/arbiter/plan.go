@@ -8,6 +8,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/coppice-project/coppice/dht/keys"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // step is one thing for the keeper to do. At most one change of the group is under way at any time.
@@ -28,10 +29,12 @@ const (
 	stepRemove           // from the group
 	stepName             // commit who is coordinator
 	stepHand             // hand the leadership over
+	stepPair             // commit that either of two may go on alone, and who is primary
+	stepUnpair           // commit that neither may
 )
 
 func (k stepKind) String() string {
-	return [...]string{"nothing", "wait for", "add as learner", "make voter", "make learner", "remove", "name as coordinator", "hand leadership to"}[k]
+	return [...]string{"nothing", "wait for", "add as learner", "make voter", "make learner", "remove", "name as coordinator", "hand leadership to", "pair, primary", "unpair"}[k]
 }
 
 // situation is what the keeper decides on. Deciding is a pure function of it.
@@ -41,6 +44,7 @@ type situation struct {
 	learners    []peer.ID
 	members     map[peer.ID]standing
 	coordinator peer.ID
+	primary     peer.ID            // of the rule of two nodes; "": it does not hold
 	ready       func(peer.ID) bool // a learner that has caught up and would take part
 	max         int                // voters at most
 	maySwap     bool               // distance alone may change the group now
@@ -55,11 +59,14 @@ type standing struct {
 	zone     string
 }
 
-// wanted is how many voters n eligible members call for.
+// wanted is how many voters n eligible members call for. Two votes of two are needed: the rule of two nodes is what makes them safer than
+// one.
 func wanted(n, most int) int {
 	switch {
-	case n <= 2:
+	case n <= 1 || most == 1:
 		return 1
+	case n == 2:
+		return 2
 	case n < 5:
 		return min(3, most)
 	case n < 7 || most < 7:
@@ -106,7 +113,7 @@ type groups struct {
 	want    int
 	ideal   []peer.ID
 	missing []peer.ID // ideal ones that do not vote
-	second  peer.ID   // of two nodes: the one that learns
+	second  peer.ID   // of two nodes with one voter at most: the one that learns
 }
 
 func (s *situation) sort() groups {
@@ -149,29 +156,56 @@ func (s *situation) sort() groups {
 	return g
 }
 
-// next decides what to do now: replace and grow first, then take out, then swap, then see to learners, coordinator and leadership.
+// next decides what to do now: replace and grow first, then take out, then swap, then see to learners, coordinator and leadership. While the
+// rule of two nodes holds, no vote changes before it has ended: the third node or the one that is left could otherwise acknowledge with
+// one of two what the other, still going by the rule, overrides (consistency.md §3.6).
 func (s *situation) next() step {
 	g := s.sort()
-	for _, rule := range []func(groups) step{s.fill, s.takeOut, s.shrink, s.swap, s.learn, s.tidy, s.name, s.hand} {
-		if st := rule(g); st.kind != stepNone {
+	if st := s.takeOut(g); planted.Bug("remove-first") && st.kind != stepNone {
+		return st
+	}
+	for _, rule := range []func(groups) step{s.fill, s.takeOut, s.shrink, s.swap, s.pair, s.learn, s.tidy, s.name, s.hand} {
+		st := rule(g)
+		if s.primary != "" && (st.kind == stepVoter || st.kind == stepDemote || st.kind == stepRemove && slices.Contains(s.voters, st.id)) {
+			return s.unpair(st)
+		}
+		if st.kind != stepNone {
 			return st
 		}
 	}
 	return step{}
 }
 
+// unpair ends the rule for the sake of another step. That takes both: with one of them gone there is nothing to commit it with.
+func (s *situation) unpair(sake step) step {
+	for _, id := range s.voters {
+		if !s.members[id].alive {
+			return step{}
+		}
+	}
+	return step{stepUnpair, sake.id, sake.why}
+}
+
+// pair lets either of two go on alone; the one that has voted for longer is primary.
+func (s *situation) pair(g groups) step {
+	if len(s.voters) != 2 || g.want != 2 || len(g.good) != 2 || !g.healthy || s.primary != "" {
+		return step{}
+	}
+	return step{stepPair, s.voters[0], "two nodes"}
+}
+
 // bring adds a voter: learner first, voter when it has caught up.
 func (s *situation) bring(id peer.ID, why string) step {
 	switch {
-	case !slices.Contains(s.learners, id):
+	case !slices.Contains(s.learners, id) && !planted.Bug("vote-without-learning"):
 		return step{stepLearner, id, why}
-	case !s.ready(id):
+	case !s.ready(id) && !planted.Bug("vote-without-learning"):
 		return step{stepWait, id, why}
 	}
 	return step{stepVoter, id, why}
 }
 
-// fill replaces voters that are to go, and grows the group; the latter only when the next odd number can be reached at once.
+// fill replaces voters that are to go, and grows the group; the latter only when the wanted number can be reached at once.
 func (s *situation) fill(g groups) step {
 	if len(g.good) >= g.want || len(g.missing) == 0 {
 		return step{}
@@ -207,7 +241,8 @@ func (s *situation) takeOut(g groups) step {
 	left := len(s.voters) - 1
 	alive := 0
 	for _, v := range s.voters {
-		if v != id && !s.members[v].dead {
+		// Who is silent, or came back and does not take part (an emptied disk), would be waited for for ever.
+		if v != id && s.members[v].alive && (v == s.self || s.ready(v)) {
 			alive++
 		}
 	}

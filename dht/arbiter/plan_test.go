@@ -49,6 +49,13 @@ func (w *world) settle(t *testing.T) {
 			w.s.coordinator = st.id
 		case stepHand:
 			w.s.self = st.id
+		case stepPair:
+			w.s.primary = st.id
+		case stepUnpair:
+			w.s.primary = ""
+		}
+		if w.s.primary != "" && (len(w.s.voters) != 2 || !slices.Contains(w.s.voters, w.s.primary)) {
+			t.Fatalf("after %s %s: the rule of two nodes holds for %d voters", st.kind, st.id, len(w.s.voters))
 		}
 		if d := len(w.s.voters) - voters; d < -1 || d > 1 {
 			t.Fatalf("%s changed %d voters at once", st.kind, d)
@@ -77,9 +84,13 @@ func (w *world) kill(id peer.ID) {
 		for _, v := range nearest(w.s.voters) {
 			if w.s.members[v].alive {
 				w.s.self = v // elected
-				return
+				break
 			}
 		}
+	}
+	if w.s.primary != "" && slices.Contains(w.s.voters, id) { // the other goes on alone
+		w.s.voters = slices.DeleteFunc(w.s.voters, func(v peer.ID) bool { return v == id })
+		w.s.learners, w.s.primary, w.s.self = nil, "", w.s.voters[0]
 	}
 }
 
@@ -102,8 +113,8 @@ func TestKeeperReachesTheIdeal(t *testing.T) {
 		if got := nearest(w.s.voters); !slices.Equal(got, want) {
 			t.Errorf("%d nodes: voters %v, want %v", n, got, want)
 		}
-		if n == 2 && len(w.s.learners) != 1 || n != 2 && len(w.s.learners) != 0 {
-			t.Errorf("%d nodes: learners %v", n, w.s.learners)
+		if len(w.s.learners) != 0 || (w.s.primary != "") != (n == 2) {
+			t.Errorf("%d nodes: learners %v, primary %q", n, w.s.learners, w.s.primary)
 		}
 		if w.s.coordinator != want[0] || w.s.self != want[0] {
 			t.Errorf("%d nodes: coordinator %s, leader %s, closest %s", n, w.s.coordinator, w.s.self, want[0])
@@ -111,8 +122,8 @@ func TestKeeperReachesTheIdeal(t *testing.T) {
 	}
 }
 
-// TestKeeperProperties: whatever dies, drains, comes back or changes zone, the keeper comes to rest with an odd number of voters, all
-// of them eligible, without ever losing its majority on the way.
+// TestKeeperProperties: whatever dies, drains, comes back or changes zone, the keeper comes to rest with an odd number of voters, or with
+// two that go by the rule of two nodes, all of them eligible, without ever losing its majority on the way.
 func TestKeeperProperties(t *testing.T) {
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 1))
@@ -142,8 +153,8 @@ func TestKeeperProperties(t *testing.T) {
 			}
 			w.s.maySwap, w.s.mayHand = r.IntN(2) == 0, r.IntN(2) == 0
 			w.settle(t)
-			if len(w.s.voters)%2 != 1 {
-				t.Fatalf("seed %d: %d voters", seed, len(w.s.voters))
+			if n := len(w.s.voters); n%2 != 1 && n != 2 || (n == 2) != (w.s.primary != "") {
+				t.Fatalf("seed %d: %d voters, primary %q", seed, n, w.s.primary)
 			}
 			if want := wanted(len(w.can()), 5); len(w.s.voters) != want {
 				t.Fatalf("seed %d: %d voters for %d eligible members", seed, len(w.s.voters), len(w.can()))

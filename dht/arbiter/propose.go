@@ -10,6 +10,7 @@ import (
 
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // judge says what an answer means, and takes its hints.
@@ -20,14 +21,18 @@ func (a *Arbiter) judge(leader peer.ID, resp *wirev1.ArbiterResponse, err error)
 			return notDone // its handler did not get to it
 		}
 		a.disbelieve(leader)
+		if planted.Bug("doubt-forgotten") {
+			return notDone
+		}
 		// Even an unreachable peer may have got it: the call may have gone into a pooled stream first, and only then have dialled.
 		return doubtful
 	}
-	a.raise(resp.GetIndex())
+	inc := resp.GetWhere().GetIncarnation()
+	a.raise(point{inc, resp.GetIndex()})
 	switch resp.GetCode() {
 	case wirev1.ArbiterResponse_OK:
 		for _, r := range resp.GetResults() {
-			a.raise(r.GetIndex())
+			a.raise(point{inc, r.GetIndex()})
 		}
 		return carried
 	case wirev1.ArbiterResponse_DOUBT:
@@ -36,7 +41,7 @@ func (a *Arbiter) judge(leader peer.ID, resp *wirev1.ArbiterResponse, err error)
 		return rejected
 	case wirev1.ArbiterResponse_NOT_LEADER:
 		a.where.lost(leader)
-		a.where.hint(resp.GetWhere())
+		a.hear(resp.GetWhere())
 	case wirev1.ArbiterResponse_BUSY:
 	}
 	return notDone
@@ -88,7 +93,7 @@ func (a *Arbiter) do(ctx context.Context, cmd *wirev1.ArbiterCommand) (*wirev1.A
 		select {
 		case o = <-p.done:
 		case <-ctx.Done():
-			if a.queue.withdraw(p) {
+			if a.queue.withdraw(p) && !planted.Bug("doubt-as-failure") {
 				return nil, true, &InDoubtError{Cause: context.Cause(ctx)}
 			}
 			return nil, false, fmt.Errorf("%w (%w)", ErrNoLeader, context.Cause(ctx))
@@ -174,9 +179,10 @@ func (a *Arbiter) Commit(ctx context.Context, r CommitRequest) (Register, error)
 		return Register{}, fmt.Errorf("commit %s seq %d: %w", r.Key, r.Seq, err)
 	}
 	if res.GetCode() != wirev1.ArbiterResult_OK && doubt {
-		// A seq never goes back: below ours, ours never was.
+		// A seq never goes back: below ours, ours never was. It never will be only if its epoch is over: an earlier try that left a gap
+		// may yet arrive when the gap is closed.
 		cur := res.GetRegister()
-		if cur == nil || cur.GetSeq() >= r.Seq {
+		if cur == nil || cur.GetSeq() >= r.Seq || res.GetCode() == wirev1.ArbiterResult_REFUSED {
 			return Register{}, fmt.Errorf("commit %s seq %d: %w", r.Key, r.Seq, inDoubt(res))
 		}
 	}

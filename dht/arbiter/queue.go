@@ -155,7 +155,8 @@ func (q *queue) next(ctx context.Context) bool {
 type batch struct {
 	commands []*pending
 	entry    []byte
-	doubt    bool // an earlier try may have been carried out
+	inc      uint64 // the incarnation whose index stands in the entry
+	doubt    bool   // an earlier try may have been carried out
 }
 
 // proposeLoop carries commands to the leader, one entry at a time. An entry in doubt is sent again, as it was, until it is answered or
@@ -182,11 +183,12 @@ func (a *Arbiter) proposeLoop(ctx context.Context) {
 }
 
 func (a *Arbiter) newBatch(commands []*pending) (*batch, error) {
-	e := &wirev1.ArbiterEntry{Format: 1, Since: a.known.Load(), Proposer: []byte(a.cfg.Self)}
+	known := a.known.now()
+	e := &wirev1.ArbiterEntry{Format: 1, Since: known.index, Proposer: []byte(a.cfg.Self)}
 	for _, p := range commands {
 		e.Commands = append(e.Commands, p.cmd)
 	}
-	b := &batch{commands: commands}
+	b := &batch{commands: commands, inc: known.inc}
 	var err error
 	b.entry, err = proto.Marshal(e)
 	return b, err
@@ -208,7 +210,7 @@ func (a *Arbiter) carry(ctx context.Context, b *batch) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer b.whileWanted(cancel)()
-	req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Propose{Propose: b.entry}}
+	req := a.request(&wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Propose{Propose: b.entry}, Since: b.inc})
 	for pause := newPause(); ; {
 		leader, changed := a.where.current()
 		if ctx.Err() != nil {
@@ -303,6 +305,10 @@ func (a *Arbiter) attempt(ctx context.Context, leader peer.ID, changed <-chan st
 		}
 	}()
 	resp := new(wirev1.ArbiterResponse)
-	err := a.caller.Call(ctx, leader, protoCall, req, resp)
+	call := a.caller.Call
+	if req.GetPropose() != nil {
+		call = a.caller.Once // sent again unseen, "not the leader" would say nothing about the first copy
+	}
+	err := call(ctx, leader, protoCall, req, resp)
 	return resp, err
 }

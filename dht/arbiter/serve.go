@@ -8,6 +8,7 @@ import (
 
 	"github.com/hashicorp/raft"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/proto"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
 )
@@ -21,6 +22,7 @@ func (a *Arbiter) serveCall(ctx context.Context, from peer.ID, req *wirev1.Arbit
 }
 
 func (a *Arbiter) serve(ctx context.Context, from peer.ID, req *wirev1.ArbiterRequest) *wirev1.ArbiterResponse {
+	a.meet(incarnationOf(req.GetIncarnation()))
 	resp := a.answer(ctx, from, req)
 	resp.Where = a.whereNow()
 	return resp
@@ -29,11 +31,14 @@ func (a *Arbiter) serve(ctx context.Context, from peer.ID, req *wirev1.ArbiterRe
 func (a *Arbiter) answer(ctx context.Context, from peer.ID, req *wirev1.ArbiterRequest) *wirev1.ArbiterResponse {
 	switch k := req.GetKind().(type) {
 	case *wirev1.ArbiterRequest_Propose:
-		return a.propose(k.Propose)
+		return a.propose(k.Propose, req.GetSince())
 	case *wirev1.ArbiterRequest_Read:
 		resp := a.serveReadIndex(ctx)
 		if resp.GetCode() == wirev1.ArbiterResponse_OK {
 			st := a.fsm.shown.Load()
+			if st == nil { // another incarnation begins just now
+				return notLeader()
+			}
 			resp.Register, resp.Index = toWire(treeGet(st.tree, k.Read)), st.at.index
 		}
 		return resp
@@ -45,6 +50,8 @@ func (a *Arbiter) answer(ctx context.Context, from peer.ID, req *wirev1.ArbiterR
 		return &wirev1.ArbiterResponse{Log: a.logState()}
 	case *wirev1.ArbiterRequest_Lease:
 		return a.serveLease(ctx, from, k.Lease)
+	case *wirev1.ArbiterRequest_Beat:
+		return a.two.serveBeat(from, incarnationOf(req.GetIncarnation()))
 	case *wirev1.ArbiterRequest_StepDown:
 		a.keeper.leave(from)
 		return &wirev1.ArbiterResponse{}
@@ -60,10 +67,10 @@ func invalid(format string, args ...any) *wirev1.ArbiterResponse {
 	return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_INVALID, Reason: fmt.Sprintf(format, args...)}
 }
 
-// propose has an entry committed, if this node leads.
-func (a *Arbiter) propose(entry []byte) *wirev1.ArbiterResponse {
+// propose has an entry committed, if this node leads. since is the number of the incarnation whose log index stands in the entry.
+func (a *Arbiter) propose(entry []byte, since uint64) *wirev1.ArbiterResponse {
 	r := a.raft.Load()
-	if r == nil || a.halted.Load() || r.State() != raft.Leader || !a.serving.enter() {
+	if r == nil || a.halted.Load() || r.State() != raft.Leader || a.superseded() || !a.serving.enter() {
 		return notLeader()
 	}
 	defer a.serving.leave()
@@ -76,6 +83,13 @@ func (a *Arbiter) propose(entry []byte) *wirev1.ArbiterResponse {
 	}
 	if err := checkEntry(e, len(entry)); err != nil {
 		return invalid("%v", err)
+	}
+	if st := a.fsm.shown.Load(); st != nil && since != st.meta.Incarnation && e.GetSince() > 0 {
+		// An index of another incarnation says nothing about this log.
+		e.Since = 0
+		if entry, err = proto.Marshal(e); err != nil {
+			return invalid("%v", err)
+		}
 	}
 	admitted, leads := a.leases.admit(r, e)
 	if !leads {
@@ -117,9 +131,18 @@ func (a *Arbiter) apply(r *raft.Raft, entry []byte, e *wirev1.ArbiterEntry, admi
 
 func (a *Arbiter) logState() *wirev1.ArbiterLog {
 	_, halted := a.failures.get()
-	l := &wirev1.ArbiterLog{Halted: halted, MaxFormat: MaxFormat, Open: a.trans.layer.isOpen(), Applied: a.fsm.applied.Load()}
+	group, _ := a.disk.incarnations()
+	l := &wirev1.ArbiterLog{
+		Halted: halted, MaxFormat: MaxFormat, Open: a.trans.Load().layer.isOpen(), Applied: a.fsm.applied.Load(), Group: group.wire(),
+	}
+	if st := a.fsm.shown.Load(); st != nil {
+		l.Registers = uint64(st.tree.Len())
+	}
 	if r := a.raft.Load(); r != nil {
-		l.Term, l.Last = r.CurrentTerm(), r.LastIndex()
+		l.Term, l.Last, l.Committed = r.CurrentTerm(), r.LastIndex(), r.CommitIndex()
+		l.LastTerm = a.disk.termOf(l.Last)
+		voters, _ := a.configuration(r)
+		l.Voters = idsToWire(voters)
 	}
 	return l
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -117,16 +116,11 @@ func (n *node) tryStart(bootstrap bool) error {
 	}
 	var mu sync.Mutex
 	r := rand.New(rand.NewPCG(n.boot, 1))
-	level := slog.LevelError + 4
-	if os.Getenv("SIM_LOG") != "" {
-		level = slog.LevelDebug
-	}
-	var w io.Writer = os.Stderr
 	begun := time.Now()
 	cfg := Config{
 		Self: n.id, Boot: n.boot, Peers: ep, Links: ep, Members: view, FS: n.fs, Dir: "raft", Timings: testTimings,
 		Rand:     func() uint64 { mu.Lock(); defer mu.Unlock(); return r.Uint64() },
-		Log:      slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level})).With("self", n.id.String()[:8]),
+		Log:      c.logger().With("self", n.id.String()[len(n.id.String())-4:]),
 		BootTime: func() time.Duration { return time.Since(begun) },
 	}
 	if c.adjust != nil {
@@ -147,6 +141,15 @@ func (n *node) tryStart(bootstrap bool) error {
 	done := n.done
 	go func() { done <- a.Run(ctx) }()
 	return nil
+}
+
+// logger writes everything with SIM_LOG set, and nothing without.
+func (c *cluster) logger() *slog.Logger {
+	level := slog.LevelError + 4
+	if os.Getenv("SIM_LOG") != "" {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 }
 
 func (c *cluster) draw() uint64 {

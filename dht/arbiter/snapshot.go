@@ -30,7 +30,7 @@ func (m *machine) freeze() *frozen {
 		tree: m.tree,
 		header: &wirev1.ArbiterSnapshotHeader{
 			Format: snapshotFormat, Meta: metaToWire(m.meta), Index: m.index, EpochFloor: m.epochFloor, RevisionFloor: m.revisionFloor,
-			Deleted: m.deleted, Forgotten: m.txns.forgotten, Former: idsToWire(m.former),
+			Deleted: m.deleted, Forgotten: m.txns.forgotten, Former: idsToWire(m.former), Voted: idsToWire(m.voted),
 		},
 		txns: append([]*txnResult(nil), m.txns.order...),
 	}
@@ -117,5 +117,5 @@ func (m *machine) header(h *wirev1.ArbiterSnapshotHeader) {
 	m.meta, m.index = metaFromWire(h.GetMeta()), h.GetIndex()
 	m.epochFloor, m.revisionFloor, m.deleted = h.GetEpochFloor(), h.GetRevisionFloor(), h.GetDeleted()
 	m.txns.forgotten = h.GetForgotten()
-	m.former = idsFromWire(h.GetFormer())
+	m.former, m.voted = idsFromWire(h.GetFormer()), idsFromWire(h.GetVoted())
 }

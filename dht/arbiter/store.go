@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // Keys of the raft database.
@@ -42,6 +43,9 @@ type disk struct {
 	// committed tells how far the log is known to be committed; written beside entries, so that a restarted node sees its own state
 	// before it meets a leader.
 	committed func() uint64
+
+	labels sync.Mutex // held while the incarnations are changed
+	closed bool       // under labels
 
 	mu          sync.RWMutex // guards the rest
 	first, last uint64       // of the log; 0: empty
@@ -74,7 +78,21 @@ func openDisk(fs vfs.FS, dir string, log *slog.Logger) (*disk, error) {
 	return d, nil
 }
 
-func (d *disk) Close() error { return d.db.Close() }
+// promised is how what raft was promised is written; bug names the planted one that forgets the fsync.
+func promised(bug string) *pebble.WriteOptions {
+	if planted.Bug(bug) {
+		return pebble.NoSync
+	}
+	return pebble.Sync
+}
+
+// Close waits for a label that is being written; none is written afterwards. Raft has ended.
+func (d *disk) Close() error {
+	d.labels.Lock()
+	defer d.labels.Unlock()
+	d.closed = true
+	return d.db.Close()
+}
 
 func numbered(prefix string, ns ...uint64) []byte {
 	b := []byte(prefix)
@@ -122,10 +140,47 @@ func (d *disk) writeLabel(l *wirev1.ArbiterDisk) error {
 	if err != nil {
 		return err
 	}
+	if err := d.db.Set([]byte(keyDisk), b, pebble.Sync); err != nil {
+		return err
+	}
 	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.label = l
-	d.mu.Unlock()
-	return d.db.Set([]byte(keyDisk), b, pebble.Sync)
+	return nil
+}
+
+// boots counts this node's starts on this disk.
+func (d *disk) boots() uint64 {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.label.GetBoots()
+}
+
+// wipe empties log, stable store and snapshots in one step, after which the disk is of no incarnation. What it has met stays.
+func (d *disk) wipe() error {
+	d.labels.Lock()
+	defer d.labels.Unlock()
+	_, seen := d.incarnations()
+	d.mu.RLock()
+	l := d.relabelled(incarnation{}, seen)
+	d.mu.RUnlock()
+	label, err := proto.Marshal(l)
+	if err != nil {
+		return err
+	}
+	b := d.db.NewBatch()
+	err = errors.Join(b.Set([]byte(keyDisk), label, nil), b.Delete([]byte(keyCommit), nil))
+	for _, pre := range []string{preStable, preLog, preMeta, preChunk} {
+		err = errors.Join(err, b.DeleteRange([]byte(pre), after(pre), nil))
+	}
+	if err = errors.Join(err, b.Commit(pebble.Sync)); err != nil {
+		return fmt.Errorf("empty the raft database: %w", err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.label = l
+	d.first, d.last, d.cache = 0, 0, [cachedLogs]*raft.Log{}
+	return nil
 }
 
 // get returns a copy of the value, nil when there is none.
@@ -142,6 +197,25 @@ func (d *disk) get(key []byte) ([]byte, error) {
 }
 
 // ===== raft.LogStore =====
+
+// ends returns the first and the last index of the log; 0, 0: it is empty.
+func (d *disk) ends() (first, last uint64) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.first, d.last
+}
+
+// termOf returns the term of the entry at an index, from the log or the newest snapshot; 0: unknown.
+func (d *disk) termOf(index uint64) uint64 {
+	var l raft.Log
+	if d.GetLog(index, &l) == nil {
+		return l.Term
+	}
+	if snaps, err := d.List(); err == nil && len(snaps) > 0 && snaps[0].Index == index {
+		return snaps[0].Term
+	}
+	return 0
+}
 
 // FirstIndex implements raft.LogStore.
 func (d *disk) FirstIndex() (uint64, error) {
@@ -196,7 +270,7 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 	if err := b.Set([]byte(keyCommit), numbered("", d.committed()), nil); err != nil {
 		return err
 	}
-	if err := b.Commit(pebble.Sync); err != nil {
+	if err := b.Commit(promised("log-unsynced")); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -308,7 +382,7 @@ func decodeLog(index uint64, b []byte, out *raft.Log) error {
 
 // Set implements raft.StableStore, durable on return.
 func (d *disk) Set(key, val []byte) error {
-	return d.db.Set(append([]byte(preStable), key...), val, pebble.Sync)
+	return d.db.Set(append([]byte(preStable), key...), val, promised("vote-unsynced"))
 }
 
 // Get implements raft.StableStore.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -11,17 +12,32 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/dht/peers"
+	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
 )
 
-const protoRaft = protocol.ID("/coppice/raft/1")
+const protoRaft = protocol.ID("/coppice/raft/2")
 
-// streams is raft's stream layer over peers.Peers. It refuses incoming streams until it is opened, so that a node whose disk was not
-// yet vouched for neither votes nor acknowledges anything.
+// greetTime bounds the exchange of incarnations at the beginning of an incoming stream.
+const greetTime = 2 * time.Second
+
+// door says who may talk to this node's raft: nodes of the same incarnation of the group.
+type door struct {
+	speaks func() (incarnation, error)                        // what a stream from here announces
+	greet  func(incarnation) (answer incarnation, admit bool) // what one to here is answered
+	met    func(incarnation)                                  // told what others answer
+}
+
+// streams is raft's stream layer over peers.Peers. Each stream begins with the incarnations of both ends and is refused where they differ.
+// It refuses all incoming streams until it is opened, so that a node whose disk was not yet vouched for neither votes nor acknowledges
+// anything.
 type streams struct {
 	peers peers.Peers
 	self  peer.ID
+	door  door
 
 	accepted chan net.Conn
 	closed   chan struct{}
@@ -34,8 +50,8 @@ type streams struct {
 
 var _ raft.StreamLayer = (*streams)(nil)
 
-func newStreams(p peers.Peers, self peer.ID) *streams {
-	s := &streams{peers: p, self: self, accepted: make(chan net.Conn), closed: make(chan struct{}), conns: map[*conn]struct{}{}}
+func newStreams(p peers.Peers, self peer.ID, d door) *streams {
+	s := &streams{peers: p, self: self, door: d, accepted: make(chan net.Conn), closed: make(chan struct{}), conns: map[*conn]struct{}{}}
 	p.Handle(protoRaft, s.handle)
 	return s
 }
@@ -62,6 +78,10 @@ func (s *streams) handle(from peer.ID, st peers.Stream) {
 	if err != nil {
 		return
 	}
+	if !s.greeted(c) {
+		_ = c.Close()
+		return
+	}
 	select {
 	case s.accepted <- c:
 	case <-s.closed:
@@ -70,6 +90,63 @@ func (s *streams) handle(from peer.ID, st peers.Stream) {
 	}
 	// The handler owns the stream; it stays until raft has done with it.
 	<-c.done
+}
+
+// greeted exchanges incarnations on an incoming stream. Reading is byte by byte past the message: what follows belongs to raft.
+func (s *streams) greeted(c *conn) bool {
+	if c.SetDeadline(time.Now().Add(greetTime)) != nil {
+		return false
+	}
+	in := new(wirev1.ArbiterIncarnation)
+	if err := readSmall(c, in); err != nil {
+		return false
+	}
+	at, ok := s.door.greet(incarnationOf(in))
+	if _, err := protodelim.MarshalTo(c, &wirev1.ArbiterIncarnation{Number: at.number, Lineage: at.lineage, Refused: !ok}); err != nil || !ok {
+		if err == nil {
+			_ = c.CloseWrite() // so that the answer gets there before the reset does
+			_, _ = c.Read(make([]byte, 1))
+		}
+		return false
+	}
+	return c.SetDeadline(time.Time{}) == nil
+}
+
+// greeting announces this node's incarnation on a stream that it opened.
+func (s *streams) greeting(c *conn, deadline time.Time) error {
+	own, err := s.door.speaks()
+	if err != nil {
+		return err
+	}
+	if err := c.SetDeadline(deadline); err != nil {
+		return err
+	}
+	if _, err := protodelim.MarshalTo(c, own.wire()); err != nil {
+		return err
+	}
+	answer := new(wirev1.ArbiterIncarnation)
+	if err := readSmall(c, answer); err != nil {
+		return err
+	}
+	s.door.met(incarnationOf(answer))
+	if answer.GetRefused() {
+		return fmt.Errorf("raft stream refused: this node is of incarnation %s, the other of %s", own, incarnationOf(answer))
+	}
+	return c.SetDeadline(time.Time{})
+}
+
+// readSmall reads one short message and not a byte more.
+func readSmall(r io.Reader, m proto.Message) error {
+	return protodelim.UnmarshalOptions{MaxSize: 256}.UnmarshalFrom(oneByOne{r}, m)
+}
+
+// oneByOne is a reader without a buffer.
+type oneByOne struct{ io.Reader }
+
+func (r oneByOne) ReadByte() (byte, error) {
+	var b [1]byte
+	_, err := io.ReadFull(r.Reader, b[:])
+	return b[0], err
 }
 
 func (s *streams) track(st peers.Stream, remote peer.ID) (*conn, error) {
@@ -104,11 +181,19 @@ func (s *streams) Dial(to raft.ServerAddress, timeout time.Duration) (net.Conn, 
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
+	deadline, _ := ctx.Deadline()
 	st, err := s.peers.Open(ctx, id, protoRaft)
 	if err != nil {
 		return nil, err
 	}
-	return s.track(st, id)
+	c, err := s.track(st, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.greeting(c, deadline); err != nil {
+		return nil, errors.Join(fmt.Errorf("raft stream to %s: %w", id, err), c.Close())
+	}
+	return c, nil
 }
 
 // Close implements net.Listener and ends every stream.

@@ -4,6 +4,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // txnTable remembers the first results of recent transactions, oldest first. What falls out of it raises forgotten: a transaction
@@ -43,7 +44,7 @@ func (t *txnTable) add(r *txnResult) {
 }
 
 func (s *scratch) txn(c *wirev1.ArbiterTxn) *wirev1.ArbiterResult {
-	if first, known := s.m.txns.results[c.GetNonce()]; known {
+	if first, known := s.m.txns.results[c.GetNonce()]; known && !planted.Bug("txn-retry-unknown") {
 		return proto.CloneOf(first.result)
 	}
 	if s.since < s.m.txns.forgotten {

@@ -151,6 +151,8 @@ type Status struct {
 	Voters      []peer.ID // closest to PlacementKey first
 	Learners    []peer.ID
 	Incarnation uint64
+	Primary     peer.ID // of two voters that go by the rule of two nodes, as applied here; "": the rule does not hold
+	Paired      bool    // the rule holds and this node has had contact with the other: it could go on alone
 	Term        uint64
 	Index       uint64        // of the local view
 	Commit      uint64        // raft's commit index here; 0 on nodes outside the group

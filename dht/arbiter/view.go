@@ -8,6 +8,8 @@ import (
 
 	iradix "github.com/hashicorp/go-immutable-radix"
 	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // maxRing bounds the changes kept for followers that come back.
@@ -38,6 +40,7 @@ type viewState struct {
 	complete uint64 // no change up to here is missing; below at.index only on followers, for checkpoints held back
 	fromRaft bool
 	former   []peer.ID // that ever voted; of the own machine only
+	voted    []peer.ID // that voted in this incarnation; likewise
 }
 
 func newView() *view {
@@ -61,7 +64,7 @@ func (v *view) list(prefix string) []Register {
 
 // machineState is what a machine shows.
 func machineState(m *machine) *viewState {
-	return &viewState{tree: m.tree, meta: m.meta, at: point{m.meta.Incarnation, m.index}, complete: m.index, fromRaft: true, former: m.former}
+	return &viewState{tree: m.tree, meta: m.meta, at: point{m.meta.Incarnation, m.index}, complete: m.index, fromRaft: true, former: m.former, voted: m.voted}
 }
 
 // fromMachine shows what the machine applied. changes are those of the entries between the previous call and this one.
@@ -85,7 +88,7 @@ func (v *view) takeMachine(next *viewState) {
 
 func (v *view) takeLocked(next *viewState) {
 	st := v.now()
-	if next.at.before(st.at) || st.fromRaft && next.at == st.at {
+	if (next.at.before(st.at) || st.fromRaft && next.at == st.at) && !planted.Bug("view-goes-back") {
 		return // the machine is still catching up with what is known already
 	}
 	v.ring, v.base = nil, next.at.index
@@ -108,6 +111,19 @@ func (v *view) leaveMachine() {
 		return
 	}
 	st.fromRaft = false
+	v.ring = nil
+	v.publish(&st, nil)
+}
+
+// outrank has whatever comes of a higher lineage count as newer: of two incarnations of the same number the log indices do not tell.
+func (v *view) outrank(in incarnation) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	st := *v.now()
+	if at := st.meta.incarnation(); at.number != in.number || !at.before(in) {
+		return
+	}
+	st.at, st.complete, st.fromRaft = point{st.at.inc - 1, st.at.index}, 0, false
 	v.ring = nil
 	v.publish(&st, nil)
 }

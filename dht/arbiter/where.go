@@ -14,7 +14,8 @@ import (
 type whereabouts struct {
 	pulse pulse
 
-	mu       sync.Mutex // guards the rest
+	mu       sync.Mutex  // guards the rest
+	inc      incarnation // of what follows
 	leader   peer.ID
 	term     uint64 // of the last leader known
 	voters   []peer.ID
@@ -36,26 +37,47 @@ func (w *whereabouts) group() (voters, learners []peer.ID, term uint64) {
 }
 
 // own takes what this node's raft knows: the truth while the node is in the group, unless others told of a later leader.
-func (w *whereabouts) own(leader peer.ID, term uint64, voters, learners []peer.ID) {
+func (w *whereabouts) own(inc incarnation, leader peer.ID, term uint64, voters, learners []peer.ID) {
+	w.outrank(inc)
 	w.mu.Lock()
-	known := w.term
+	known, at := w.term, w.inc
 	w.mu.Unlock()
 	if leader == "" {
 		term = known
 	}
-	if term >= known {
+	if at == inc && term >= known {
 		w.set(leader, term, voters, learners)
 	}
 }
 
+// outrank forgets what belongs to a lower incarnation.
+func (w *whereabouts) outrank(inc incarnation) {
+	w.mu.Lock()
+	lower := w.inc.before(inc)
+	if lower {
+		w.inc, w.leader, w.term, w.voters, w.learners = inc, "", 0, nil, nil
+	}
+	w.mu.Unlock()
+	if lower {
+		w.pulse.beat()
+	}
+}
+
+func (w *whereabouts) incarnation() incarnation {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.inc
+}
+
 // hint takes what another node knows. A term counts only with its leader: a candidate that is cut off raises its term for nothing.
 func (w *whereabouts) hint(h *wirev1.ArbiterWhere) {
-	leader := peer.ID(h.GetLeader())
+	leader, inc := peer.ID(h.GetLeader()), incarnation{h.GetIncarnation(), h.GetLineage()}
+	w.outrank(inc)
 	w.mu.Lock()
-	voters, term := w.voters, w.term
+	voters, term, at := w.voters, w.term, w.inc
 	w.mu.Unlock()
 	switch {
-	case len(h.GetVoters()) == 0:
+	case len(h.GetVoters()) == 0 || at != inc:
 		return
 	case leader == "" && len(voters) == 0:
 		w.set("", term, idsFromWire(h.GetVoters()), idsFromWire(h.GetLearners()))

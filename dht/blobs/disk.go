@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // Keys, after the prefix: 'h' hash -> head (when it came, its size, kind and links); 'd' hash -> its data, absent where empty;
@@ -162,7 +164,7 @@ func (w *wal) isDone(n uint64) bool {
 
 // durable returns once everything applied up to a number is on disk.
 func (s *Store) durable(n uint64) error {
-	if s.wal.isDone(n) {
+	if s.wal.isDone(n) || planted.Bug("ack-unsynced") {
 		return nil
 	}
 	covers := s.wal.now()
@@ -264,6 +266,9 @@ func (st *stager) complete(links []Link) (bool, error) {
 
 // apply makes the batch visible. The function returned waits until it, and all that was applied before, is on disk; it must be called.
 func (st *stager) apply() (synced func() error, err error) {
+	if planted.Bug("ack-unsynced") {
+		return func() error { return nil }, st.applyLazily()
+	}
 	s, b := st.s, st.b
 	if b.Empty() {
 		st.drop()

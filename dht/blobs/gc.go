@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 const (
@@ -63,6 +65,9 @@ func (s *Store) sweep(ctx context.Context) (Sweep, error) {
 	sw := Sweep{At: time.Now()}
 	pinned := s.pins.begin()
 	defer s.pins.end()
+	if planted.Bug("collect-pinned") {
+		pinned = nil
+	}
 	var live []Hash
 	if f := s.live.Load(); f != nil {
 		live = (*f)()
@@ -106,6 +111,9 @@ func (s *Store) reach(ctx context.Context, roots []Hash) (map[Hash]struct{}, err
 			continue
 		}
 		marked[h] = struct{}{}
+		if planted.Bug("collect-reachable") {
+			continue
+		}
 		for _, l := range hd.links {
 			if _, ok := marked[l.Hash]; !ok {
 				roots = append(roots, l.Hash)

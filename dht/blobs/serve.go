@@ -10,6 +10,7 @@ import (
 
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // answersWaiting bounds the answers that one stream owes; its reader waits beyond it.
@@ -182,6 +183,7 @@ func (c *conn) root(id uint64, root Hash, encs [][]byte) error {
 			complete, err = c.s.rely(root, true)
 		}
 	}
+	complete = complete || planted.Bug("ack-incomplete")
 	settled, upTo := err, c.s.wal.now()
 	c.answers <- func() *wirev1.BlobAnswer {
 		// synced covers the nodes that came with the root; what was there before, and the marks just made, may be on their way.

@@ -9,7 +9,7 @@
 // Each node pushes heartbeats to its watchers, the k members closest to it in the key space (at most half of them of one zone while
 // there are others). Evidence, strongest first: a closed connection and a refused dial (dead at once); a goodbye (left); silence,
 // which makes a suspect, and dead when two agree, or all that can be asked when there are fewer. Any byte received on the watch stream is
-// life. A node that was itself late (its 50 ms tick ran over 200 ms behind within 5 s) waits longer and does not vote. What another node
+// life. A node that was itself late (its 100 ms tick ran over 200 ms behind within 5 s) waits longer and does not vote. What another node
 // reports is believed when it is proof or when most of the subject's watchers agree; else it only makes this node look for itself. So a
 // node that was cut off and returns does not get the others declared dead.
 //
@@ -18,7 +18,7 @@
 //
 // # Goroutines
 //
-// Run starts the loop (a 50 ms tick: own delay, silences, redials, gossip, saving) and the deliverer of changes. One goroutine for
+// Run starts the loop (a 100 ms tick: own delay, silences, redials, gossip, saving) and the deliverer of changes. One goroutine for
 // each of this node's watchers and one for its answers; one per incoming watch stream (the host's); one per peer with unsent
 // pushes; one per inquiry into a silent node and two per question it asks (at most 32 inquiries at once); one per redial (at most 32).
 // All of them end before Run returns, apart from the host's, which end with their streams.

@@ -6,10 +6,10 @@ import (
 )
 
 const (
-	fanOut        = 64                    // members told directly of something urgent
-	gossipTo      = 3                     // members to whom news is passed on
-	exchangeEvery = 10 * time.Second      // anti-entropy, with one random member
-	tickEvery     = 50 * time.Millisecond // of the loop; also measures the node's own delay
+	fanOut        = 64                     // members told directly of something urgent
+	gossipTo      = 3                      // members to whom news is passed on
+	exchangeEvery = 10 * time.Second       // anti-entropy, with one random member
+	tickEvery     = 100 * time.Millisecond // of the loop; also measures the node's own delay
 	lateAfter     = 200 * time.Millisecond
 	lateWindow    = 5 // seconds over which the worst delay counts
 	maxSlack      = 4 // by how much, at most, timeouts widen while the node is starved

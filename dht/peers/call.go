@@ -101,13 +101,23 @@ func (c *Caller) Stats() CallStats {
 // carried out. A request that went into a pooled stream which turned out to be stale, with no byte answered, is sent once more over a
 // fresh one, so requests must be idempotent, as everything between members is.
 func (c *Caller) Call(ctx context.Context, to peer.ID, proto protocol.ID, req, resp proto.Message) error {
+	return c.make(ctx, laneKey{to, proto}, req, resp, false)
+}
+
+// Once is Call for requests whose caller must know whether an earlier copy may have been carried out: it never sends again by itself. A stale
+// pooled stream then is an error, in doubt like any other.
+func (c *Caller) Once(ctx context.Context, to peer.ID, proto protocol.ID, req, resp proto.Message) error {
+	return c.make(ctx, laneKey{to, proto}, req, resp, true)
+}
+
+func (c *Caller) make(ctx context.Context, key laneKey, req, resp proto.Message, once bool) error {
 	c.calls.Add(1)
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, CallTimeout)
 		defer cancel()
 	}
-	err := c.call(ctx, laneKey{to, proto}, req, resp)
+	err := c.call(ctx, key, req, resp, once)
 	if err == nil {
 		return nil
 	}
@@ -118,10 +128,10 @@ func (c *Caller) Call(ctx context.Context, to peer.ID, proto protocol.ID, req, r
 	if ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
 		err = fmt.Errorf("%w (%w)", context.Cause(ctx), err)
 	}
-	return fmt.Errorf("call %s of %s: %w", proto, to, err)
+	return fmt.Errorf("call %s of %s: %w", key.proto, key.to, err)
 }
 
-func (c *Caller) call(ctx context.Context, key laneKey, req, resp proto.Message) error {
+func (c *Caller) call(ctx context.Context, key laneKey, req, resp proto.Message, once bool) error {
 	l, err := c.enter(ctx, key)
 	if err != nil {
 		return err
@@ -133,9 +143,12 @@ func (c *Caller) call(ctx context.Context, key laneKey, req, resp proto.Message)
 		if err == nil || answered || ctx.Err() != nil || errors.Is(err, errMessageSize) {
 			return c.done(l, s, err)
 		}
-		c.retried.Add(1)
-		_ = c.done(l, s, err) // reset; the error is not the call's: it goes on below
+		_ = c.done(l, s, err) // reset
 		c.dropIdle(l)         // the others went with the same connection
+		if once {
+			return err
+		}
+		c.retried.Add(1) // the error is not the call's
 	}
 	raw, err := c.peers.Open(ctx, key.to, key.proto)
 	if err != nil {

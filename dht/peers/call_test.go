@@ -154,6 +154,27 @@ func TestStaleStreamIsRetriedOnce(t *testing.T) {
 	})
 }
 
+// A caller that must know whether an earlier copy may have arrived is told that the pooled stream was stale, and goes on with a fresh one.
+func TestOnceIsNeverSentAgain(t *testing.T) {
+	callWorld(t, func(t *testing.T, n *Net, _ map[peer.ID]*Endpoint, c *Caller, _ *CallServer) {
+		if _, err := ask(t.Context(), c, "x"); err != nil {
+			t.Fatal(err)
+		}
+		n.Kill("b")
+		serveShout(n.Join("b"))
+		var resp message
+		if err := c.Once(t.Context(), "b", shout, &message{Message: "y"}, &resp); err == nil {
+			t.Errorf("answered with %q", resp.GetMessage())
+		}
+		if err := c.Once(t.Context(), "b", shout, &message{Message: "z"}, &resp); err != nil || resp.GetMessage() != "Z" {
+			t.Errorf("%q, %v", resp.GetMessage(), err)
+		}
+		if s := c.Stats(); s.Retried != 0 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
 func TestManyCallsAreBounded(t *testing.T) {
 	callWorld(t, func(t *testing.T, _ *Net, _ map[peer.ID]*Endpoint, c *Caller, v *CallServer) {
 		var wg sync.WaitGroup

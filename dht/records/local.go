@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/dht/keys"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // entry is what is kept in memory of a record here; the value stays in the datastore.
@@ -326,7 +327,7 @@ func (l *local) judge(ctx context.Context, r incoming, in []incoming, highest ma
 		return stored, nil
 	}
 	mine := r.Version()
-	if c := mine.Compare(current); c > 0 {
+	if c := mine.Compare(current); c > 0 || c < 0 && planted.Bug("mirror-older-wins") {
 		return stored, nil
 	} else if c == 0 {
 		return same, nil

@@ -1,14 +1,18 @@
 package bench
 
 import (
+	"cmp"
 	"context"
+	"fmt"
+	"slices"
 	"time"
 
 	"github.com/coppice-project/coppice/internal/cluster"
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
 )
 
 const (
-	nodeNodes  = 3
+	nodeNodes  = 5
 	idleAfter  = 10 * time.Second
 	idleSample = 5 * time.Second
 )
@@ -43,6 +47,11 @@ func node(ctx context.Context, cfg Config) (_ []Result, err error) {
 		return nil, err
 	}
 	var rss, cpu, sent []float64
+	before, err := s.traffic(ctx)
+	if err != nil {
+		return nil, err
+	}
+	begun := time.Now()
 	for range max(1, cfg.Runs/3) {
 		c, err := s.cluster.Idle(ctx, idleSample)
 		if err != nil {
@@ -61,7 +70,55 @@ func node(ctx context.Context, cfg Config) (_ []Result, err error) {
 		summary("idle: CPU of a node", "% of a core", cpu),
 	}
 	if len(sent) > 0 {
-		out = append(out, summary("idle: sent by a node", "B/s", sent))
+		out = append(out, summary("idle: sent by a node, all framing included", "B/s", sent))
+	}
+	after, err := s.traffic(ctx)
+	if err != nil {
+		return out, err
+	}
+	return append(out, byCause(before, after, time.Since(begun))...), nil
+}
+
+// flow is what a protocol has moved on a node.
+type flow struct{ bytes, writes float64 }
+
+// traffic asks each node what its protocols have sent: protocol, then node.
+func (s *stand) traffic(ctx context.Context) (map[string]map[string]flow, error) {
+	out := map[string]map[string]flow{}
+	for _, n := range s.cluster.Nodes {
+		c, err := n.Client()
+		if err != nil {
+			return nil, err
+		}
+		res, err := c.Query(ctx, &apiv1.QueryRequest{Sql: "select protocol, sent, writes from traffic"})
+		if err != nil {
+			return nil, fmt.Errorf("traffic of %s: %w", n.Name, err)
+		}
+		for _, r := range res.GetRows() {
+			v := r.GetValues()
+			if out[v[0].GetText()] == nil {
+				out[v[0].GetText()] = map[string]flow{}
+			}
+			out[v[0].GetText()][n.Name] = flow{float64(v[1].GetInteger()), float64(v[2].GetInteger())}
+		}
 	}
 	return out, nil
+}
+
+// byCause tells for each protocol what the nodes sent between two looks, the busiest protocols first. A sample is a node.
+func byCause(before, after map[string]map[string]flow, span time.Duration) []Result {
+	var out []Result
+	for protocol, nodes := range after {
+		var sent, writes []float64
+		for node, f := range nodes {
+			b := before[protocol][node]
+			sent, writes = append(sent, (f.bytes-b.bytes)/span.Seconds()), append(writes, (f.writes-b.writes)/span.Seconds())
+		}
+		r := summary(fmt.Sprintf("idle: sent for %s, in %.1f writes a second, without framing", protocol, summary("", "", writes).Median), "B/s", sent)
+		if r.Max > 0 {
+			out = append(out, r)
+		}
+	}
+	slices.SortFunc(out, func(a, b Result) int { return cmp.Compare(b.Median, a.Median) })
+	return out
 }

@@ -100,16 +100,19 @@ func within(ns *os.File, f func() error) error {
 	})
 }
 
-func (s *namespaces) ip(ns *os.File, commands ...string) error {
+func (s *namespaces) ip(ns *os.File, commands ...string) error { return tool(ns, "ip", commands...) }
+
+// tool runs a program with each of the commands, in a namespace.
+func tool(ns *os.File, name string, commands ...string) error {
 	for _, c := range commands {
-		cmd := exec.Command("ip", strings.Fields(c)...)
+		cmd := exec.Command(name, strings.Fields(c)...)
 		var out bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &out
 		if err := within(ns, cmd.Start); err != nil {
-			return fmt.Errorf("ip %s: %w", c, err)
+			return fmt.Errorf("%s %s: %w", name, c, err)
 		}
 		if err := cmd.Wait(); err != nil {
-			return fmt.Errorf("ip %s: %w: %s", c, err, strings.TrimSpace(out.String()))
+			return fmt.Errorf("%s %s: %w: %s", name, c, err, strings.TrimSpace(out.String()))
 		}
 	}
 	return nil
@@ -142,6 +145,21 @@ func (s *namespaces) Dial(addr string) (conn net.Conn, err error) {
 
 func (s *namespaces) Cut(i int) error  { return s.ip(s.hub, fmt.Sprintf("link set v%d down", i)) }
 func (s *namespaces) Heal(i int) error { return s.ip(s.hub, fmt.Sprintf("link set v%d up", i)) }
+
+// Block needs nft.
+func (s *namespaces) Block(i, from int, reset bool) error {
+	what := "drop"
+	if reset {
+		what = "meta l4proto tcp reject with tcp reset"
+	}
+	return tool(s.at(i), "nft", "add table inet faults", "add chain inet faults in { type filter hook input priority 0 ; }",
+		fmt.Sprintf("add rule inet faults in ip saddr %s%d %s", subnet, from, what))
+}
+
+// Unblock may be called when nothing is blocked.
+func (s *namespaces) Unblock(i int) error {
+	return tool(s.at(i), "nft", "add table inet faults", "delete table inet faults")
+}
 
 // Sent reads the counter of the namespace that the process is in.
 func (s *namespaces) Sent(_, pid int) (uint64, bool, error) {

@@ -25,6 +25,10 @@ type Network interface {
 	// Cut takes node i's link away, Heal gives it back. ErrNoCut.
 	Cut(i int) error
 	Heal(i int) error
+	// Block has what node i is sent by node from vanish, one way; with reset it is answered by a reset of the connection. Unblock ends all
+	// that blocks node i. ErrNoCut.
+	Block(i, from int, reset bool) error
+	Unblock(i int) error
 	// Sent is how many bytes node i has sent over its link, as its interface counts. ok is false where nothing counts them.
 	Sent(i, pid int) (bytes uint64, ok bool, err error)
 	Close() error
@@ -77,5 +81,7 @@ func (l *loopback) Start(_ int, cmd *exec.Cmd) error    { return cmd.Start() }
 func (l *loopback) Dial(addr string) (net.Conn, error)  { return net.Dial("tcp", addr) }
 func (l *loopback) Cut(int) error                       { return ErrNoCut }
 func (l *loopback) Heal(int) error                      { return ErrNoCut }
+func (l *loopback) Block(int, int, bool) error          { return ErrNoCut }
+func (l *loopback) Unblock(int) error                   { return ErrNoCut }
 func (l *loopback) Sent(int, int) (uint64, bool, error) { return 0, false, nil }
 func (l *loopback) Close() error                        { return nil }

@@ -253,3 +253,11 @@ func (n *Node) Cut() error { return n.cluster.Network.Cut(n.Index) }
 
 // Heal gives its link back.
 func (n *Node) Heal() error { return n.cluster.Network.Heal(n.Index) }
+
+// Deaf has what this node is sent by another one vanish, one way; with reset it is answered by a reset of the connection.
+func (n *Node) Deaf(to *Node, reset bool) error {
+	return n.cluster.Network.Block(n.Index, to.Index, reset)
+}
+
+// Hear ends all deafness of this node.
+func (n *Node) Hear() error { return n.cluster.Network.Unblock(n.Index) }

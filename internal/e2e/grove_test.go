@@ -256,11 +256,15 @@ func (g *grove) others(not ...*cluster.Node) []*cluster.Node {
 	return slices.DeleteFunc(g.Alive(), func(n *cluster.Node) bool { return slices.Contains(not, n) })
 }
 
-// waitVoters waits until there are as many voters as there can be, 1, 3 or 5 (two nodes have one), all alive, with a leader.
+// waitVoters waits until there are as many voters as there can be, 1, 2, 3 or 5, all alive, with a leader; two of them must be ready to go
+// on alone.
 func (g *grove) waitVoters() {
 	g.t.Helper()
 	alive := g.Alive()
 	want := min((len(alive)-1)|1, 5)
+	if len(alive) == 2 {
+		want = 2
+	}
 	for _, n := range alive {
 		g.wait(fmt.Sprintf("%d voters as %s sees it", want, n.Name), func(ctx context.Context) error {
 			st, err := g.status(ctx, n)
@@ -270,6 +274,9 @@ func (g *grove) waitVoters() {
 			a := st.GetArbiter()
 			if len(a.GetVoters()) != want || a.GetLeader() == "" || int(st.GetNodes().GetAlive()) != len(alive) {
 				return fmt.Errorf("voters %v, leader %q, %d alive", a.GetVoters(), a.GetLeader(), st.GetNodes().GetAlive())
+			}
+			if want == 2 && !a.GetPaired() {
+				return fmt.Errorf("it could not go on alone; primary %q", a.GetPrimary())
 			}
 			for _, v := range a.GetVoters() {
 				if node := g.Node(v); node == nil || !node.Running() {

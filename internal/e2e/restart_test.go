@@ -36,13 +36,18 @@ func (g *grove) shows(via *cluster.Node, n int) {
 }
 
 // The whole cluster is put down and started again: each component is where it was, with its state.
-func TestDownAllAndUpAgain(t *testing.T) {
-	g := plant(t, 3)
+func TestDownAllAndUpAgain(t *testing.T) { downAndUp(t, 3) }
+
+// TestTwoNodesDownAllAndUpAgain is the same with two, of which the one that goes down last may have gone on alone for a moment.
+func TestTwoNodesDownAllAndUpAgain(t *testing.T) { downAndUp(t, 2) }
+
+func downAndUp(t *testing.T, nodes int) {
+	g := plant(t, nodes)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "counter", "1.0.0"))
 	g.deploy(n1, counterApp)
-	in := g.running(n1, "tally/counter-0", protected(3))
-	g.counted(g.Nodes[2], 7)
+	in := g.running(n1, "tally/counter-0", protected(nodes))
+	g.counted(g.Nodes[nodes-1], 7)
 
 	g.do(g.Nodes[1], "down", "--all")
 	g.wait("every process to end", func(context.Context) error {

@@ -76,7 +76,7 @@ func (x ArbiterCompare_Field) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ArbiterCompare_Field.Descriptor instead.
 func (ArbiterCompare_Field) EnumDescriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{8, 0}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{9, 0}
 }
 
 type ArbiterResult_Code int32
@@ -134,7 +134,7 @@ func (x ArbiterResult_Code) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ArbiterResult_Code.Descriptor instead.
 func (ArbiterResult_Code) EnumDescriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{13, 0}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{14, 0}
 }
 
 type ArbiterResponse_Code int32
@@ -192,7 +192,7 @@ func (x ArbiterResponse_Code) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ArbiterResponse_Code.Descriptor instead.
 func (ArbiterResponse_Code) EnumDescriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{20, 0}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{21, 0}
 }
 
 // ArbiterRegister is one register. A register whose `deleted` is set tells of its end.
@@ -349,8 +349,11 @@ type ArbiterMeta struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Incarnation   uint64                 `protobuf:"varint,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
-	Format        uint32                 `protobuf:"varint,3,opt,name=format,proto3" json:"format,omitempty"`          // highest format that entries may have
-	Coordinator   []byte                 `protobuf:"bytes,4,opt,name=coordinator,proto3" json:"coordinator,omitempty"` // peer id
+	Format        uint32                 `protobuf:"varint,3,opt,name=format,proto3" json:"format,omitempty"`                 // highest format that entries may have
+	Coordinator   []byte                 `protobuf:"bytes,4,opt,name=coordinator,proto3" json:"coordinator,omitempty"`        // peer id
+	TwoNode       []byte                 `protobuf:"bytes,5,opt,name=two_node,json=twoNode,proto3" json:"two_node,omitempty"` // peer id of the primary of two voters; empty: the rule of two nodes does not hold
+	Lineage       uint64                 `protobuf:"varint,6,opt,name=lineage,proto3" json:"lineage,omitempty"`               // tells two incarnations of the same number apart
+	Begun         uint64                 `protobuf:"varint,7,opt,name=begun,proto3" json:"begun,omitempty"`                   // last index of the incarnation before, when this one began
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -413,6 +416,89 @@ func (x *ArbiterMeta) GetCoordinator() []byte {
 	return nil
 }
 
+func (x *ArbiterMeta) GetTwoNode() []byte {
+	if x != nil {
+		return x.TwoNode
+	}
+	return nil
+}
+
+func (x *ArbiterMeta) GetLineage() uint64 {
+	if x != nil {
+		return x.Lineage
+	}
+	return 0
+}
+
+func (x *ArbiterMeta) GetBegun() uint64 {
+	if x != nil {
+		return x.Begun
+	}
+	return 0
+}
+
+// ArbiterIncarnation names one life of the group. It begins each raft stream: the dialer's, answered by the other side's with whether it
+// refuses the stream. Nothing of an incarnation passes to another.
+type ArbiterIncarnation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"` // 0: this node's raft database is empty
+	Lineage       uint64                 `protobuf:"varint,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	Refused       bool                   `protobuf:"varint,3,opt,name=refused,proto3" json:"refused,omitempty"` // of the answer
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ArbiterIncarnation) Reset() {
+	*x = ArbiterIncarnation{}
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ArbiterIncarnation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ArbiterIncarnation) ProtoMessage() {}
+
+func (x *ArbiterIncarnation) ProtoReflect() protoreflect.Message {
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ArbiterIncarnation.ProtoReflect.Descriptor instead.
+func (*ArbiterIncarnation) Descriptor() ([]byte, []int) {
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ArbiterIncarnation) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *ArbiterIncarnation) GetLineage() uint64 {
+	if x != nil {
+		return x.Lineage
+	}
+	return 0
+}
+
+func (x *ArbiterIncarnation) GetRefused() bool {
+	if x != nil {
+		return x.Refused
+	}
+	return false
+}
+
 // ArbiterEntry is one entry of the log: the commands of one node, gathered.
 type ArbiterEntry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -427,7 +513,7 @@ type ArbiterEntry struct {
 
 func (x *ArbiterEntry) Reset() {
 	*x = ArbiterEntry{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[2]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -439,7 +525,7 @@ func (x *ArbiterEntry) String() string {
 func (*ArbiterEntry) ProtoMessage() {}
 
 func (x *ArbiterEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[2]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -452,7 +538,7 @@ func (x *ArbiterEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterEntry.ProtoReflect.Descriptor instead.
 func (*ArbiterEntry) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{2}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ArbiterEntry) GetFormat() uint32 {
@@ -507,7 +593,7 @@ type ArbiterCommand struct {
 
 func (x *ArbiterCommand) Reset() {
 	*x = ArbiterCommand{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[3]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -519,7 +605,7 @@ func (x *ArbiterCommand) String() string {
 func (*ArbiterCommand) ProtoMessage() {}
 
 func (x *ArbiterCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[3]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -532,7 +618,7 @@ func (x *ArbiterCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterCommand.ProtoReflect.Descriptor instead.
 func (*ArbiterCommand) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{3}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ArbiterCommand) GetKind() isArbiterCommand_Kind {
@@ -652,7 +738,7 @@ type ArbiterClaim struct {
 
 func (x *ArbiterClaim) Reset() {
 	*x = ArbiterClaim{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[4]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -664,7 +750,7 @@ func (x *ArbiterClaim) String() string {
 func (*ArbiterClaim) ProtoMessage() {}
 
 func (x *ArbiterClaim) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[4]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -677,7 +763,7 @@ func (x *ArbiterClaim) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterClaim.ProtoReflect.Descriptor instead.
 func (*ArbiterClaim) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{4}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ArbiterClaim) GetKey() string {
@@ -752,7 +838,7 @@ type ArbiterCommit struct {
 
 func (x *ArbiterCommit) Reset() {
 	*x = ArbiterCommit{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[5]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -764,7 +850,7 @@ func (x *ArbiterCommit) String() string {
 func (*ArbiterCommit) ProtoMessage() {}
 
 func (x *ArbiterCommit) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[5]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -777,7 +863,7 @@ func (x *ArbiterCommit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterCommit.ProtoReflect.Descriptor instead.
 func (*ArbiterCommit) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{5}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ArbiterCommit) GetKey() string {
@@ -847,7 +933,7 @@ type ArbiterSetHolders struct {
 
 func (x *ArbiterSetHolders) Reset() {
 	*x = ArbiterSetHolders{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[6]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -859,7 +945,7 @@ func (x *ArbiterSetHolders) String() string {
 func (*ArbiterSetHolders) ProtoMessage() {}
 
 func (x *ArbiterSetHolders) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[6]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -872,7 +958,7 @@ func (x *ArbiterSetHolders) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterSetHolders.ProtoReflect.Descriptor instead.
 func (*ArbiterSetHolders) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{6}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ArbiterSetHolders) GetKey() string {
@@ -907,7 +993,7 @@ type ArbiterRelease struct {
 
 func (x *ArbiterRelease) Reset() {
 	*x = ArbiterRelease{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[7]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -919,7 +1005,7 @@ func (x *ArbiterRelease) String() string {
 func (*ArbiterRelease) ProtoMessage() {}
 
 func (x *ArbiterRelease) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[7]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -932,7 +1018,7 @@ func (x *ArbiterRelease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterRelease.ProtoReflect.Descriptor instead.
 func (*ArbiterRelease) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{7}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ArbiterRelease) GetKey() string {
@@ -967,7 +1053,7 @@ type ArbiterCompare struct {
 
 func (x *ArbiterCompare) Reset() {
 	*x = ArbiterCompare{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[8]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -979,7 +1065,7 @@ func (x *ArbiterCompare) String() string {
 func (*ArbiterCompare) ProtoMessage() {}
 
 func (x *ArbiterCompare) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[8]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -992,7 +1078,7 @@ func (x *ArbiterCompare) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterCompare.ProtoReflect.Descriptor instead.
 func (*ArbiterCompare) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{8}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ArbiterCompare) GetKey() string {
@@ -1030,7 +1116,7 @@ type ArbiterOp struct {
 
 func (x *ArbiterOp) Reset() {
 	*x = ArbiterOp{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[9]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1042,7 +1128,7 @@ func (x *ArbiterOp) String() string {
 func (*ArbiterOp) ProtoMessage() {}
 
 func (x *ArbiterOp) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[9]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1055,7 +1141,7 @@ func (x *ArbiterOp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterOp.ProtoReflect.Descriptor instead.
 func (*ArbiterOp) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{9}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ArbiterOp) GetKind() isArbiterOp_Kind {
@@ -1124,7 +1210,7 @@ type ArbiterPut struct {
 
 func (x *ArbiterPut) Reset() {
 	*x = ArbiterPut{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[10]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1222,7 @@ func (x *ArbiterPut) String() string {
 func (*ArbiterPut) ProtoMessage() {}
 
 func (x *ArbiterPut) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[10]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1235,7 @@ func (x *ArbiterPut) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterPut.ProtoReflect.Descriptor instead.
 func (*ArbiterPut) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{10}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ArbiterPut) GetKey() string {
@@ -1178,7 +1264,7 @@ type ArbiterTxn struct {
 
 func (x *ArbiterTxn) Reset() {
 	*x = ArbiterTxn{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[11]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1276,7 @@ func (x *ArbiterTxn) String() string {
 func (*ArbiterTxn) ProtoMessage() {}
 
 func (x *ArbiterTxn) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[11]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1289,7 @@ func (x *ArbiterTxn) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterTxn.ProtoReflect.Descriptor instead.
 func (*ArbiterTxn) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{11}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ArbiterTxn) GetNonce() uint64 {
@@ -1239,13 +1325,14 @@ type ArbiterSetMeta struct {
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Format        uint32                 `protobuf:"varint,2,opt,name=format,proto3" json:"format,omitempty"`
 	Coordinator   []byte                 `protobuf:"bytes,3,opt,name=coordinator,proto3,oneof" json:"coordinator,omitempty"`
+	TwoNode       []byte                 `protobuf:"bytes,4,opt,name=two_node,json=twoNode,proto3,oneof" json:"two_node,omitempty"` // peer id of the primary; empty: off
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterSetMeta) Reset() {
 	*x = ArbiterSetMeta{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[12]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1344,7 @@ func (x *ArbiterSetMeta) String() string {
 func (*ArbiterSetMeta) ProtoMessage() {}
 
 func (x *ArbiterSetMeta) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[12]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1357,7 @@ func (x *ArbiterSetMeta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterSetMeta.ProtoReflect.Descriptor instead.
 func (*ArbiterSetMeta) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{12}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ArbiterSetMeta) GetCluster() string {
@@ -1294,6 +1381,13 @@ func (x *ArbiterSetMeta) GetCoordinator() []byte {
 	return nil
 }
 
+func (x *ArbiterSetMeta) GetTwoNode() []byte {
+	if x != nil {
+		return x.TwoNode
+	}
+	return nil
+}
+
 // ArbiterResult is what one command came to.
 type ArbiterResult struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1310,7 +1404,7 @@ type ArbiterResult struct {
 
 func (x *ArbiterResult) Reset() {
 	*x = ArbiterResult{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[13]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1416,7 @@ func (x *ArbiterResult) String() string {
 func (*ArbiterResult) ProtoMessage() {}
 
 func (x *ArbiterResult) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[13]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1429,7 @@ func (x *ArbiterResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterResult.ProtoReflect.Descriptor instead.
 func (*ArbiterResult) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{13}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ArbiterResult) GetCode() ArbiterResult_Code {
@@ -1402,7 +1496,7 @@ type ArbiterSnapshotItem struct {
 
 func (x *ArbiterSnapshotItem) Reset() {
 	*x = ArbiterSnapshotItem{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[14]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1508,7 @@ func (x *ArbiterSnapshotItem) String() string {
 func (*ArbiterSnapshotItem) ProtoMessage() {}
 
 func (x *ArbiterSnapshotItem) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[14]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1521,7 @@ func (x *ArbiterSnapshotItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterSnapshotItem.ProtoReflect.Descriptor instead.
 func (*ArbiterSnapshotItem) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{14}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ArbiterSnapshotItem) GetKind() isArbiterSnapshotItem_Kind {
@@ -1511,13 +1605,14 @@ type ArbiterSnapshotHeader struct {
 	Deleted       uint64                 `protobuf:"varint,6,opt,name=deleted,proto3" json:"deleted,omitempty"`     // index of the last delete
 	Forgotten     uint64                 `protobuf:"varint,7,opt,name=forgotten,proto3" json:"forgotten,omitempty"` // index of the last forgotten transaction
 	Former        [][]byte               `protobuf:"bytes,8,rep,name=former,proto3" json:"former,omitempty"`        // peer ids that ever voted
+	Voted         [][]byte               `protobuf:"bytes,9,rep,name=voted,proto3" json:"voted,omitempty"`          // peer ids that voted in this incarnation
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterSnapshotHeader) Reset() {
 	*x = ArbiterSnapshotHeader{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[15]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1529,7 +1624,7 @@ func (x *ArbiterSnapshotHeader) String() string {
 func (*ArbiterSnapshotHeader) ProtoMessage() {}
 
 func (x *ArbiterSnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[15]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1542,7 +1637,7 @@ func (x *ArbiterSnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterSnapshotHeader.ProtoReflect.Descriptor instead.
 func (*ArbiterSnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{15}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ArbiterSnapshotHeader) GetFormat() uint32 {
@@ -1601,6 +1696,13 @@ func (x *ArbiterSnapshotHeader) GetFormer() [][]byte {
 	return nil
 }
 
+func (x *ArbiterSnapshotHeader) GetVoted() [][]byte {
+	if x != nil {
+		return x.Voted
+	}
+	return nil
+}
+
 type ArbiterSnapshotTxn struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nonce         uint64                 `protobuf:"varint,1,opt,name=nonce,proto3" json:"nonce,omitempty"`
@@ -1612,7 +1714,7 @@ type ArbiterSnapshotTxn struct {
 
 func (x *ArbiterSnapshotTxn) Reset() {
 	*x = ArbiterSnapshotTxn{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[16]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1726,7 @@ func (x *ArbiterSnapshotTxn) String() string {
 func (*ArbiterSnapshotTxn) ProtoMessage() {}
 
 func (x *ArbiterSnapshotTxn) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[16]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1739,7 @@ func (x *ArbiterSnapshotTxn) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterSnapshotTxn.ProtoReflect.Descriptor instead.
 func (*ArbiterSnapshotTxn) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{16}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ArbiterSnapshotTxn) GetNonce() uint64 {
@@ -1671,7 +1773,7 @@ type ArbiterSnapshotEnd struct {
 
 func (x *ArbiterSnapshotEnd) Reset() {
 	*x = ArbiterSnapshotEnd{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[17]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1683,7 +1785,7 @@ func (x *ArbiterSnapshotEnd) String() string {
 func (*ArbiterSnapshotEnd) ProtoMessage() {}
 
 func (x *ArbiterSnapshotEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[17]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1696,7 +1798,7 @@ func (x *ArbiterSnapshotEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterSnapshotEnd.ProtoReflect.Descriptor instead.
 func (*ArbiterSnapshotEnd) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{17}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ArbiterSnapshotEnd) GetRegisters() uint64 {
@@ -1720,13 +1822,15 @@ type ArbiterDisk struct {
 	Self          []byte                 `protobuf:"bytes,2,opt,name=self,proto3" json:"self,omitempty"`
 	Boots         uint64                 `protobuf:"varint,3,opt,name=boots,proto3" json:"boots,omitempty"`
 	Boot          uint64                 `protobuf:"varint,4,opt,name=boot,proto3" json:"boot,omitempty"`
+	Group         *ArbiterIncarnation    `protobuf:"bytes,5,opt,name=group,proto3" json:"group,omitempty"` // that the raft state belongs to; absent: there is none
+	Seen          *ArbiterIncarnation    `protobuf:"bytes,6,opt,name=seen,proto3" json:"seen,omitempty"`   // highest ever met: nothing of a lower one is accepted any more
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterDisk) Reset() {
 	*x = ArbiterDisk{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[18]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1738,7 +1842,7 @@ func (x *ArbiterDisk) String() string {
 func (*ArbiterDisk) ProtoMessage() {}
 
 func (x *ArbiterDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[18]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1751,7 +1855,7 @@ func (x *ArbiterDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterDisk.ProtoReflect.Descriptor instead.
 func (*ArbiterDisk) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{18}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ArbiterDisk) GetFormat() uint32 {
@@ -1782,6 +1886,20 @@ func (x *ArbiterDisk) GetBoot() uint64 {
 	return 0
 }
 
+func (x *ArbiterDisk) GetGroup() *ArbiterIncarnation {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
+func (x *ArbiterDisk) GetSeen() *ArbiterIncarnation {
+	if x != nil {
+		return x.Seen
+	}
+	return nil
+}
+
 type ArbiterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -1793,14 +1911,17 @@ type ArbiterRequest struct {
 	//	*ArbiterRequest_Status
 	//	*ArbiterRequest_StepDown
 	//	*ArbiterRequest_Lease
+	//	*ArbiterRequest_Beat
 	Kind          isArbiterRequest_Kind `protobuf_oneof:"kind"`
+	Incarnation   *ArbiterIncarnation   `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // the highest that the caller has met
+	Since         uint64                `protobuf:"varint,9,opt,name=since,proto3" json:"since,omitempty"`            // of propose: number of the incarnation that the entry's since is an index of
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterRequest) Reset() {
 	*x = ArbiterRequest{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[19]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1812,7 +1933,7 @@ func (x *ArbiterRequest) String() string {
 func (*ArbiterRequest) ProtoMessage() {}
 
 func (x *ArbiterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[19]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1825,7 +1946,7 @@ func (x *ArbiterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterRequest.ProtoReflect.Descriptor instead.
 func (*ArbiterRequest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{19}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ArbiterRequest) GetKind() isArbiterRequest_Kind {
@@ -1898,6 +2019,29 @@ func (x *ArbiterRequest) GetLease() *ArbiterLeaseRequest {
 	return nil
 }
 
+func (x *ArbiterRequest) GetBeat() bool {
+	if x != nil {
+		if x, ok := x.Kind.(*ArbiterRequest_Beat); ok {
+			return x.Beat
+		}
+	}
+	return false
+}
+
+func (x *ArbiterRequest) GetIncarnation() *ArbiterIncarnation {
+	if x != nil {
+		return x.Incarnation
+	}
+	return nil
+}
+
+func (x *ArbiterRequest) GetSince() uint64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
 type isArbiterRequest_Kind interface {
 	isArbiterRequest_Kind()
 }
@@ -1927,7 +2071,11 @@ type ArbiterRequest_StepDown struct {
 }
 
 type ArbiterRequest_Lease struct {
-	Lease *ArbiterLeaseRequest `protobuf:"bytes,7,opt,name=lease,proto3,oneof"` // leader only
+	Lease *ArbiterLeaseRequest `protobuf:"bytes,10,opt,name=lease,proto3,oneof"` // leader only
+}
+
+type ArbiterRequest_Beat struct {
+	Beat bool `protobuf:"varint,8,opt,name=beat,proto3,oneof"` // of the secondary of two nodes, to the primary
 }
 
 func (*ArbiterRequest_Propose) isArbiterRequest_Kind() {}
@@ -1943,6 +2091,8 @@ func (*ArbiterRequest_Status) isArbiterRequest_Kind() {}
 func (*ArbiterRequest_StepDown) isArbiterRequest_Kind() {}
 
 func (*ArbiterRequest_Lease) isArbiterRequest_Kind() {}
+
+func (*ArbiterRequest_Beat) isArbiterRequest_Kind() {}
 
 type ArbiterResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1961,7 +2111,7 @@ type ArbiterResponse struct {
 
 func (x *ArbiterResponse) Reset() {
 	*x = ArbiterResponse{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[20]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1973,7 +2123,7 @@ func (x *ArbiterResponse) String() string {
 func (*ArbiterResponse) ProtoMessage() {}
 
 func (x *ArbiterResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[20]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1986,7 +2136,7 @@ func (x *ArbiterResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterResponse.ProtoReflect.Descriptor instead.
 func (*ArbiterResponse) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{20}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ArbiterResponse) GetCode() ArbiterResponse_Code {
@@ -2062,13 +2212,14 @@ type ArbiterWhere struct {
 	Incarnation   uint64                 `protobuf:"varint,5,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
 	Index         uint64                 `protobuf:"varint,6,opt,name=index,proto3" json:"index,omitempty"`
 	Meta          *ArbiterMeta           `protobuf:"bytes,7,opt,name=meta,proto3" json:"meta,omitempty"`
+	Lineage       uint64                 `protobuf:"varint,8,opt,name=lineage,proto3" json:"lineage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterWhere) Reset() {
 	*x = ArbiterWhere{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[21]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2080,7 +2231,7 @@ func (x *ArbiterWhere) String() string {
 func (*ArbiterWhere) ProtoMessage() {}
 
 func (x *ArbiterWhere) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[21]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2093,7 +2244,7 @@ func (x *ArbiterWhere) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterWhere.ProtoReflect.Descriptor instead.
 func (*ArbiterWhere) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{21}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ArbiterWhere) GetLeader() []byte {
@@ -2145,6 +2296,14 @@ func (x *ArbiterWhere) GetMeta() *ArbiterMeta {
 	return nil
 }
 
+func (x *ArbiterWhere) GetLineage() uint64 {
+	if x != nil {
+		return x.Lineage
+	}
+	return 0
+}
+
+// ArbiterLog is what a node's own raft database holds.
 type ArbiterLog struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Term          uint64                 `protobuf:"varint,1,opt,name=term,proto3" json:"term,omitempty"`
@@ -2153,13 +2312,18 @@ type ArbiterLog struct {
 	Halted        string                 `protobuf:"bytes,4,opt,name=halted,proto3" json:"halted,omitempty"`
 	MaxFormat     uint32                 `protobuf:"varint,5,opt,name=max_format,json=maxFormat,proto3" json:"max_format,omitempty"`
 	Open          bool                   `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"`
+	Group         *ArbiterIncarnation    `protobuf:"bytes,7,opt,name=group,proto3" json:"group,omitempty"`          // absent: there is no raft state
+	Voters        [][]byte               `protobuf:"bytes,8,rep,name=voters,proto3" json:"voters,omitempty"`        // peer ids, as its own log has them
+	Committed     uint64                 `protobuf:"varint,9,opt,name=committed,proto3" json:"committed,omitempty"` // known to be committed, here
+	Registers     uint64                 `protobuf:"varint,10,opt,name=registers,proto3" json:"registers,omitempty"`
+	LastTerm      uint64                 `protobuf:"varint,11,opt,name=last_term,json=lastTerm,proto3" json:"last_term,omitempty"` // of the last entry
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterLog) Reset() {
 	*x = ArbiterLog{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[22]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2171,7 +2335,7 @@ func (x *ArbiterLog) String() string {
 func (*ArbiterLog) ProtoMessage() {}
 
 func (x *ArbiterLog) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[22]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2184,7 +2348,7 @@ func (x *ArbiterLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterLog.ProtoReflect.Descriptor instead.
 func (*ArbiterLog) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{22}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ArbiterLog) GetTerm() uint64 {
@@ -2229,6 +2393,41 @@ func (x *ArbiterLog) GetOpen() bool {
 	return false
 }
 
+func (x *ArbiterLog) GetGroup() *ArbiterIncarnation {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
+func (x *ArbiterLog) GetVoters() [][]byte {
+	if x != nil {
+		return x.Voters
+	}
+	return nil
+}
+
+func (x *ArbiterLog) GetCommitted() uint64 {
+	if x != nil {
+		return x.Committed
+	}
+	return 0
+}
+
+func (x *ArbiterLog) GetRegisters() uint64 {
+	if x != nil {
+		return x.Registers
+	}
+	return 0
+}
+
+func (x *ArbiterLog) GetLastTerm() uint64 {
+	if x != nil {
+		return x.LastTerm
+	}
+	return 0
+}
+
 // ArbiterHello is told by a starting node before it takes part, so that a disk that went back in time is noticed, and again, with
 // taking_part, when nobody objected: only then is it remembered.
 type ArbiterHello struct {
@@ -2239,13 +2438,14 @@ type ArbiterHello struct {
 	Last          uint64                 `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`
 	Empty         bool                   `protobuf:"varint,5,opt,name=empty,proto3" json:"empty,omitempty"`
 	TakingPart    bool                   `protobuf:"varint,6,opt,name=taking_part,json=takingPart,proto3" json:"taking_part,omitempty"`
+	Group         *ArbiterIncarnation    `protobuf:"bytes,7,opt,name=group,proto3" json:"group,omitempty"` // that the raft state belongs to; absent: there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterHello) Reset() {
 	*x = ArbiterHello{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[23]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2257,7 +2457,7 @@ func (x *ArbiterHello) String() string {
 func (*ArbiterHello) ProtoMessage() {}
 
 func (x *ArbiterHello) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[23]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2270,7 +2470,7 @@ func (x *ArbiterHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterHello.ProtoReflect.Descriptor instead.
 func (*ArbiterHello) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{23}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ArbiterHello) GetBoots() uint64 {
@@ -2315,6 +2515,13 @@ func (x *ArbiterHello) GetTakingPart() bool {
 	return false
 }
 
+func (x *ArbiterHello) GetGroup() *ArbiterIncarnation {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
 // ArbiterLeaseRequest renews the leases that a node's process holds, all in one, or gives some up.
 type ArbiterLeaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2328,7 +2535,7 @@ type ArbiterLeaseRequest struct {
 
 func (x *ArbiterLeaseRequest) Reset() {
 	*x = ArbiterLeaseRequest{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2340,7 +2547,7 @@ func (x *ArbiterLeaseRequest) String() string {
 func (*ArbiterLeaseRequest) ProtoMessage() {}
 
 func (x *ArbiterLeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2353,7 +2560,7 @@ func (x *ArbiterLeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterLeaseRequest.ProtoReflect.Descriptor instead.
 func (*ArbiterLeaseRequest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{24}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ArbiterLeaseRequest) GetBoot() uint64 {
@@ -2395,7 +2602,7 @@ type ArbiterLease struct {
 
 func (x *ArbiterLease) Reset() {
 	*x = ArbiterLease{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2407,7 +2614,7 @@ func (x *ArbiterLease) String() string {
 func (*ArbiterLease) ProtoMessage() {}
 
 func (x *ArbiterLease) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2420,7 +2627,7 @@ func (x *ArbiterLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterLease.ProtoReflect.Descriptor instead.
 func (*ArbiterLease) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{25}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ArbiterLease) GetKey() string {
@@ -2455,7 +2662,7 @@ type ArbiterLeases struct {
 
 func (x *ArbiterLeases) Reset() {
 	*x = ArbiterLeases{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2467,7 +2674,7 @@ func (x *ArbiterLeases) String() string {
 func (*ArbiterLeases) ProtoMessage() {}
 
 func (x *ArbiterLeases) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2480,7 +2687,7 @@ func (x *ArbiterLeases) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterLeases.ProtoReflect.Descriptor instead.
 func (*ArbiterLeases) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{26}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ArbiterLeases) GetTtlMs() uint64 {
@@ -2502,14 +2709,15 @@ type ArbiterFeedRequest struct {
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`          // empty: not known yet
 	Incarnation   uint64                 `protobuf:"varint,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // where to go on from; 0: from a snapshot
 	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
-	Flush         bool                   `protobuf:"varint,4,opt,name=flush,proto3" json:"flush,omitempty"` // of a later request: send at once what is being held back
+	Flush         bool                   `protobuf:"varint,4,opt,name=flush,proto3" json:"flush,omitempty"`     // of a later request: send at once what is being held back
+	Lineage       uint64                 `protobuf:"varint,5,opt,name=lineage,proto3" json:"lineage,omitempty"` // of the incarnation
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterFeedRequest) Reset() {
 	*x = ArbiterFeedRequest{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2521,7 +2729,7 @@ func (x *ArbiterFeedRequest) String() string {
 func (*ArbiterFeedRequest) ProtoMessage() {}
 
 func (x *ArbiterFeedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2534,7 +2742,7 @@ func (x *ArbiterFeedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterFeedRequest.ProtoReflect.Descriptor instead.
 func (*ArbiterFeedRequest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{27}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ArbiterFeedRequest) GetCluster() string {
@@ -2565,6 +2773,13 @@ func (x *ArbiterFeedRequest) GetFlush() bool {
 	return false
 }
 
+func (x *ArbiterFeedRequest) GetLineage() uint64 {
+	if x != nil {
+		return x.Lineage
+	}
+	return 0
+}
+
 type ArbiterFeedUpdate struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Snapshot      bool                   `protobuf:"varint,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // part of a snapshot: registers is a slice of all; the last part has done
@@ -2575,13 +2790,14 @@ type ArbiterFeedUpdate struct {
 	Complete      uint64                 `protobuf:"varint,6,opt,name=complete,proto3" json:"complete,omitempty"`        // everything up to here was sent
 	AgeMs         uint64                 `protobuf:"varint,7,opt,name=age_ms,json=ageMs,proto3" json:"age_ms,omitempty"` // how long ago the feeder heard the leader
 	Where         *ArbiterWhere          `protobuf:"bytes,8,opt,name=where,proto3" json:"where,omitempty"`               // when it changed
+	Lineage       uint64                 `protobuf:"varint,9,opt,name=lineage,proto3" json:"lineage,omitempty"`          // of the incarnation
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterFeedUpdate) Reset() {
 	*x = ArbiterFeedUpdate{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2593,7 +2809,7 @@ func (x *ArbiterFeedUpdate) String() string {
 func (*ArbiterFeedUpdate) ProtoMessage() {}
 
 func (x *ArbiterFeedUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2606,7 +2822,7 @@ func (x *ArbiterFeedUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterFeedUpdate.ProtoReflect.Descriptor instead.
 func (*ArbiterFeedUpdate) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{28}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ArbiterFeedUpdate) GetSnapshot() bool {
@@ -2665,6 +2881,13 @@ func (x *ArbiterFeedUpdate) GetWhere() *ArbiterWhere {
 	return nil
 }
 
+func (x *ArbiterFeedUpdate) GetLineage() uint64 {
+	if x != nil {
+		return x.Lineage
+	}
+	return 0
+}
+
 var File_dht_wire_v1_arbiter_proto protoreflect.FileDescriptor
 
 const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
@@ -2685,12 +2908,19 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x04body\x18\v \x01(\fR\x04body\x12\x14\n" +
 	"\x05index\x18\f \x01(\x04R\x05index\x12 \n" +
 	"\vincarnation\x18\r \x01(\x04R\vincarnation\x12\x18\n" +
-	"\adeleted\x18\x0e \x01(\bR\adeleted\"\x83\x01\n" +
+	"\adeleted\x18\x0e \x01(\bR\adeleted\"\xce\x01\n" +
 	"\vArbiterMeta\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x16\n" +
 	"\x06format\x18\x03 \x01(\rR\x06format\x12 \n" +
-	"\vcoordinator\x18\x04 \x01(\fR\vcoordinator\"\xaa\x01\n" +
+	"\vcoordinator\x18\x04 \x01(\fR\vcoordinator\x12\x19\n" +
+	"\btwo_node\x18\x05 \x01(\fR\atwoNode\x12\x18\n" +
+	"\alineage\x18\x06 \x01(\x04R\alineage\x12\x14\n" +
+	"\x05begun\x18\a \x01(\x04R\x05begun\"`\n" +
+	"\x12ArbiterIncarnation\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x18\n" +
+	"\alineage\x18\x02 \x01(\x04R\alineage\x12\x18\n" +
+	"\arefused\x18\x03 \x01(\bR\arefused\"\xaa\x01\n" +
 	"\fArbiterEntry\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\rR\x05shard\x12\x14\n" +
@@ -2759,12 +2989,14 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\x12:\n" +
 	"\bcompares\x18\x02 \x03(\v2\x1e.coppice.dht.v1.ArbiterCompareR\bcompares\x12-\n" +
 	"\x04then\x18\x03 \x03(\v2\x19.coppice.dht.v1.ArbiterOpR\x04then\x127\n" +
-	"\totherwise\x18\x04 \x03(\v2\x19.coppice.dht.v1.ArbiterOpR\totherwise\"y\n" +
+	"\totherwise\x18\x04 \x03(\v2\x19.coppice.dht.v1.ArbiterOpR\totherwise\"\xa6\x01\n" +
 	"\x0eArbiterSetMeta\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\rR\x06format\x12%\n" +
-	"\vcoordinator\x18\x03 \x01(\fH\x00R\vcoordinator\x88\x01\x01B\x0e\n" +
-	"\f_coordinator\"\xf9\x02\n" +
+	"\vcoordinator\x18\x03 \x01(\fH\x00R\vcoordinator\x88\x01\x01\x12\x1e\n" +
+	"\btwo_node\x18\x04 \x01(\fH\x01R\atwoNode\x88\x01\x01B\x0e\n" +
+	"\f_coordinatorB\v\n" +
+	"\t_two_node\"\xf9\x02\n" +
 	"\rArbiterResult\x126\n" +
 	"\x04code\x18\x01 \x01(\x0e2\".coppice.dht.v1.ArbiterResult.CodeR\x04code\x12;\n" +
 	"\bregister\x18\x02 \x01(\v2\x1f.coppice.dht.v1.ArbiterRegisterR\bregister\x12\x16\n" +
@@ -2786,7 +3018,7 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\bregister\x18\x02 \x01(\v2\x1f.coppice.dht.v1.ArbiterRegisterH\x00R\bregister\x126\n" +
 	"\x03txn\x18\x03 \x01(\v2\".coppice.dht.v1.ArbiterSnapshotTxnH\x00R\x03txn\x126\n" +
 	"\x03end\x18\x04 \x01(\v2\".coppice.dht.v1.ArbiterSnapshotEndH\x00R\x03endB\x06\n" +
-	"\x04kind\"\x8e\x02\n" +
+	"\x04kind\"\xa4\x02\n" +
 	"\x15ArbiterSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04meta\x18\x02 \x01(\v2\x1b.coppice.dht.v1.ArbiterMetaR\x04meta\x12\x14\n" +
@@ -2796,19 +3028,22 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x0erevision_floor\x18\x05 \x01(\x04R\rrevisionFloor\x12\x18\n" +
 	"\adeleted\x18\x06 \x01(\x04R\adeleted\x12\x1c\n" +
 	"\tforgotten\x18\a \x01(\x04R\tforgotten\x12\x16\n" +
-	"\x06former\x18\b \x03(\fR\x06former\"w\n" +
+	"\x06former\x18\b \x03(\fR\x06former\x12\x14\n" +
+	"\x05voted\x18\t \x03(\fR\x05voted\"w\n" +
 	"\x12ArbiterSnapshotTxn\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x125\n" +
 	"\x06result\x18\x03 \x01(\v2\x1d.coppice.dht.v1.ArbiterResultR\x06result\"F\n" +
 	"\x12ArbiterSnapshotEnd\x12\x1c\n" +
 	"\tregisters\x18\x01 \x01(\x04R\tregisters\x12\x12\n" +
-	"\x04txns\x18\x02 \x01(\x04R\x04txns\"c\n" +
+	"\x04txns\x18\x02 \x01(\x04R\x04txns\"\xd5\x01\n" +
 	"\vArbiterDisk\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04self\x18\x02 \x01(\fR\x04self\x12\x14\n" +
 	"\x05boots\x18\x03 \x01(\x04R\x05boots\x12\x12\n" +
-	"\x04boot\x18\x04 \x01(\x04R\x04boot\"\x97\x02\n" +
+	"\x04boot\x18\x04 \x01(\x04R\x04boot\x128\n" +
+	"\x05group\x18\x05 \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x05group\x126\n" +
+	"\x04seen\x18\x06 \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x04seen\"\x89\x03\n" +
 	"\x0eArbiterRequest\x12\x1a\n" +
 	"\apropose\x18\x01 \x01(\fH\x00R\apropose\x12\x14\n" +
 	"\x04read\x18\x02 \x01(\tH\x00R\x04read\x12\x1f\n" +
@@ -2817,7 +3052,11 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x05hello\x18\x04 \x01(\v2\x1c.coppice.dht.v1.ArbiterHelloH\x00R\x05hello\x12\x18\n" +
 	"\x06status\x18\x05 \x01(\bH\x00R\x06status\x12\x1d\n" +
 	"\tstep_down\x18\x06 \x01(\bH\x00R\bstepDown\x12;\n" +
-	"\x05lease\x18\a \x01(\v2#.coppice.dht.v1.ArbiterLeaseRequestH\x00R\x05leaseB\x06\n" +
+	"\x05lease\x18\n" +
+	" \x01(\v2#.coppice.dht.v1.ArbiterLeaseRequestH\x00R\x05lease\x12\x14\n" +
+	"\x04beat\x18\b \x01(\bH\x00R\x04beat\x12D\n" +
+	"\vincarnation\x18\a \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\vincarnation\x12\x14\n" +
+	"\x05since\x18\t \x01(\x04R\x05sinceB\x06\n" +
 	"\x04kind\"\xf7\x03\n" +
 	"\x0fArbiterResponse\x128\n" +
 	"\x04code\x18\x01 \x01(\x0e2$.coppice.dht.v1.ArbiterResponse.CodeR\x04code\x12\x16\n" +
@@ -2838,7 +3077,7 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x05DOUBT\x10\x03\x12\n" +
 	"\n" +
 	"\x06FORMAT\x10\x04\x12\v\n" +
-	"\aINVALID\x10\x05\"\xd7\x01\n" +
+	"\aINVALID\x10\x05\"\xf1\x01\n" +
 	"\fArbiterWhere\x12\x16\n" +
 	"\x06leader\x18\x01 \x01(\fR\x06leader\x12\x16\n" +
 	"\x06voters\x18\x02 \x03(\fR\x06voters\x12\x1a\n" +
@@ -2846,7 +3085,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x04term\x18\x04 \x01(\x04R\x04term\x12 \n" +
 	"\vincarnation\x18\x05 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05index\x18\x06 \x01(\x04R\x05index\x12/\n" +
-	"\x04meta\x18\a \x01(\v2\x1b.coppice.dht.v1.ArbiterMetaR\x04meta\"\x99\x01\n" +
+	"\x04meta\x18\a \x01(\v2\x1b.coppice.dht.v1.ArbiterMetaR\x04meta\x12\x18\n" +
+	"\alineage\x18\b \x01(\x04R\alineage\"\xc4\x02\n" +
 	"\n" +
 	"ArbiterLog\x12\x12\n" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x12\n" +
@@ -2855,7 +3095,13 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x06halted\x18\x04 \x01(\tR\x06halted\x12\x1d\n" +
 	"\n" +
 	"max_format\x18\x05 \x01(\rR\tmaxFormat\x12\x12\n" +
-	"\x04open\x18\x06 \x01(\bR\x04open\"\x97\x01\n" +
+	"\x04open\x18\x06 \x01(\bR\x04open\x128\n" +
+	"\x05group\x18\a \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x05group\x12\x16\n" +
+	"\x06voters\x18\b \x03(\fR\x06voters\x12\x1c\n" +
+	"\tcommitted\x18\t \x01(\x04R\tcommitted\x12\x1c\n" +
+	"\tregisters\x18\n" +
+	" \x01(\x04R\tregisters\x12\x1b\n" +
+	"\tlast_term\x18\v \x01(\x04R\blastTerm\"\xd1\x01\n" +
 	"\fArbiterHello\x12\x14\n" +
 	"\x05boots\x18\x01 \x01(\x04R\x05boots\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x12\n" +
@@ -2863,7 +3109,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x04last\x18\x04 \x01(\x04R\x04last\x12\x14\n" +
 	"\x05empty\x18\x05 \x01(\bR\x05empty\x12\x1f\n" +
 	"\vtaking_part\x18\x06 \x01(\bR\n" +
-	"takingPart\"\xa4\x01\n" +
+	"takingPart\x128\n" +
+	"\x05group\x18\a \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x05group\"\xa4\x01\n" +
 	"\x13ArbiterLeaseRequest\x12\x12\n" +
 	"\x04boot\x18\x01 \x01(\x04R\x04boot\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x120\n" +
@@ -2875,12 +3122,13 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\arefused\x18\x03 \x01(\tR\arefused\"X\n" +
 	"\rArbiterLeases\x12\x15\n" +
 	"\x06ttl_ms\x18\x01 \x01(\x04R\x05ttlMs\x120\n" +
-	"\x04keys\x18\x02 \x03(\v2\x1c.coppice.dht.v1.ArbiterLeaseR\x04keys\"|\n" +
+	"\x04keys\x18\x02 \x03(\v2\x1c.coppice.dht.v1.ArbiterLeaseR\x04keys\"\x96\x01\n" +
 	"\x12ArbiterFeedRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x14\n" +
-	"\x05flush\x18\x04 \x01(\bR\x05flush\"\xa1\x02\n" +
+	"\x05flush\x18\x04 \x01(\bR\x05flush\x12\x18\n" +
+	"\alineage\x18\x05 \x01(\x04R\alineage\"\xbb\x02\n" +
 	"\x11ArbiterFeedUpdate\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\bR\bsnapshot\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\bR\x04done\x12=\n" +
@@ -2889,7 +3137,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x05index\x18\x05 \x01(\x04R\x05index\x12\x1a\n" +
 	"\bcomplete\x18\x06 \x01(\x04R\bcomplete\x12\x15\n" +
 	"\x06age_ms\x18\a \x01(\x04R\x05ageMs\x122\n" +
-	"\x05where\x18\b \x01(\v2\x1c.coppice.dht.v1.ArbiterWhereR\x05whereB7Z5github.com/coppice-project/coppice/dht/wire/v1;wirev1b\x06proto3"
+	"\x05where\x18\b \x01(\v2\x1c.coppice.dht.v1.ArbiterWhereR\x05where\x12\x18\n" +
+	"\alineage\x18\t \x01(\x04R\alineageB7Z5github.com/coppice-project/coppice/dht/wire/v1;wirev1b\x06proto3"
 
 var (
 	file_dht_wire_v1_arbiter_proto_rawDescOnce sync.Once
@@ -2904,83 +3153,89 @@ func file_dht_wire_v1_arbiter_proto_rawDescGZIP() []byte {
 }
 
 var file_dht_wire_v1_arbiter_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dht_wire_v1_arbiter_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_dht_wire_v1_arbiter_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_dht_wire_v1_arbiter_proto_goTypes = []any{
 	(ArbiterCompare_Field)(0),     // 0: coppice.dht.v1.ArbiterCompare.Field
 	(ArbiterResult_Code)(0),       // 1: coppice.dht.v1.ArbiterResult.Code
 	(ArbiterResponse_Code)(0),     // 2: coppice.dht.v1.ArbiterResponse.Code
 	(*ArbiterRegister)(nil),       // 3: coppice.dht.v1.ArbiterRegister
 	(*ArbiterMeta)(nil),           // 4: coppice.dht.v1.ArbiterMeta
-	(*ArbiterEntry)(nil),          // 5: coppice.dht.v1.ArbiterEntry
-	(*ArbiterCommand)(nil),        // 6: coppice.dht.v1.ArbiterCommand
-	(*ArbiterClaim)(nil),          // 7: coppice.dht.v1.ArbiterClaim
-	(*ArbiterCommit)(nil),         // 8: coppice.dht.v1.ArbiterCommit
-	(*ArbiterSetHolders)(nil),     // 9: coppice.dht.v1.ArbiterSetHolders
-	(*ArbiterRelease)(nil),        // 10: coppice.dht.v1.ArbiterRelease
-	(*ArbiterCompare)(nil),        // 11: coppice.dht.v1.ArbiterCompare
-	(*ArbiterOp)(nil),             // 12: coppice.dht.v1.ArbiterOp
-	(*ArbiterPut)(nil),            // 13: coppice.dht.v1.ArbiterPut
-	(*ArbiterTxn)(nil),            // 14: coppice.dht.v1.ArbiterTxn
-	(*ArbiterSetMeta)(nil),        // 15: coppice.dht.v1.ArbiterSetMeta
-	(*ArbiterResult)(nil),         // 16: coppice.dht.v1.ArbiterResult
-	(*ArbiterSnapshotItem)(nil),   // 17: coppice.dht.v1.ArbiterSnapshotItem
-	(*ArbiterSnapshotHeader)(nil), // 18: coppice.dht.v1.ArbiterSnapshotHeader
-	(*ArbiterSnapshotTxn)(nil),    // 19: coppice.dht.v1.ArbiterSnapshotTxn
-	(*ArbiterSnapshotEnd)(nil),    // 20: coppice.dht.v1.ArbiterSnapshotEnd
-	(*ArbiterDisk)(nil),           // 21: coppice.dht.v1.ArbiterDisk
-	(*ArbiterRequest)(nil),        // 22: coppice.dht.v1.ArbiterRequest
-	(*ArbiterResponse)(nil),       // 23: coppice.dht.v1.ArbiterResponse
-	(*ArbiterWhere)(nil),          // 24: coppice.dht.v1.ArbiterWhere
-	(*ArbiterLog)(nil),            // 25: coppice.dht.v1.ArbiterLog
-	(*ArbiterHello)(nil),          // 26: coppice.dht.v1.ArbiterHello
-	(*ArbiterLeaseRequest)(nil),   // 27: coppice.dht.v1.ArbiterLeaseRequest
-	(*ArbiterLease)(nil),          // 28: coppice.dht.v1.ArbiterLease
-	(*ArbiterLeases)(nil),         // 29: coppice.dht.v1.ArbiterLeases
-	(*ArbiterFeedRequest)(nil),    // 30: coppice.dht.v1.ArbiterFeedRequest
-	(*ArbiterFeedUpdate)(nil),     // 31: coppice.dht.v1.ArbiterFeedUpdate
+	(*ArbiterIncarnation)(nil),    // 5: coppice.dht.v1.ArbiterIncarnation
+	(*ArbiterEntry)(nil),          // 6: coppice.dht.v1.ArbiterEntry
+	(*ArbiterCommand)(nil),        // 7: coppice.dht.v1.ArbiterCommand
+	(*ArbiterClaim)(nil),          // 8: coppice.dht.v1.ArbiterClaim
+	(*ArbiterCommit)(nil),         // 9: coppice.dht.v1.ArbiterCommit
+	(*ArbiterSetHolders)(nil),     // 10: coppice.dht.v1.ArbiterSetHolders
+	(*ArbiterRelease)(nil),        // 11: coppice.dht.v1.ArbiterRelease
+	(*ArbiterCompare)(nil),        // 12: coppice.dht.v1.ArbiterCompare
+	(*ArbiterOp)(nil),             // 13: coppice.dht.v1.ArbiterOp
+	(*ArbiterPut)(nil),            // 14: coppice.dht.v1.ArbiterPut
+	(*ArbiterTxn)(nil),            // 15: coppice.dht.v1.ArbiterTxn
+	(*ArbiterSetMeta)(nil),        // 16: coppice.dht.v1.ArbiterSetMeta
+	(*ArbiterResult)(nil),         // 17: coppice.dht.v1.ArbiterResult
+	(*ArbiterSnapshotItem)(nil),   // 18: coppice.dht.v1.ArbiterSnapshotItem
+	(*ArbiterSnapshotHeader)(nil), // 19: coppice.dht.v1.ArbiterSnapshotHeader
+	(*ArbiterSnapshotTxn)(nil),    // 20: coppice.dht.v1.ArbiterSnapshotTxn
+	(*ArbiterSnapshotEnd)(nil),    // 21: coppice.dht.v1.ArbiterSnapshotEnd
+	(*ArbiterDisk)(nil),           // 22: coppice.dht.v1.ArbiterDisk
+	(*ArbiterRequest)(nil),        // 23: coppice.dht.v1.ArbiterRequest
+	(*ArbiterResponse)(nil),       // 24: coppice.dht.v1.ArbiterResponse
+	(*ArbiterWhere)(nil),          // 25: coppice.dht.v1.ArbiterWhere
+	(*ArbiterLog)(nil),            // 26: coppice.dht.v1.ArbiterLog
+	(*ArbiterHello)(nil),          // 27: coppice.dht.v1.ArbiterHello
+	(*ArbiterLeaseRequest)(nil),   // 28: coppice.dht.v1.ArbiterLeaseRequest
+	(*ArbiterLease)(nil),          // 29: coppice.dht.v1.ArbiterLease
+	(*ArbiterLeases)(nil),         // 30: coppice.dht.v1.ArbiterLeases
+	(*ArbiterFeedRequest)(nil),    // 31: coppice.dht.v1.ArbiterFeedRequest
+	(*ArbiterFeedUpdate)(nil),     // 32: coppice.dht.v1.ArbiterFeedUpdate
 }
 var file_dht_wire_v1_arbiter_proto_depIdxs = []int32{
-	6,  // 0: coppice.dht.v1.ArbiterEntry.commands:type_name -> coppice.dht.v1.ArbiterCommand
-	7,  // 1: coppice.dht.v1.ArbiterCommand.claim:type_name -> coppice.dht.v1.ArbiterClaim
-	8,  // 2: coppice.dht.v1.ArbiterCommand.commit:type_name -> coppice.dht.v1.ArbiterCommit
-	9,  // 3: coppice.dht.v1.ArbiterCommand.set_holders:type_name -> coppice.dht.v1.ArbiterSetHolders
-	10, // 4: coppice.dht.v1.ArbiterCommand.release:type_name -> coppice.dht.v1.ArbiterRelease
-	14, // 5: coppice.dht.v1.ArbiterCommand.txn:type_name -> coppice.dht.v1.ArbiterTxn
-	15, // 6: coppice.dht.v1.ArbiterCommand.set_meta:type_name -> coppice.dht.v1.ArbiterSetMeta
+	7,  // 0: coppice.dht.v1.ArbiterEntry.commands:type_name -> coppice.dht.v1.ArbiterCommand
+	8,  // 1: coppice.dht.v1.ArbiterCommand.claim:type_name -> coppice.dht.v1.ArbiterClaim
+	9,  // 2: coppice.dht.v1.ArbiterCommand.commit:type_name -> coppice.dht.v1.ArbiterCommit
+	10, // 3: coppice.dht.v1.ArbiterCommand.set_holders:type_name -> coppice.dht.v1.ArbiterSetHolders
+	11, // 4: coppice.dht.v1.ArbiterCommand.release:type_name -> coppice.dht.v1.ArbiterRelease
+	15, // 5: coppice.dht.v1.ArbiterCommand.txn:type_name -> coppice.dht.v1.ArbiterTxn
+	16, // 6: coppice.dht.v1.ArbiterCommand.set_meta:type_name -> coppice.dht.v1.ArbiterSetMeta
 	0,  // 7: coppice.dht.v1.ArbiterCompare.field:type_name -> coppice.dht.v1.ArbiterCompare.Field
-	13, // 8: coppice.dht.v1.ArbiterOp.put:type_name -> coppice.dht.v1.ArbiterPut
-	7,  // 9: coppice.dht.v1.ArbiterOp.claim:type_name -> coppice.dht.v1.ArbiterClaim
-	11, // 10: coppice.dht.v1.ArbiterTxn.compares:type_name -> coppice.dht.v1.ArbiterCompare
-	12, // 11: coppice.dht.v1.ArbiterTxn.then:type_name -> coppice.dht.v1.ArbiterOp
-	12, // 12: coppice.dht.v1.ArbiterTxn.otherwise:type_name -> coppice.dht.v1.ArbiterOp
+	14, // 8: coppice.dht.v1.ArbiterOp.put:type_name -> coppice.dht.v1.ArbiterPut
+	8,  // 9: coppice.dht.v1.ArbiterOp.claim:type_name -> coppice.dht.v1.ArbiterClaim
+	12, // 10: coppice.dht.v1.ArbiterTxn.compares:type_name -> coppice.dht.v1.ArbiterCompare
+	13, // 11: coppice.dht.v1.ArbiterTxn.then:type_name -> coppice.dht.v1.ArbiterOp
+	13, // 12: coppice.dht.v1.ArbiterTxn.otherwise:type_name -> coppice.dht.v1.ArbiterOp
 	1,  // 13: coppice.dht.v1.ArbiterResult.code:type_name -> coppice.dht.v1.ArbiterResult.Code
 	3,  // 14: coppice.dht.v1.ArbiterResult.register:type_name -> coppice.dht.v1.ArbiterRegister
 	3,  // 15: coppice.dht.v1.ArbiterResult.registers:type_name -> coppice.dht.v1.ArbiterRegister
-	18, // 16: coppice.dht.v1.ArbiterSnapshotItem.header:type_name -> coppice.dht.v1.ArbiterSnapshotHeader
+	19, // 16: coppice.dht.v1.ArbiterSnapshotItem.header:type_name -> coppice.dht.v1.ArbiterSnapshotHeader
 	3,  // 17: coppice.dht.v1.ArbiterSnapshotItem.register:type_name -> coppice.dht.v1.ArbiterRegister
-	19, // 18: coppice.dht.v1.ArbiterSnapshotItem.txn:type_name -> coppice.dht.v1.ArbiterSnapshotTxn
-	20, // 19: coppice.dht.v1.ArbiterSnapshotItem.end:type_name -> coppice.dht.v1.ArbiterSnapshotEnd
+	20, // 18: coppice.dht.v1.ArbiterSnapshotItem.txn:type_name -> coppice.dht.v1.ArbiterSnapshotTxn
+	21, // 19: coppice.dht.v1.ArbiterSnapshotItem.end:type_name -> coppice.dht.v1.ArbiterSnapshotEnd
 	4,  // 20: coppice.dht.v1.ArbiterSnapshotHeader.meta:type_name -> coppice.dht.v1.ArbiterMeta
-	16, // 21: coppice.dht.v1.ArbiterSnapshotTxn.result:type_name -> coppice.dht.v1.ArbiterResult
-	26, // 22: coppice.dht.v1.ArbiterRequest.hello:type_name -> coppice.dht.v1.ArbiterHello
-	27, // 23: coppice.dht.v1.ArbiterRequest.lease:type_name -> coppice.dht.v1.ArbiterLeaseRequest
-	2,  // 24: coppice.dht.v1.ArbiterResponse.code:type_name -> coppice.dht.v1.ArbiterResponse.Code
-	24, // 25: coppice.dht.v1.ArbiterResponse.where:type_name -> coppice.dht.v1.ArbiterWhere
-	16, // 26: coppice.dht.v1.ArbiterResponse.results:type_name -> coppice.dht.v1.ArbiterResult
-	3,  // 27: coppice.dht.v1.ArbiterResponse.register:type_name -> coppice.dht.v1.ArbiterRegister
-	25, // 28: coppice.dht.v1.ArbiterResponse.log:type_name -> coppice.dht.v1.ArbiterLog
-	29, // 29: coppice.dht.v1.ArbiterResponse.leases:type_name -> coppice.dht.v1.ArbiterLeases
-	4,  // 30: coppice.dht.v1.ArbiterWhere.meta:type_name -> coppice.dht.v1.ArbiterMeta
-	28, // 31: coppice.dht.v1.ArbiterLeaseRequest.keys:type_name -> coppice.dht.v1.ArbiterLease
-	28, // 32: coppice.dht.v1.ArbiterLeaseRequest.give_up:type_name -> coppice.dht.v1.ArbiterLease
-	28, // 33: coppice.dht.v1.ArbiterLeases.keys:type_name -> coppice.dht.v1.ArbiterLease
-	3,  // 34: coppice.dht.v1.ArbiterFeedUpdate.registers:type_name -> coppice.dht.v1.ArbiterRegister
-	24, // 35: coppice.dht.v1.ArbiterFeedUpdate.where:type_name -> coppice.dht.v1.ArbiterWhere
-	36, // [36:36] is the sub-list for method output_type
-	36, // [36:36] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	17, // 21: coppice.dht.v1.ArbiterSnapshotTxn.result:type_name -> coppice.dht.v1.ArbiterResult
+	5,  // 22: coppice.dht.v1.ArbiterDisk.group:type_name -> coppice.dht.v1.ArbiterIncarnation
+	5,  // 23: coppice.dht.v1.ArbiterDisk.seen:type_name -> coppice.dht.v1.ArbiterIncarnation
+	27, // 24: coppice.dht.v1.ArbiterRequest.hello:type_name -> coppice.dht.v1.ArbiterHello
+	28, // 25: coppice.dht.v1.ArbiterRequest.lease:type_name -> coppice.dht.v1.ArbiterLeaseRequest
+	5,  // 26: coppice.dht.v1.ArbiterRequest.incarnation:type_name -> coppice.dht.v1.ArbiterIncarnation
+	2,  // 27: coppice.dht.v1.ArbiterResponse.code:type_name -> coppice.dht.v1.ArbiterResponse.Code
+	25, // 28: coppice.dht.v1.ArbiterResponse.where:type_name -> coppice.dht.v1.ArbiterWhere
+	17, // 29: coppice.dht.v1.ArbiterResponse.results:type_name -> coppice.dht.v1.ArbiterResult
+	3,  // 30: coppice.dht.v1.ArbiterResponse.register:type_name -> coppice.dht.v1.ArbiterRegister
+	26, // 31: coppice.dht.v1.ArbiterResponse.log:type_name -> coppice.dht.v1.ArbiterLog
+	30, // 32: coppice.dht.v1.ArbiterResponse.leases:type_name -> coppice.dht.v1.ArbiterLeases
+	4,  // 33: coppice.dht.v1.ArbiterWhere.meta:type_name -> coppice.dht.v1.ArbiterMeta
+	5,  // 34: coppice.dht.v1.ArbiterLog.group:type_name -> coppice.dht.v1.ArbiterIncarnation
+	5,  // 35: coppice.dht.v1.ArbiterHello.group:type_name -> coppice.dht.v1.ArbiterIncarnation
+	29, // 36: coppice.dht.v1.ArbiterLeaseRequest.keys:type_name -> coppice.dht.v1.ArbiterLease
+	29, // 37: coppice.dht.v1.ArbiterLeaseRequest.give_up:type_name -> coppice.dht.v1.ArbiterLease
+	29, // 38: coppice.dht.v1.ArbiterLeases.keys:type_name -> coppice.dht.v1.ArbiterLease
+	3,  // 39: coppice.dht.v1.ArbiterFeedUpdate.registers:type_name -> coppice.dht.v1.ArbiterRegister
+	25, // 40: coppice.dht.v1.ArbiterFeedUpdate.where:type_name -> coppice.dht.v1.ArbiterWhere
+	41, // [41:41] is the sub-list for method output_type
+	41, // [41:41] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_dht_wire_v1_arbiter_proto_init() }
@@ -2988,7 +3243,7 @@ func file_dht_wire_v1_arbiter_proto_init() {
 	if File_dht_wire_v1_arbiter_proto != nil {
 		return
 	}
-	file_dht_wire_v1_arbiter_proto_msgTypes[3].OneofWrappers = []any{
+	file_dht_wire_v1_arbiter_proto_msgTypes[4].OneofWrappers = []any{
 		(*ArbiterCommand_Claim)(nil),
 		(*ArbiterCommand_Commit)(nil),
 		(*ArbiterCommand_SetHolders)(nil),
@@ -2996,21 +3251,21 @@ func file_dht_wire_v1_arbiter_proto_init() {
 		(*ArbiterCommand_Txn)(nil),
 		(*ArbiterCommand_SetMeta)(nil),
 	}
-	file_dht_wire_v1_arbiter_proto_msgTypes[4].OneofWrappers = []any{}
 	file_dht_wire_v1_arbiter_proto_msgTypes[5].OneofWrappers = []any{}
-	file_dht_wire_v1_arbiter_proto_msgTypes[9].OneofWrappers = []any{
+	file_dht_wire_v1_arbiter_proto_msgTypes[6].OneofWrappers = []any{}
+	file_dht_wire_v1_arbiter_proto_msgTypes[10].OneofWrappers = []any{
 		(*ArbiterOp_Put)(nil),
 		(*ArbiterOp_Delete)(nil),
 		(*ArbiterOp_Claim)(nil),
 	}
-	file_dht_wire_v1_arbiter_proto_msgTypes[12].OneofWrappers = []any{}
-	file_dht_wire_v1_arbiter_proto_msgTypes[14].OneofWrappers = []any{
+	file_dht_wire_v1_arbiter_proto_msgTypes[13].OneofWrappers = []any{}
+	file_dht_wire_v1_arbiter_proto_msgTypes[15].OneofWrappers = []any{
 		(*ArbiterSnapshotItem_Header)(nil),
 		(*ArbiterSnapshotItem_Register)(nil),
 		(*ArbiterSnapshotItem_Txn)(nil),
 		(*ArbiterSnapshotItem_End)(nil),
 	}
-	file_dht_wire_v1_arbiter_proto_msgTypes[19].OneofWrappers = []any{
+	file_dht_wire_v1_arbiter_proto_msgTypes[20].OneofWrappers = []any{
 		(*ArbiterRequest_Propose)(nil),
 		(*ArbiterRequest_Read)(nil),
 		(*ArbiterRequest_ReadIndex)(nil),
@@ -3018,6 +3273,7 @@ func file_dht_wire_v1_arbiter_proto_init() {
 		(*ArbiterRequest_Status)(nil),
 		(*ArbiterRequest_StepDown)(nil),
 		(*ArbiterRequest_Lease)(nil),
+		(*ArbiterRequest_Beat)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3025,7 +3281,7 @@ func file_dht_wire_v1_arbiter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dht_wire_v1_arbiter_proto_rawDesc), len(file_dht_wire_v1_arbiter_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -63,6 +63,7 @@ func build() (string, error) {
 		{"coppice", "", "./cmd/coppice"},
 		{"components/counter", "1.0.0", "./plugins/counter"},
 		{"components/kv", "1.0.0", "./plugins/kv"},
+		{"components/bank", "1.0.0", "./plugins/bank"},
 		{"components/shop", "1.0.0", "./plugins/shop"},
 		{"components/shopweb", "1.0.0", "./plugins/shopweb"},
 		{"demo/kv-1.1.0", "1.1.0", "./plugins/kv"},

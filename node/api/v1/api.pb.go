@@ -300,6 +300,314 @@ func (x *RevokeTokenResponse) GetRevoked() bool {
 	return false
 }
 
+type DrillRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // one of node and zone is set
+	Zone          string                 `protobuf:"bytes,2,opt,name=zone,proto3" json:"zone,omitempty"`
+	Really        bool                   `protobuf:"varint,3,opt,name=really,proto3" json:"really,omitempty"`                        // kill -9 of the nodes and what they run
+	TimeoutMs     uint64                 `protobuf:"varint,4,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"` // how long to wait for what comes back; 0: one minute
+	Die           bool                   `protobuf:"varint,5,opt,name=die,proto3" json:"die,omitempty"`                              // from node to node: the node that is asked ends at once
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrillRequest) Reset() {
+	*x = DrillRequest{}
+	mi := &file_node_api_v1_api_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrillRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrillRequest) ProtoMessage() {}
+
+func (x *DrillRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrillRequest.ProtoReflect.Descriptor instead.
+func (*DrillRequest) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *DrillRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *DrillRequest) GetZone() string {
+	if x != nil {
+		return x.Zone
+	}
+	return ""
+}
+
+func (x *DrillRequest) GetReally() bool {
+	if x != nil {
+		return x.Really
+	}
+	return false
+}
+
+func (x *DrillRequest) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+func (x *DrillRequest) GetDie() bool {
+	if x != nil {
+		return x.Die
+	}
+	return false
+}
+
+type DrillUpdate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lost          []string               `protobuf:"bytes,1,rep,name=lost,proto3" json:"lost,omitempty"`                                // node names
+	Voters        uint32                 `protobuf:"varint,2,opt,name=voters,proto3" json:"voters,omitempty"`                           // now
+	VotersLeft    uint32                 `protobuf:"varint,3,opt,name=voters_left,json=votersLeft,proto3" json:"voters_left,omitempty"` // alive, after the loss
+	WritesStop    bool                   `protobuf:"varint,4,opt,name=writes_stop,json=writesStop,proto3" json:"writes_stop,omitempty"` // no majority of the voters would be left
+	Cure          string                 `protobuf:"bytes,5,opt,name=cure,proto3" json:"cure,omitempty"`                                // what would help against that
+	Coordinator   string                 `protobuf:"bytes,6,opt,name=coordinator,proto3" json:"coordinator,omitempty"`                  // node name, after the loss; empty when writes stop
+	Instances     []*DrillInstance       `protobuf:"bytes,7,rep,name=instances,proto3" json:"instances,omitempty"`
+	Done          bool                   `protobuf:"varint,8,opt,name=done,proto3" json:"done,omitempty"`
+	CommitMs      *float64               `protobuf:"fixed64,9,opt,name=commit_ms,json=commitMs,proto3,oneof" json:"commit_ms,omitempty"` // of a real loss: until the arbiter committed again
+	TookMs        *float64               `protobuf:"fixed64,10,opt,name=took_ms,json=tookMs,proto3,oneof" json:"took_ms,omitempty"`      // of a real loss: until everything that could come back was back
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrillUpdate) Reset() {
+	*x = DrillUpdate{}
+	mi := &file_node_api_v1_api_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrillUpdate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrillUpdate) ProtoMessage() {}
+
+func (x *DrillUpdate) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrillUpdate.ProtoReflect.Descriptor instead.
+func (*DrillUpdate) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DrillUpdate) GetLost() []string {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
+func (x *DrillUpdate) GetVoters() uint32 {
+	if x != nil {
+		return x.Voters
+	}
+	return 0
+}
+
+func (x *DrillUpdate) GetVotersLeft() uint32 {
+	if x != nil {
+		return x.VotersLeft
+	}
+	return 0
+}
+
+func (x *DrillUpdate) GetWritesStop() bool {
+	if x != nil {
+		return x.WritesStop
+	}
+	return false
+}
+
+func (x *DrillUpdate) GetCure() string {
+	if x != nil {
+		return x.Cure
+	}
+	return ""
+}
+
+func (x *DrillUpdate) GetCoordinator() string {
+	if x != nil {
+		return x.Coordinator
+	}
+	return ""
+}
+
+func (x *DrillUpdate) GetInstances() []*DrillInstance {
+	if x != nil {
+		return x.Instances
+	}
+	return nil
+}
+
+func (x *DrillUpdate) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
+func (x *DrillUpdate) GetCommitMs() float64 {
+	if x != nil && x.CommitMs != nil {
+		return *x.CommitMs
+	}
+	return 0
+}
+
+func (x *DrillUpdate) GetTookMs() float64 {
+	if x != nil && x.TookMs != nil {
+		return *x.TookMs
+	}
+	return 0
+}
+
+type DrillInstance struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`         // predicted; empty: nowhere
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // why nowhere, or why late
+	PredictedMs   *float64               `protobuf:"fixed64,5,opt,name=predicted_ms,json=predictedMs,proto3,oneof" json:"predicted_ms,omitempty"`
+	WouldLoseMs   *uint64                `protobuf:"varint,6,opt,name=would_lose_ms,json=wouldLoseMs,proto3,oneof" json:"would_lose_ms,omitempty"` // answered writes younger than this; 0: none
+	CopiesLeft    uint32                 `protobuf:"varint,7,opt,name=copies_left,json=copiesLeft,proto3" json:"copies_left,omitempty"`            // of its last checkpoint
+	Durable       string                 `protobuf:"bytes,8,opt,name=durable,proto3" json:"durable,omitempty"`
+	CameTo        string                 `protobuf:"bytes,9,opt,name=came_to,json=cameTo,proto3" json:"came_to,omitempty"` // of a real loss; empty: not back
+	TookMs        *float64               `protobuf:"fixed64,10,opt,name=took_ms,json=tookMs,proto3,oneof" json:"took_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrillInstance) Reset() {
+	*x = DrillInstance{}
+	mi := &file_node_api_v1_api_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrillInstance) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrillInstance) ProtoMessage() {}
+
+func (x *DrillInstance) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrillInstance.ProtoReflect.Descriptor instead.
+func (*DrillInstance) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *DrillInstance) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *DrillInstance) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *DrillInstance) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *DrillInstance) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DrillInstance) GetPredictedMs() float64 {
+	if x != nil && x.PredictedMs != nil {
+		return *x.PredictedMs
+	}
+	return 0
+}
+
+func (x *DrillInstance) GetWouldLoseMs() uint64 {
+	if x != nil && x.WouldLoseMs != nil {
+		return *x.WouldLoseMs
+	}
+	return 0
+}
+
+func (x *DrillInstance) GetCopiesLeft() uint32 {
+	if x != nil {
+		return x.CopiesLeft
+	}
+	return 0
+}
+
+func (x *DrillInstance) GetDurable() string {
+	if x != nil {
+		return x.Durable
+	}
+	return ""
+}
+
+func (x *DrillInstance) GetCameTo() string {
+	if x != nil {
+		return x.CameTo
+	}
+	return ""
+}
+
+func (x *DrillInstance) GetTookMs() float64 {
+	if x != nil && x.TookMs != nil {
+		return *x.TookMs
+	}
+	return 0
+}
+
 type NodesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -309,7 +617,7 @@ type NodesRequest struct {
 
 func (x *NodesRequest) Reset() {
 	*x = NodesRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[5]
+	mi := &file_node_api_v1_api_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -321,7 +629,7 @@ func (x *NodesRequest) String() string {
 func (*NodesRequest) ProtoMessage() {}
 
 func (x *NodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[5]
+	mi := &file_node_api_v1_api_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -334,7 +642,7 @@ func (x *NodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesRequest.ProtoReflect.Descriptor instead.
 func (*NodesRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{5}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NodesRequest) GetNode() string {
@@ -353,7 +661,7 @@ type NodesResponse struct {
 
 func (x *NodesResponse) Reset() {
 	*x = NodesResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[6]
+	mi := &file_node_api_v1_api_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -365,7 +673,7 @@ func (x *NodesResponse) String() string {
 func (*NodesResponse) ProtoMessage() {}
 
 func (x *NodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[6]
+	mi := &file_node_api_v1_api_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -378,7 +686,7 @@ func (x *NodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesResponse.ProtoReflect.Descriptor instead.
 func (*NodesResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{6}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *NodesResponse) GetNodes() []*Node {
@@ -417,7 +725,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_node_api_v1_api_proto_msgTypes[7]
+	mi := &file_node_api_v1_api_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -429,7 +737,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[7]
+	mi := &file_node_api_v1_api_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -442,7 +750,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{7}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Node) GetName() string {
@@ -600,7 +908,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[8]
+	mi := &file_node_api_v1_api_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -612,7 +920,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[8]
+	mi := &file_node_api_v1_api_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -625,7 +933,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{8}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{11}
 }
 
 type StatusResponse struct {
@@ -645,7 +953,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[9]
+	mi := &file_node_api_v1_api_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -657,7 +965,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[9]
+	mi := &file_node_api_v1_api_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -670,7 +978,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{9}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StatusResponse) GetCluster() string {
@@ -749,7 +1057,7 @@ type NodeCounts struct {
 
 func (x *NodeCounts) Reset() {
 	*x = NodeCounts{}
-	mi := &file_node_api_v1_api_proto_msgTypes[10]
+	mi := &file_node_api_v1_api_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -761,7 +1069,7 @@ func (x *NodeCounts) String() string {
 func (*NodeCounts) ProtoMessage() {}
 
 func (x *NodeCounts) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[10]
+	mi := &file_node_api_v1_api_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -774,7 +1082,7 @@ func (x *NodeCounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeCounts.ProtoReflect.Descriptor instead.
 func (*NodeCounts) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{10}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *NodeCounts) GetAlive() uint32 {
@@ -820,13 +1128,15 @@ type ArbiterStatus struct {
 	Learners      []string               `protobuf:"bytes,4,rep,name=learners,proto3" json:"learners,omitempty"`
 	Coordinator   string                 `protobuf:"bytes,5,opt,name=coordinator,proto3" json:"coordinator,omitempty"` // node name: first eligible of `dht closest /system/placement`
 	Index         uint64                 `protobuf:"varint,6,opt,name=index,proto3" json:"index,omitempty"`
+	Primary       string                 `protobuf:"bytes,7,opt,name=primary,proto3" json:"primary,omitempty"` // node name, of two voters that go by the rule of two nodes; empty: the rule does not hold
+	Paired        bool                   `protobuf:"varint,8,opt,name=paired,proto3" json:"paired,omitempty"`  // the node that answers could go on alone if the other of two died now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterStatus) Reset() {
 	*x = ArbiterStatus{}
-	mi := &file_node_api_v1_api_proto_msgTypes[11]
+	mi := &file_node_api_v1_api_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -838,7 +1148,7 @@ func (x *ArbiterStatus) String() string {
 func (*ArbiterStatus) ProtoMessage() {}
 
 func (x *ArbiterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[11]
+	mi := &file_node_api_v1_api_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -851,7 +1161,7 @@ func (x *ArbiterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterStatus.ProtoReflect.Descriptor instead.
 func (*ArbiterStatus) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{11}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ArbiterStatus) GetLeader() string {
@@ -896,6 +1206,20 @@ func (x *ArbiterStatus) GetIndex() uint64 {
 	return 0
 }
 
+func (x *ArbiterStatus) GetPrimary() string {
+	if x != nil {
+		return x.Primary
+	}
+	return ""
+}
+
+func (x *ArbiterStatus) GetPaired() bool {
+	if x != nil {
+		return x.Paired
+	}
+	return false
+}
+
 type ComponentCounts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Started       uint32                 `protobuf:"varint,1,opt,name=started,proto3" json:"started,omitempty"`
@@ -906,7 +1230,7 @@ type ComponentCounts struct {
 
 func (x *ComponentCounts) Reset() {
 	*x = ComponentCounts{}
-	mi := &file_node_api_v1_api_proto_msgTypes[12]
+	mi := &file_node_api_v1_api_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -918,7 +1242,7 @@ func (x *ComponentCounts) String() string {
 func (*ComponentCounts) ProtoMessage() {}
 
 func (x *ComponentCounts) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[12]
+	mi := &file_node_api_v1_api_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -931,7 +1255,7 @@ func (x *ComponentCounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ComponentCounts.ProtoReflect.Descriptor instead.
 func (*ComponentCounts) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{12}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ComponentCounts) GetStarted() uint32 {
@@ -958,7 +1282,7 @@ type Unsafe struct {
 
 func (x *Unsafe) Reset() {
 	*x = Unsafe{}
-	mi := &file_node_api_v1_api_proto_msgTypes[13]
+	mi := &file_node_api_v1_api_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1294,7 @@ func (x *Unsafe) String() string {
 func (*Unsafe) ProtoMessage() {}
 
 func (x *Unsafe) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[13]
+	mi := &file_node_api_v1_api_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1307,7 @@ func (x *Unsafe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unsafe.ProtoReflect.Descriptor instead.
 func (*Unsafe) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{13}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Unsafe) GetSubject() string {
@@ -1000,6 +1324,458 @@ func (x *Unsafe) GetWhy() string {
 	return ""
 }
 
+type RecoverRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	From          string                 `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"` // name or id of the node whose log is to count; empty: the best
+	Really        bool                   `protobuf:"varint,2,opt,name=really,proto3" json:"really,omitempty"`
+	KeepOlder     bool                   `protobuf:"varint,3,opt,name=keep_older,json=keepOlder,proto3" json:"keep_older,omitempty"` // do not adopt checkpoints that are newer than the log knows
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoverRequest) Reset() {
+	*x = RecoverRequest{}
+	mi := &file_node_api_v1_api_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverRequest) ProtoMessage() {}
+
+func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
+func (*RecoverRequest) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RecoverRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *RecoverRequest) GetReally() bool {
+	if x != nil {
+		return x.Really
+	}
+	return false
+}
+
+func (x *RecoverRequest) GetKeepOlder() bool {
+	if x != nil {
+		return x.KeepOlder
+	}
+	return false
+}
+
+type RecoverResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Possible      bool                   `protobuf:"varint,1,opt,name=possible,proto3" json:"possible,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`       // why not
+	From          string                 `protobuf:"bytes,3,opt,name=from,proto3" json:"from,omitempty"`           // node name: whose log counts
+	Survivors     []*Survivor            `protobuf:"bytes,4,rep,name=survivors,proto3" json:"survivors,omitempty"` // the best first
+	Missing       []*Missing             `protobuf:"bytes,5,rep,name=missing,proto3" json:"missing,omitempty"`     // voters of that node's group that do not answer
+	Adopted       []*Adopted             `protobuf:"bytes,6,rep,name=adopted,proto3" json:"adopted,omitempty"`     // checkpoints that are newer than its log knows
+	Lost          []string               `protobuf:"bytes,7,rep,name=lost,proto3" json:"lost,omitempty"`           // what may be lost, in words
+	Done          bool                   `protobuf:"varint,8,opt,name=done,proto3" json:"done,omitempty"`
+	Incarnation   uint64                 `protobuf:"varint,9,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // now
+	TookMs        float64                `protobuf:"fixed64,10,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoverResponse) Reset() {
+	*x = RecoverResponse{}
+	mi := &file_node_api_v1_api_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverResponse) ProtoMessage() {}
+
+func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
+func (*RecoverResponse) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RecoverResponse) GetPossible() bool {
+	if x != nil {
+		return x.Possible
+	}
+	return false
+}
+
+func (x *RecoverResponse) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *RecoverResponse) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *RecoverResponse) GetSurvivors() []*Survivor {
+	if x != nil {
+		return x.Survivors
+	}
+	return nil
+}
+
+func (x *RecoverResponse) GetMissing() []*Missing {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+func (x *RecoverResponse) GetAdopted() []*Adopted {
+	if x != nil {
+		return x.Adopted
+	}
+	return nil
+}
+
+func (x *RecoverResponse) GetLost() []string {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
+func (x *RecoverResponse) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
+func (x *RecoverResponse) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *RecoverResponse) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+type Survivor struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Role          string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"`                // voter | learner | none, by its own log
+	Incarnation   uint64                 `protobuf:"varint,4,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // of its log; 0: it has none
+	Term          uint64                 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
+	LastIndex     uint64                 `protobuf:"varint,6,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	Committed     uint64                 `protobuf:"varint,7,opt,name=committed,proto3" json:"committed,omitempty"` // that it knows of
+	Applied       uint64                 `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"`
+	Registers     uint64                 `protobuf:"varint,9,opt,name=registers,proto3" json:"registers,omitempty"`
+	Voters        []string               `protobuf:"bytes,10,rep,name=voters,proto3" json:"voters,omitempty"` // node names, by its own log
+	Leader        string                 `protobuf:"bytes,11,opt,name=leader,proto3" json:"leader,omitempty"` // node name; empty: it knows none
+	Halted        string                 `protobuf:"bytes,12,opt,name=halted,proto3" json:"halted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Survivor) Reset() {
+	*x = Survivor{}
+	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Survivor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Survivor) ProtoMessage() {}
+
+func (x *Survivor) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Survivor.ProtoReflect.Descriptor instead.
+func (*Survivor) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Survivor) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Survivor) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Survivor) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *Survivor) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *Survivor) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *Survivor) GetLastIndex() uint64 {
+	if x != nil {
+		return x.LastIndex
+	}
+	return 0
+}
+
+func (x *Survivor) GetCommitted() uint64 {
+	if x != nil {
+		return x.Committed
+	}
+	return 0
+}
+
+func (x *Survivor) GetApplied() uint64 {
+	if x != nil {
+		return x.Applied
+	}
+	return 0
+}
+
+func (x *Survivor) GetRegisters() uint64 {
+	if x != nil {
+		return x.Registers
+	}
+	return 0
+}
+
+func (x *Survivor) GetVoters() []string {
+	if x != nil {
+		return x.Voters
+	}
+	return nil
+}
+
+func (x *Survivor) GetLeader() string {
+	if x != nil {
+		return x.Leader
+	}
+	return ""
+}
+
+func (x *Survivor) GetHalted() string {
+	if x != nil {
+		return x.Halted
+	}
+	return ""
+}
+
+type Missing struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"` // as the node that answers saw it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Missing) Reset() {
+	*x = Missing{}
+	mi := &file_node_api_v1_api_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Missing) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Missing) ProtoMessage() {}
+
+func (x *Missing) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Missing.ProtoReflect.Descriptor instead.
+func (*Missing) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Missing) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Missing) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Missing) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Missing) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+type Adopted struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	RegisterSeq   uint64                 `protobuf:"varint,2,opt,name=register_seq,json=registerSeq,proto3" json:"register_seq,omitempty"` // that the log knows
+	Seq           uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`                                    // that its holders have
+	Holders       []string               `protobuf:"bytes,4,rep,name=holders,proto3" json:"holders,omitempty"`                             // node names
+	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`                               // why it cannot be adopted; empty: it can
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Adopted) Reset() {
+	*x = Adopted{}
+	mi := &file_node_api_v1_api_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Adopted) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Adopted) ProtoMessage() {}
+
+func (x *Adopted) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Adopted.ProtoReflect.Descriptor instead.
+func (*Adopted) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Adopted) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *Adopted) GetRegisterSeq() uint64 {
+	if x != nil {
+		return x.RegisterSeq
+	}
+	return 0
+}
+
+func (x *Adopted) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Adopted) GetHolders() []string {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+func (x *Adopted) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type DoctorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1008,7 +1784,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[14]
+	mi := &file_node_api_v1_api_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1020,7 +1796,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[14]
+	mi := &file_node_api_v1_api_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1033,7 +1809,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{14}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{22}
 }
 
 type DoctorResponse struct {
@@ -1046,7 +1822,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[15]
+	mi := &file_node_api_v1_api_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1058,7 +1834,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[15]
+	mi := &file_node_api_v1_api_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1071,7 +1847,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{15}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DoctorResponse) GetHealthy() bool {
@@ -1101,7 +1877,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_node_api_v1_api_proto_msgTypes[16]
+	mi := &file_node_api_v1_api_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1113,7 +1889,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[16]
+	mi := &file_node_api_v1_api_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1126,7 +1902,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{16}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Finding) GetSeverity() string {
@@ -1174,7 +1950,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[17]
+	mi := &file_node_api_v1_api_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1962,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[17]
+	mi := &file_node_api_v1_api_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1975,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{17}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DrainRequest) GetNode() string {
@@ -1225,7 +2001,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[18]
+	mi := &file_node_api_v1_api_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1237,7 +2013,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[18]
+	mi := &file_node_api_v1_api_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1250,7 +2026,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{18}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *LeaveRequest) GetTimeoutMs() uint64 {
@@ -1277,7 +2053,7 @@ type DrainUpdate struct {
 
 func (x *DrainUpdate) Reset() {
 	*x = DrainUpdate{}
-	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	mi := &file_node_api_v1_api_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +2065,7 @@ func (x *DrainUpdate) String() string {
 func (*DrainUpdate) ProtoMessage() {}
 
 func (x *DrainUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	mi := &file_node_api_v1_api_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +2078,7 @@ func (x *DrainUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainUpdate.ProtoReflect.Descriptor instead.
 func (*DrainUpdate) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{19}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DrainUpdate) GetNode() string {
@@ -1378,7 +2154,7 @@ type DownRequest struct {
 
 func (x *DownRequest) Reset() {
 	*x = DownRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[20]
+	mi := &file_node_api_v1_api_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1390,7 +2166,7 @@ func (x *DownRequest) String() string {
 func (*DownRequest) ProtoMessage() {}
 
 func (x *DownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[20]
+	mi := &file_node_api_v1_api_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1403,7 +2179,7 @@ func (x *DownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownRequest.ProtoReflect.Descriptor instead.
 func (*DownRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{20}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DownRequest) GetAll() bool {
@@ -1431,7 +2207,7 @@ type DownResponse struct {
 
 func (x *DownResponse) Reset() {
 	*x = DownResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[21]
+	mi := &file_node_api_v1_api_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1443,7 +2219,7 @@ func (x *DownResponse) String() string {
 func (*DownResponse) ProtoMessage() {}
 
 func (x *DownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[21]
+	mi := &file_node_api_v1_api_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1456,7 +2232,7 @@ func (x *DownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownResponse.ProtoReflect.Descriptor instead.
 func (*DownResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{21}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DownResponse) GetNodes() []*DownNode {
@@ -1491,7 +2267,7 @@ type DownNode struct {
 
 func (x *DownNode) Reset() {
 	*x = DownNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[22]
+	mi := &file_node_api_v1_api_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1503,7 +2279,7 @@ func (x *DownNode) String() string {
 func (*DownNode) ProtoMessage() {}
 
 func (x *DownNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[22]
+	mi := &file_node_api_v1_api_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1516,7 +2292,7 @@ func (x *DownNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownNode.ProtoReflect.Descriptor instead.
 func (*DownNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{22}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DownNode) GetNode() string {
@@ -1549,7 +2325,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[23]
+	mi := &file_node_api_v1_api_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +2337,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[23]
+	mi := &file_node_api_v1_api_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +2350,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{23}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RevokeRequest) GetNode() string {
@@ -1594,7 +2370,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[24]
+	mi := &file_node_api_v1_api_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +2382,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[24]
+	mi := &file_node_api_v1_api_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +2395,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{24}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RevokeResponse) GetNode() string {
@@ -1645,7 +2421,7 @@ type ReadmitRequest struct {
 
 func (x *ReadmitRequest) Reset() {
 	*x = ReadmitRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[25]
+	mi := &file_node_api_v1_api_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +2433,7 @@ func (x *ReadmitRequest) String() string {
 func (*ReadmitRequest) ProtoMessage() {}
 
 func (x *ReadmitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[25]
+	mi := &file_node_api_v1_api_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +2446,7 @@ func (x *ReadmitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadmitRequest.ProtoReflect.Descriptor instead.
 func (*ReadmitRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{25}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ReadmitRequest) GetNode() string {
@@ -1691,7 +2467,7 @@ type ReadmitResponse struct {
 
 func (x *ReadmitResponse) Reset() {
 	*x = ReadmitResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[26]
+	mi := &file_node_api_v1_api_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1703,7 +2479,7 @@ func (x *ReadmitResponse) String() string {
 func (*ReadmitResponse) ProtoMessage() {}
 
 func (x *ReadmitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[26]
+	mi := &file_node_api_v1_api_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1716,7 +2492,7 @@ func (x *ReadmitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadmitResponse.ProtoReflect.Descriptor instead.
 func (*ReadmitResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{26}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ReadmitResponse) GetNode() string {
@@ -1753,7 +2529,7 @@ type RegistryPushRequest struct {
 
 func (x *RegistryPushRequest) Reset() {
 	*x = RegistryPushRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[27]
+	mi := &file_node_api_v1_api_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1765,7 +2541,7 @@ func (x *RegistryPushRequest) String() string {
 func (*RegistryPushRequest) ProtoMessage() {}
 
 func (x *RegistryPushRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[27]
+	mi := &file_node_api_v1_api_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1778,7 +2554,7 @@ func (x *RegistryPushRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushRequest.ProtoReflect.Descriptor instead.
 func (*RegistryPushRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{27}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RegistryPushRequest) GetPart() isRegistryPushRequest_Part {
@@ -1833,7 +2609,7 @@ type RegistryPushHeader struct {
 
 func (x *RegistryPushHeader) Reset() {
 	*x = RegistryPushHeader{}
-	mi := &file_node_api_v1_api_proto_msgTypes[28]
+	mi := &file_node_api_v1_api_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1845,7 +2621,7 @@ func (x *RegistryPushHeader) String() string {
 func (*RegistryPushHeader) ProtoMessage() {}
 
 func (x *RegistryPushHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[28]
+	mi := &file_node_api_v1_api_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1858,7 +2634,7 @@ func (x *RegistryPushHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushHeader.ProtoReflect.Descriptor instead.
 func (*RegistryPushHeader) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{28}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RegistryPushHeader) GetName() string {
@@ -1893,7 +2669,7 @@ type RegistryPushFile struct {
 
 func (x *RegistryPushFile) Reset() {
 	*x = RegistryPushFile{}
-	mi := &file_node_api_v1_api_proto_msgTypes[29]
+	mi := &file_node_api_v1_api_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1905,7 +2681,7 @@ func (x *RegistryPushFile) String() string {
 func (*RegistryPushFile) ProtoMessage() {}
 
 func (x *RegistryPushFile) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[29]
+	mi := &file_node_api_v1_api_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1918,7 +2694,7 @@ func (x *RegistryPushFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushFile.ProtoReflect.Descriptor instead.
 func (*RegistryPushFile) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{29}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RegistryPushFile) GetName() string {
@@ -1952,7 +2728,7 @@ type RegistryPushChunk struct {
 
 func (x *RegistryPushChunk) Reset() {
 	*x = RegistryPushChunk{}
-	mi := &file_node_api_v1_api_proto_msgTypes[30]
+	mi := &file_node_api_v1_api_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1964,7 +2740,7 @@ func (x *RegistryPushChunk) String() string {
 func (*RegistryPushChunk) ProtoMessage() {}
 
 func (x *RegistryPushChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[30]
+	mi := &file_node_api_v1_api_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1977,7 +2753,7 @@ func (x *RegistryPushChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushChunk.ProtoReflect.Descriptor instead.
 func (*RegistryPushChunk) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{30}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RegistryPushChunk) GetFile() uint32 {
@@ -2011,7 +2787,7 @@ type RegistryPushResponse struct {
 
 func (x *RegistryPushResponse) Reset() {
 	*x = RegistryPushResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[31]
+	mi := &file_node_api_v1_api_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2023,7 +2799,7 @@ func (x *RegistryPushResponse) String() string {
 func (*RegistryPushResponse) ProtoMessage() {}
 
 func (x *RegistryPushResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[31]
+	mi := &file_node_api_v1_api_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +2812,7 @@ func (x *RegistryPushResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushResponse.ProtoReflect.Descriptor instead.
 func (*RegistryPushResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{31}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RegistryPushResponse) GetName() string {
@@ -2110,7 +2886,7 @@ type RegistryListRequest struct {
 
 func (x *RegistryListRequest) Reset() {
 	*x = RegistryListRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[32]
+	mi := &file_node_api_v1_api_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2122,7 +2898,7 @@ func (x *RegistryListRequest) String() string {
 func (*RegistryListRequest) ProtoMessage() {}
 
 func (x *RegistryListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[32]
+	mi := &file_node_api_v1_api_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2135,7 +2911,7 @@ func (x *RegistryListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryListRequest.ProtoReflect.Descriptor instead.
 func (*RegistryListRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{32}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{40}
 }
 
 type RegistryListResponse struct {
@@ -2147,7 +2923,7 @@ type RegistryListResponse struct {
 
 func (x *RegistryListResponse) Reset() {
 	*x = RegistryListResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[33]
+	mi := &file_node_api_v1_api_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2159,7 +2935,7 @@ func (x *RegistryListResponse) String() string {
 func (*RegistryListResponse) ProtoMessage() {}
 
 func (x *RegistryListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[33]
+	mi := &file_node_api_v1_api_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2172,7 +2948,7 @@ func (x *RegistryListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryListResponse.ProtoReflect.Descriptor instead.
 func (*RegistryListResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{33}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RegistryListResponse) GetArtifacts() []*Artifact {
@@ -2191,7 +2967,7 @@ type RegistryShowRequest struct {
 
 func (x *RegistryShowRequest) Reset() {
 	*x = RegistryShowRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[34]
+	mi := &file_node_api_v1_api_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2203,7 +2979,7 @@ func (x *RegistryShowRequest) String() string {
 func (*RegistryShowRequest) ProtoMessage() {}
 
 func (x *RegistryShowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[34]
+	mi := &file_node_api_v1_api_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2216,7 +2992,7 @@ func (x *RegistryShowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryShowRequest.ProtoReflect.Descriptor instead.
 func (*RegistryShowRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{34}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RegistryShowRequest) GetArtifact() string {
@@ -2235,7 +3011,7 @@ type RegistryShowResponse struct {
 
 func (x *RegistryShowResponse) Reset() {
 	*x = RegistryShowResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[35]
+	mi := &file_node_api_v1_api_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2247,7 +3023,7 @@ func (x *RegistryShowResponse) String() string {
 func (*RegistryShowResponse) ProtoMessage() {}
 
 func (x *RegistryShowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[35]
+	mi := &file_node_api_v1_api_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2260,7 +3036,7 @@ func (x *RegistryShowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryShowResponse.ProtoReflect.Descriptor instead.
 func (*RegistryShowResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{35}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RegistryShowResponse) GetArtifacts() []*Artifact {
@@ -2298,7 +3074,7 @@ type Artifact struct {
 
 func (x *Artifact) Reset() {
 	*x = Artifact{}
-	mi := &file_node_api_v1_api_proto_msgTypes[36]
+	mi := &file_node_api_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2310,7 +3086,7 @@ func (x *Artifact) String() string {
 func (*Artifact) ProtoMessage() {}
 
 func (x *Artifact) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[36]
+	mi := &file_node_api_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2323,7 +3099,7 @@ func (x *Artifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Artifact.ProtoReflect.Descriptor instead.
 func (*Artifact) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{36}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Artifact) GetName() string {
@@ -2479,7 +3255,7 @@ type LocalArtifact struct {
 
 func (x *LocalArtifact) Reset() {
 	*x = LocalArtifact{}
-	mi := &file_node_api_v1_api_proto_msgTypes[37]
+	mi := &file_node_api_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2491,7 +3267,7 @@ func (x *LocalArtifact) String() string {
 func (*LocalArtifact) ProtoMessage() {}
 
 func (x *LocalArtifact) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[37]
+	mi := &file_node_api_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2504,7 +3280,7 @@ func (x *LocalArtifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalArtifact.ProtoReflect.Descriptor instead.
 func (*LocalArtifact) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{37}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *LocalArtifact) GetPath() string {
@@ -2546,7 +3322,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[38]
+	mi := &file_node_api_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2558,7 +3334,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[38]
+	mi := &file_node_api_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2571,7 +3347,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{38}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PlanRequest) GetFile() string {
@@ -2602,14 +3378,15 @@ type PlanResponse struct {
 	Bound           float64                `protobuf:"fixed64,3,opt,name=bound,proto3" json:"bound,omitempty"` // no plan is better
 	Components      []*PlannedInstance     `protobuf:"bytes,4,rep,name=components,proto3" json:"components,omitempty"`
 	ObjectiveBefore float64                `protobuf:"fixed64,5,opt,name=objective_before,json=objectiveBefore,proto3" json:"objective_before,omitempty"`
-	Changes         []string               `protobuf:"bytes,6,rep,name=changes,proto3" json:"changes,omitempty"` // what deploy would change, one line each; empty: nothing
+	Changes         []string               `protobuf:"bytes,6,rep,name=changes,proto3" json:"changes,omitempty"`   // what deploy would change, one line each; empty: nothing
+	Warnings        []string               `protobuf:"bytes,7,rep,name=warnings,proto3" json:"warnings,omitempty"` // what the cluster does not bear at the moment, one line each
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[39]
+	mi := &file_node_api_v1_api_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2621,7 +3398,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[39]
+	mi := &file_node_api_v1_api_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2634,7 +3411,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{39}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PlanResponse) GetFeasible() bool {
@@ -2679,6 +3456,13 @@ func (x *PlanResponse) GetChanges() []string {
 	return nil
 }
 
+func (x *PlanResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
 type PlannedInstance struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
@@ -2697,7 +3481,7 @@ type PlannedInstance struct {
 
 func (x *PlannedInstance) Reset() {
 	*x = PlannedInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[40]
+	mi := &file_node_api_v1_api_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2709,7 +3493,7 @@ func (x *PlannedInstance) String() string {
 func (*PlannedInstance) ProtoMessage() {}
 
 func (x *PlannedInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[40]
+	mi := &file_node_api_v1_api_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2722,7 +3506,7 @@ func (x *PlannedInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedInstance.ProtoReflect.Descriptor instead.
 func (*PlannedInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{40}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *PlannedInstance) GetInstance() string {
@@ -2806,7 +3590,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_node_api_v1_api_proto_msgTypes[41]
+	mi := &file_node_api_v1_api_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2818,7 +3602,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[41]
+	mi := &file_node_api_v1_api_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2831,7 +3615,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{41}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Refusal) GetNode() string {
@@ -2868,7 +3652,7 @@ type DeployRequest struct {
 
 func (x *DeployRequest) Reset() {
 	*x = DeployRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[42]
+	mi := &file_node_api_v1_api_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2880,7 +3664,7 @@ func (x *DeployRequest) String() string {
 func (*DeployRequest) ProtoMessage() {}
 
 func (x *DeployRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[42]
+	mi := &file_node_api_v1_api_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2893,7 +3677,7 @@ func (x *DeployRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployRequest.ProtoReflect.Descriptor instead.
 func (*DeployRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{42}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *DeployRequest) GetFile() string {
@@ -2944,7 +3728,7 @@ type DeployUpdate struct {
 
 func (x *DeployUpdate) Reset() {
 	*x = DeployUpdate{}
-	mi := &file_node_api_v1_api_proto_msgTypes[43]
+	mi := &file_node_api_v1_api_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2956,7 +3740,7 @@ func (x *DeployUpdate) String() string {
 func (*DeployUpdate) ProtoMessage() {}
 
 func (x *DeployUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[43]
+	mi := &file_node_api_v1_api_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2969,7 +3753,7 @@ func (x *DeployUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployUpdate.ProtoReflect.Descriptor instead.
 func (*DeployUpdate) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{43}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *DeployUpdate) GetApplications() []*DeployedApplication {
@@ -3019,7 +3803,7 @@ type DeployedApplication struct {
 
 func (x *DeployedApplication) Reset() {
 	*x = DeployedApplication{}
-	mi := &file_node_api_v1_api_proto_msgTypes[44]
+	mi := &file_node_api_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3031,7 +3815,7 @@ func (x *DeployedApplication) String() string {
 func (*DeployedApplication) ProtoMessage() {}
 
 func (x *DeployedApplication) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[44]
+	mi := &file_node_api_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3044,7 +3828,7 @@ func (x *DeployedApplication) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployedApplication.ProtoReflect.Descriptor instead.
 func (*DeployedApplication) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{44}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *DeployedApplication) GetApplication() string {
@@ -3089,7 +3873,7 @@ type DeployedComponent struct {
 
 func (x *DeployedComponent) Reset() {
 	*x = DeployedComponent{}
-	mi := &file_node_api_v1_api_proto_msgTypes[45]
+	mi := &file_node_api_v1_api_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3101,7 +3885,7 @@ func (x *DeployedComponent) String() string {
 func (*DeployedComponent) ProtoMessage() {}
 
 func (x *DeployedComponent) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[45]
+	mi := &file_node_api_v1_api_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3114,7 +3898,7 @@ func (x *DeployedComponent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployedComponent.ProtoReflect.Descriptor instead.
 func (*DeployedComponent) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{45}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *DeployedComponent) GetComponent() string {
@@ -3171,7 +3955,7 @@ type Waiting struct {
 
 func (x *Waiting) Reset() {
 	*x = Waiting{}
-	mi := &file_node_api_v1_api_proto_msgTypes[46]
+	mi := &file_node_api_v1_api_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3183,7 +3967,7 @@ func (x *Waiting) String() string {
 func (*Waiting) ProtoMessage() {}
 
 func (x *Waiting) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[46]
+	mi := &file_node_api_v1_api_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3196,7 +3980,7 @@ func (x *Waiting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Waiting.ProtoReflect.Descriptor instead.
 func (*Waiting) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{46}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Waiting) GetInstance() string {
@@ -3238,7 +4022,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[47]
+	mi := &file_node_api_v1_api_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3250,7 +4034,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[47]
+	mi := &file_node_api_v1_api_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3263,7 +4047,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{47}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RemoveRequest) GetApplication() string {
@@ -3299,7 +4083,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[48]
+	mi := &file_node_api_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3311,7 +4095,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[48]
+	mi := &file_node_api_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3324,7 +4108,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{48}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RemoveResponse) GetApplication() string {
@@ -3363,7 +4147,7 @@ type AppsRequest struct {
 
 func (x *AppsRequest) Reset() {
 	*x = AppsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[49]
+	mi := &file_node_api_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3375,7 +4159,7 @@ func (x *AppsRequest) String() string {
 func (*AppsRequest) ProtoMessage() {}
 
 func (x *AppsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[49]
+	mi := &file_node_api_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3388,7 +4172,7 @@ func (x *AppsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppsRequest.ProtoReflect.Descriptor instead.
 func (*AppsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 type AppsResponse struct {
@@ -3400,7 +4184,7 @@ type AppsResponse struct {
 
 func (x *AppsResponse) Reset() {
 	*x = AppsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[50]
+	mi := &file_node_api_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3412,7 +4196,7 @@ func (x *AppsResponse) String() string {
 func (*AppsResponse) ProtoMessage() {}
 
 func (x *AppsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[50]
+	mi := &file_node_api_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3425,7 +4209,7 @@ func (x *AppsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppsResponse.ProtoReflect.Descriptor instead.
 func (*AppsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *AppsResponse) GetApps() []*App {
@@ -3451,7 +4235,7 @@ type App struct {
 
 func (x *App) Reset() {
 	*x = App{}
-	mi := &file_node_api_v1_api_proto_msgTypes[51]
+	mi := &file_node_api_v1_api_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3463,7 +4247,7 @@ func (x *App) String() string {
 func (*App) ProtoMessage() {}
 
 func (x *App) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[51]
+	mi := &file_node_api_v1_api_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3476,7 +4260,7 @@ func (x *App) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use App.ProtoReflect.Descriptor instead.
 func (*App) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{51}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *App) GetApplication() string {
@@ -3544,7 +4328,7 @@ type PsRequest struct {
 
 func (x *PsRequest) Reset() {
 	*x = PsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[52]
+	mi := &file_node_api_v1_api_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3556,7 +4340,7 @@ func (x *PsRequest) String() string {
 func (*PsRequest) ProtoMessage() {}
 
 func (x *PsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[52]
+	mi := &file_node_api_v1_api_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3569,7 +4353,7 @@ func (x *PsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsRequest.ProtoReflect.Descriptor instead.
 func (*PsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{52}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *PsRequest) GetApplication() string {
@@ -3588,7 +4372,7 @@ type PsResponse struct {
 
 func (x *PsResponse) Reset() {
 	*x = PsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[53]
+	mi := &file_node_api_v1_api_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3600,7 +4384,7 @@ func (x *PsResponse) String() string {
 func (*PsResponse) ProtoMessage() {}
 
 func (x *PsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[53]
+	mi := &file_node_api_v1_api_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3613,7 +4397,7 @@ func (x *PsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsResponse.ProtoReflect.Descriptor instead.
 func (*PsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{53}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *PsResponse) GetInstances() []*Instance {
@@ -3653,7 +4437,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	mi := &file_node_api_v1_api_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3665,7 +4449,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	mi := &file_node_api_v1_api_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3678,7 +4462,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{54}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Instance) GetApplication() string {
@@ -3844,7 +4628,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	mi := &file_node_api_v1_api_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3856,7 +4640,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	mi := &file_node_api_v1_api_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3869,7 +4653,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{55}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *InspectRequest) GetComponent() string {
@@ -3907,7 +4691,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[56]
+	mi := &file_node_api_v1_api_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3919,7 +4703,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[56]
+	mi := &file_node_api_v1_api_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3932,7 +4716,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{56}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *InspectResponse) GetComponent() string {
@@ -4101,7 +4885,7 @@ type InspectInstance struct {
 
 func (x *InspectInstance) Reset() {
 	*x = InspectInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[57]
+	mi := &file_node_api_v1_api_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4113,7 +4897,7 @@ func (x *InspectInstance) String() string {
 func (*InspectInstance) ProtoMessage() {}
 
 func (x *InspectInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[57]
+	mi := &file_node_api_v1_api_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4126,7 +4910,7 @@ func (x *InspectInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectInstance.ProtoReflect.Descriptor instead.
 func (*InspectInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{57}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *InspectInstance) GetInstance() string {
@@ -4270,7 +5054,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_node_api_v1_api_proto_msgTypes[58]
+	mi := &file_node_api_v1_api_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4282,7 +5066,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[58]
+	mi := &file_node_api_v1_api_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4295,7 +5079,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *Interface) GetName() string {
@@ -4361,7 +5145,7 @@ type Method struct {
 
 func (x *Method) Reset() {
 	*x = Method{}
-	mi := &file_node_api_v1_api_proto_msgTypes[59]
+	mi := &file_node_api_v1_api_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4373,7 +5157,7 @@ func (x *Method) String() string {
 func (*Method) ProtoMessage() {}
 
 func (x *Method) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[59]
+	mi := &file_node_api_v1_api_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4386,7 +5170,7 @@ func (x *Method) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Method.ProtoReflect.Descriptor instead.
 func (*Method) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Method) GetName() string {
@@ -4446,7 +5230,7 @@ type AttributeInfo struct {
 
 func (x *AttributeInfo) Reset() {
 	*x = AttributeInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[60]
+	mi := &file_node_api_v1_api_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4458,7 +5242,7 @@ func (x *AttributeInfo) String() string {
 func (*AttributeInfo) ProtoMessage() {}
 
 func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[60]
+	mi := &file_node_api_v1_api_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4471,7 +5255,7 @@ func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttributeInfo.ProtoReflect.Descriptor instead.
 func (*AttributeInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AttributeInfo) GetName() string {
@@ -4538,7 +5322,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_node_api_v1_api_proto_msgTypes[61]
+	mi := &file_node_api_v1_api_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4550,7 +5334,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[61]
+	mi := &file_node_api_v1_api_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4563,7 +5347,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{61}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Binding) GetInterface() string {
@@ -4631,7 +5415,7 @@ type CallStats struct {
 
 func (x *CallStats) Reset() {
 	*x = CallStats{}
-	mi := &file_node_api_v1_api_proto_msgTypes[62]
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4643,7 +5427,7 @@ func (x *CallStats) String() string {
 func (*CallStats) ProtoMessage() {}
 
 func (x *CallStats) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[62]
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4656,7 +5440,7 @@ func (x *CallStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallStats.ProtoReflect.Descriptor instead.
 func (*CallStats) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{62}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *CallStats) GetTotal() uint64 {
@@ -4729,7 +5513,7 @@ type CheckpointInfo struct {
 
 func (x *CheckpointInfo) Reset() {
 	*x = CheckpointInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[63]
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4741,7 +5525,7 @@ func (x *CheckpointInfo) String() string {
 func (*CheckpointInfo) ProtoMessage() {}
 
 func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[63]
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4754,7 +5538,7 @@ func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointInfo.ProtoReflect.Descriptor instead.
 func (*CheckpointInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{63}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *CheckpointInfo) GetSeq() uint64 {
@@ -4814,7 +5598,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_node_api_v1_api_proto_msgTypes[64]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4826,7 +5610,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[64]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4839,7 +5623,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{64}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *Overlay) GetVersion() string {
@@ -4902,7 +5686,7 @@ type AttrRequest struct {
 
 func (x *AttrRequest) Reset() {
 	*x = AttrRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[65]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4914,7 +5698,7 @@ func (x *AttrRequest) String() string {
 func (*AttrRequest) ProtoMessage() {}
 
 func (x *AttrRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[65]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4927,7 +5711,7 @@ func (x *AttrRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrRequest.ProtoReflect.Descriptor instead.
 func (*AttrRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{65}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *AttrRequest) GetComponent() string {
@@ -4964,7 +5748,7 @@ type AttrResponse struct {
 
 func (x *AttrResponse) Reset() {
 	*x = AttrResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[66]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4976,7 +5760,7 @@ func (x *AttrResponse) String() string {
 func (*AttrResponse) ProtoMessage() {}
 
 func (x *AttrResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[66]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4989,7 +5773,7 @@ func (x *AttrResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrResponse.ProtoReflect.Descriptor instead.
 func (*AttrResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{66}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *AttrResponse) GetComponent() string {
@@ -5038,7 +5822,7 @@ type BindRequest struct {
 
 func (x *BindRequest) Reset() {
 	*x = BindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[67]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5050,7 +5834,7 @@ func (x *BindRequest) String() string {
 func (*BindRequest) ProtoMessage() {}
 
 func (x *BindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[67]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5063,7 +5847,7 @@ func (x *BindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindRequest.ProtoReflect.Descriptor instead.
 func (*BindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{67}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *BindRequest) GetComponent() string {
@@ -5097,7 +5881,7 @@ type UnbindRequest struct {
 
 func (x *UnbindRequest) Reset() {
 	*x = UnbindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[68]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5109,7 +5893,7 @@ func (x *UnbindRequest) String() string {
 func (*UnbindRequest) ProtoMessage() {}
 
 func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[68]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5122,7 +5906,7 @@ func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbindRequest.ProtoReflect.Descriptor instead.
 func (*UnbindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{68}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *UnbindRequest) GetComponent() string {
@@ -5149,7 +5933,7 @@ type BindResponse struct {
 
 func (x *BindResponse) Reset() {
 	*x = BindResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[69]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5161,7 +5945,7 @@ func (x *BindResponse) String() string {
 func (*BindResponse) ProtoMessage() {}
 
 func (x *BindResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[69]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5174,7 +5958,7 @@ func (x *BindResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindResponse.ProtoReflect.Descriptor instead.
 func (*BindResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{69}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *BindResponse) GetComponent() string {
@@ -5201,7 +5985,7 @@ type LifecycleRequest struct {
 
 func (x *LifecycleRequest) Reset() {
 	*x = LifecycleRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5213,7 +5997,7 @@ func (x *LifecycleRequest) String() string {
 func (*LifecycleRequest) ProtoMessage() {}
 
 func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5226,7 +6010,7 @@ func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleRequest.ProtoReflect.Descriptor instead.
 func (*LifecycleRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *LifecycleRequest) GetComponent() string {
@@ -5255,7 +6039,7 @@ type LifecycleResponse struct {
 
 func (x *LifecycleResponse) Reset() {
 	*x = LifecycleResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5267,7 +6051,7 @@ func (x *LifecycleResponse) String() string {
 func (*LifecycleResponse) ProtoMessage() {}
 
 func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5280,7 +6064,7 @@ func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleResponse.ProtoReflect.Descriptor instead.
 func (*LifecycleResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *LifecycleResponse) GetComponent() string {
@@ -5322,7 +6106,7 @@ type SwapRequest struct {
 
 func (x *SwapRequest) Reset() {
 	*x = SwapRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5334,7 +6118,7 @@ func (x *SwapRequest) String() string {
 func (*SwapRequest) ProtoMessage() {}
 
 func (x *SwapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5347,7 +6131,7 @@ func (x *SwapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapRequest.ProtoReflect.Descriptor instead.
 func (*SwapRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *SwapRequest) GetComponent() string {
@@ -5381,7 +6165,7 @@ type UndoRequest struct {
 
 func (x *UndoRequest) Reset() {
 	*x = UndoRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5393,7 +6177,7 @@ func (x *UndoRequest) String() string {
 func (*UndoRequest) ProtoMessage() {}
 
 func (x *UndoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5406,7 +6190,7 @@ func (x *UndoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoRequest.ProtoReflect.Descriptor instead.
 func (*UndoRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *UndoRequest) GetComponent() string {
@@ -5434,7 +6218,7 @@ type MoveRequest struct {
 
 func (x *MoveRequest) Reset() {
 	*x = MoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5446,7 +6230,7 @@ func (x *MoveRequest) String() string {
 func (*MoveRequest) ProtoMessage() {}
 
 func (x *MoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5459,7 +6243,7 @@ func (x *MoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRequest.ProtoReflect.Descriptor instead.
 func (*MoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *MoveRequest) GetComponent() string {
@@ -5499,7 +6283,7 @@ type ReplaceResponse struct {
 
 func (x *ReplaceResponse) Reset() {
 	*x = ReplaceResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5511,7 +6295,7 @@ func (x *ReplaceResponse) String() string {
 func (*ReplaceResponse) ProtoMessage() {}
 
 func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5524,7 +6308,7 @@ func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ReplaceResponse) GetComponent() string {
@@ -5592,7 +6376,7 @@ type UnpinRequest struct {
 
 func (x *UnpinRequest) Reset() {
 	*x = UnpinRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5604,7 +6388,7 @@ func (x *UnpinRequest) String() string {
 func (*UnpinRequest) ProtoMessage() {}
 
 func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5617,7 +6401,7 @@ func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinRequest.ProtoReflect.Descriptor instead.
 func (*UnpinRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *UnpinRequest) GetComponent() string {
@@ -5637,7 +6421,7 @@ type UnpinResponse struct {
 
 func (x *UnpinResponse) Reset() {
 	*x = UnpinResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5649,7 +6433,7 @@ func (x *UnpinResponse) String() string {
 func (*UnpinResponse) ProtoMessage() {}
 
 func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5662,7 +6446,7 @@ func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinResponse.ProtoReflect.Descriptor instead.
 func (*UnpinResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *UnpinResponse) GetComponent() string {
@@ -5689,7 +6473,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5701,7 +6485,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5714,7 +6498,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *CheckpointRequest) GetComponent() string {
@@ -5744,7 +6528,7 @@ type CheckpointResponse struct {
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5756,7 +6540,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5769,7 +6553,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *CheckpointResponse) GetComponent() string {
@@ -5821,7 +6605,7 @@ type CallRequest struct {
 
 func (x *CallRequest) Reset() {
 	*x = CallRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5833,7 +6617,7 @@ func (x *CallRequest) String() string {
 func (*CallRequest) ProtoMessage() {}
 
 func (x *CallRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5846,7 +6630,7 @@ func (x *CallRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallRequest.ProtoReflect.Descriptor instead.
 func (*CallRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *CallRequest) GetComponent() string {
@@ -5903,7 +6687,7 @@ type CallResponse struct {
 
 func (x *CallResponse) Reset() {
 	*x = CallResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5915,7 +6699,7 @@ func (x *CallResponse) String() string {
 func (*CallResponse) ProtoMessage() {}
 
 func (x *CallResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5928,7 +6712,7 @@ func (x *CallResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallResponse.ProtoReflect.Descriptor instead.
 func (*CallResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *CallResponse) GetJson() string {
@@ -5968,7 +6752,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5980,7 +6764,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5993,7 +6777,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *WhyRequest) GetComponent() string {
@@ -6013,7 +6797,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6025,7 +6809,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6038,7 +6822,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *WhyResponse) GetComponent() string {
@@ -6079,7 +6863,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6091,7 +6875,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6104,7 +6888,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *Decision) GetInstance() string {
@@ -6231,7 +7015,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6243,7 +7027,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6256,7 +7040,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *LogsRequest) GetComponent() string {
@@ -6301,7 +7085,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6313,7 +7097,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6326,7 +7110,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *LogLine) GetTime() *timestamppb.Timestamp {
@@ -6383,7 +7167,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6395,7 +7179,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6408,7 +7192,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *EventsRequest) GetChannel() string {
@@ -6456,7 +7240,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6468,7 +7252,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6481,7 +7265,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *Event) GetId() string {
@@ -6559,7 +7343,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6571,7 +7355,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6584,7 +7368,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *QueryRequest) GetSql() string {
@@ -6630,7 +7414,7 @@ type QueryResponse struct {
 
 func (x *QueryResponse) Reset() {
 	*x = QueryResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6642,7 +7426,7 @@ func (x *QueryResponse) String() string {
 func (*QueryResponse) ProtoMessage() {}
 
 func (x *QueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6655,7 +7439,7 @@ func (x *QueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryResponse.ProtoReflect.Descriptor instead.
 func (*QueryResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *QueryResponse) GetColumns() []string {
@@ -6716,7 +7500,7 @@ type Row struct {
 
 func (x *Row) Reset() {
 	*x = Row{}
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6728,7 +7512,7 @@ func (x *Row) String() string {
 func (*Row) ProtoMessage() {}
 
 func (x *Row) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6741,7 +7525,7 @@ func (x *Row) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Row.ProtoReflect.Descriptor instead.
 func (*Row) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *Row) GetValues() []*Value {
@@ -6767,7 +7551,7 @@ type Value struct {
 
 func (x *Value) Reset() {
 	*x = Value{}
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6779,7 +7563,7 @@ func (x *Value) String() string {
 func (*Value) ProtoMessage() {}
 
 func (x *Value) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6792,7 +7576,7 @@ func (x *Value) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Value.ProtoReflect.Descriptor instead.
 func (*Value) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *Value) GetKind() isValue_Kind {
@@ -6891,7 +7675,7 @@ type DhtClosestRequest struct {
 
 func (x *DhtClosestRequest) Reset() {
 	*x = DhtClosestRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6903,7 +7687,7 @@ func (x *DhtClosestRequest) String() string {
 func (*DhtClosestRequest) ProtoMessage() {}
 
 func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6916,7 +7700,7 @@ func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestRequest.ProtoReflect.Descriptor instead.
 func (*DhtClosestRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *DhtClosestRequest) GetKey() string {
@@ -6944,7 +7728,7 @@ type DhtClosestResponse struct {
 
 func (x *DhtClosestResponse) Reset() {
 	*x = DhtClosestResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6956,7 +7740,7 @@ func (x *DhtClosestResponse) String() string {
 func (*DhtClosestResponse) ProtoMessage() {}
 
 func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6969,7 +7753,7 @@ func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestResponse.ProtoReflect.Descriptor instead.
 func (*DhtClosestResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *DhtClosestResponse) GetKey() string {
@@ -7009,7 +7793,7 @@ type DhtNode struct {
 
 func (x *DhtNode) Reset() {
 	*x = DhtNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7021,7 +7805,7 @@ func (x *DhtNode) String() string {
 func (*DhtNode) ProtoMessage() {}
 
 func (x *DhtNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7034,7 +7818,7 @@ func (x *DhtNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtNode.ProtoReflect.Descriptor instead.
 func (*DhtNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *DhtNode) GetRank() uint32 {
@@ -7102,7 +7886,7 @@ type DhtGetRequest struct {
 
 func (x *DhtGetRequest) Reset() {
 	*x = DhtGetRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7114,7 +7898,7 @@ func (x *DhtGetRequest) String() string {
 func (*DhtGetRequest) ProtoMessage() {}
 
 func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7127,7 +7911,7 @@ func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetRequest.ProtoReflect.Descriptor instead.
 func (*DhtGetRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *DhtGetRequest) GetKey() string {
@@ -7161,7 +7945,7 @@ type DhtGetResponse struct {
 
 func (x *DhtGetResponse) Reset() {
 	*x = DhtGetResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7173,7 +7957,7 @@ func (x *DhtGetResponse) String() string {
 func (*DhtGetResponse) ProtoMessage() {}
 
 func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7186,7 +7970,7 @@ func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetResponse.ProtoReflect.Descriptor instead.
 func (*DhtGetResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *DhtGetResponse) GetKey() string {
@@ -7323,7 +8107,49 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x12RevokeTokenRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\"/\n" +
 	"\x13RevokeTokenResponse\x12\x18\n" +
-	"\arevoked\x18\x01 \x01(\bR\arevoked\"\"\n" +
+	"\arevoked\x18\x01 \x01(\bR\arevoked\"\x7f\n" +
+	"\fDrillRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04zone\x18\x02 \x01(\tR\x04zone\x12\x16\n" +
+	"\x06really\x18\x03 \x01(\bR\x06really\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x04 \x01(\x04R\ttimeoutMs\x12\x10\n" +
+	"\x03die\x18\x05 \x01(\bR\x03die\"\xdc\x02\n" +
+	"\vDrillUpdate\x12\x12\n" +
+	"\x04lost\x18\x01 \x03(\tR\x04lost\x12\x16\n" +
+	"\x06voters\x18\x02 \x01(\rR\x06voters\x12\x1f\n" +
+	"\vvoters_left\x18\x03 \x01(\rR\n" +
+	"votersLeft\x12\x1f\n" +
+	"\vwrites_stop\x18\x04 \x01(\bR\n" +
+	"writesStop\x12\x12\n" +
+	"\x04cure\x18\x05 \x01(\tR\x04cure\x12 \n" +
+	"\vcoordinator\x18\x06 \x01(\tR\vcoordinator\x12;\n" +
+	"\tinstances\x18\a \x03(\v2\x1d.coppice.api.v1.DrillInstanceR\tinstances\x12\x12\n" +
+	"\x04done\x18\b \x01(\bR\x04done\x12 \n" +
+	"\tcommit_ms\x18\t \x01(\x01H\x00R\bcommitMs\x88\x01\x01\x12\x1c\n" +
+	"\atook_ms\x18\n" +
+	" \x01(\x01H\x01R\x06tookMs\x88\x01\x01B\f\n" +
+	"\n" +
+	"_commit_msB\n" +
+	"\n" +
+	"\b_took_ms\"\xd9\x02\n" +
+	"\rDrillInstance\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\tR\x02to\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12&\n" +
+	"\fpredicted_ms\x18\x05 \x01(\x01H\x00R\vpredictedMs\x88\x01\x01\x12'\n" +
+	"\rwould_lose_ms\x18\x06 \x01(\x04H\x01R\vwouldLoseMs\x88\x01\x01\x12\x1f\n" +
+	"\vcopies_left\x18\a \x01(\rR\n" +
+	"copiesLeft\x12\x18\n" +
+	"\adurable\x18\b \x01(\tR\adurable\x12\x17\n" +
+	"\acame_to\x18\t \x01(\tR\x06cameTo\x12\x1c\n" +
+	"\atook_ms\x18\n" +
+	" \x01(\x01H\x02R\x06tookMs\x88\x01\x01B\x0f\n" +
+	"\r_predicted_msB\x10\n" +
+	"\x0e_would_lose_msB\n" +
+	"\n" +
+	"\b_took_ms\"\"\n" +
 	"\fNodesRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\";\n" +
 	"\rNodesResponse\x12*\n" +
@@ -7378,20 +8204,65 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\asuspect\x18\x02 \x01(\rR\asuspect\x12\x12\n" +
 	"\x04dead\x18\x03 \x01(\rR\x04dead\x12\x12\n" +
 	"\x04left\x18\x04 \x01(\rR\x04left\x12 \n" +
-	"\vquarantined\x18\x05 \x01(\rR\vquarantined\"\xb5\x01\n" +
+	"\vquarantined\x18\x05 \x01(\rR\vquarantined\"\xe7\x01\n" +
 	"\rArbiterStatus\x12\x16\n" +
 	"\x06leader\x18\x01 \x01(\tR\x06leader\x12\x16\n" +
 	"\x06voters\x18\x02 \x03(\tR\x06voters\x12 \n" +
 	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\x12\x1a\n" +
 	"\blearners\x18\x04 \x03(\tR\blearners\x12 \n" +
 	"\vcoordinator\x18\x05 \x01(\tR\vcoordinator\x12\x14\n" +
-	"\x05index\x18\x06 \x01(\x04R\x05index\"A\n" +
+	"\x05index\x18\x06 \x01(\x04R\x05index\x12\x18\n" +
+	"\aprimary\x18\a \x01(\tR\aprimary\x12\x16\n" +
+	"\x06paired\x18\b \x01(\bR\x06paired\"A\n" +
 	"\x0fComponentCounts\x12\x18\n" +
 	"\astarted\x18\x01 \x01(\rR\astarted\x12\x14\n" +
 	"\x05other\x18\x02 \x01(\rR\x05other\"4\n" +
 	"\x06Unsafe\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\tR\asubject\x12\x10\n" +
-	"\x03why\x18\x02 \x01(\tR\x03why\"\x0f\n" +
+	"\x03why\x18\x02 \x01(\tR\x03why\"[\n" +
+	"\x0eRecoverRequest\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\tR\x04from\x12\x16\n" +
+	"\x06really\x18\x02 \x01(\bR\x06really\x12\x1d\n" +
+	"\n" +
+	"keep_older\x18\x03 \x01(\bR\tkeepOlder\"\xda\x02\n" +
+	"\x0fRecoverResponse\x12\x1a\n" +
+	"\bpossible\x18\x01 \x01(\bR\bpossible\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04from\x18\x03 \x01(\tR\x04from\x126\n" +
+	"\tsurvivors\x18\x04 \x03(\v2\x18.coppice.api.v1.SurvivorR\tsurvivors\x121\n" +
+	"\amissing\x18\x05 \x03(\v2\x17.coppice.api.v1.MissingR\amissing\x121\n" +
+	"\aadopted\x18\x06 \x03(\v2\x17.coppice.api.v1.AdoptedR\aadopted\x12\x12\n" +
+	"\x04lost\x18\a \x03(\tR\x04lost\x12\x12\n" +
+	"\x04done\x18\b \x01(\bR\x04done\x12 \n" +
+	"\vincarnation\x18\t \x01(\x04R\vincarnation\x12\x17\n" +
+	"\atook_ms\x18\n" +
+	" \x01(\x01R\x06tookMs\"\xb5\x02\n" +
+	"\bSurvivor\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
+	"\x04role\x18\x03 \x01(\tR\x04role\x12 \n" +
+	"\vincarnation\x18\x04 \x01(\x04R\vincarnation\x12\x12\n" +
+	"\x04term\x18\x05 \x01(\x04R\x04term\x12\x1d\n" +
+	"\n" +
+	"last_index\x18\x06 \x01(\x04R\tlastIndex\x12\x1c\n" +
+	"\tcommitted\x18\a \x01(\x04R\tcommitted\x12\x18\n" +
+	"\aapplied\x18\b \x01(\x04R\aapplied\x12\x1c\n" +
+	"\tregisters\x18\t \x01(\x04R\tregisters\x12\x16\n" +
+	"\x06voters\x18\n" +
+	" \x03(\tR\x06voters\x12\x16\n" +
+	"\x06leader\x18\v \x01(\tR\x06leader\x12\x16\n" +
+	"\x06halted\x18\f \x01(\tR\x06halted\"u\n" +
+	"\aMissing\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x120\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\x8c\x01\n" +
+	"\aAdopted\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12!\n" +
+	"\fregister_seq\x18\x02 \x01(\x04R\vregisterSeq\x12\x10\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x18\n" +
+	"\aholders\x18\x04 \x03(\tR\aholders\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\"\x0f\n" +
 	"\rDoctorRequest\"_\n" +
 	"\x0eDoctorResponse\x12\x18\n" +
 	"\ahealthy\x18\x01 \x01(\bR\ahealthy\x123\n" +
@@ -7506,7 +8377,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vPlanRequest\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1a\n" +
 	"\bmanifest\x18\x02 \x01(\fR\bmanifest\x12;\n" +
-	"\tartifacts\x18\x03 \x03(\v2\x1d.coppice.api.v1.LocalArtifactR\tartifacts\"\xe4\x01\n" +
+	"\tartifacts\x18\x03 \x03(\v2\x1d.coppice.api.v1.LocalArtifactR\tartifacts\"\x80\x02\n" +
 	"\fPlanResponse\x12\x1a\n" +
 	"\bfeasible\x18\x01 \x01(\bR\bfeasible\x12\x1c\n" +
 	"\tobjective\x18\x02 \x01(\x01R\tobjective\x12\x14\n" +
@@ -7515,7 +8386,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"components\x18\x04 \x03(\v2\x1f.coppice.api.v1.PlannedInstanceR\n" +
 	"components\x12)\n" +
 	"\x10objective_before\x18\x05 \x01(\x01R\x0fobjectiveBefore\x12\x18\n" +
-	"\achanges\x18\x06 \x03(\tR\achanges\"\xbb\x02\n" +
+	"\achanges\x18\x06 \x03(\tR\achanges\x12\x1a\n" +
+	"\bwarnings\x18\a \x03(\tR\bwarnings\"\xbb\x02\n" +
 	"\x0fPlannedInstance\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -7952,7 +8824,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x06signed\x18\r \x01(\bR\x06signed\x121\n" +
 	"\aholders\x18\x0e \x03(\v2\x17.coppice.api.v1.DhtNodeR\aholders\x12\x17\n" +
 	"\atook_ms\x18\x0f \x01(\x01R\x06tookMs\x12\x17\n" +
-	"\akad_key\x18\x10 \x01(\tR\x06kadKey2\xbc\x16\n" +
+	"\akad_key\x18\x10 \x01(\tR\x06kadKey2\xce\x17\n" +
 	"\aControl\x12D\n" +
 	"\x05Token\x12\x1c.coppice.api.v1.TokenRequest\x1a\x1d.coppice.api.v1.TokenResponse\x12V\n" +
 	"\vRevokeToken\x12\".coppice.api.v1.RevokeTokenRequest\x1a#.coppice.api.v1.RevokeTokenResponse\x12I\n" +
@@ -7963,7 +8835,9 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x05Leave\x12\x1c.coppice.api.v1.LeaveRequest\x1a\x1b.coppice.api.v1.DrainUpdate0\x01\x12A\n" +
 	"\x04Down\x12\x1b.coppice.api.v1.DownRequest\x1a\x1c.coppice.api.v1.DownResponse\x12G\n" +
 	"\x06Revoke\x12\x1d.coppice.api.v1.RevokeRequest\x1a\x1e.coppice.api.v1.RevokeResponse\x12J\n" +
-	"\aReadmit\x12\x1e.coppice.api.v1.ReadmitRequest\x1a\x1f.coppice.api.v1.ReadmitResponse\x12[\n" +
+	"\aReadmit\x12\x1e.coppice.api.v1.ReadmitRequest\x1a\x1f.coppice.api.v1.ReadmitResponse\x12D\n" +
+	"\x05Drill\x12\x1c.coppice.api.v1.DrillRequest\x1a\x1b.coppice.api.v1.DrillUpdate0\x01\x12J\n" +
+	"\aRecover\x12\x1e.coppice.api.v1.RecoverRequest\x1a\x1f.coppice.api.v1.RecoverResponse\x12[\n" +
 	"\fRegistryPush\x12#.coppice.api.v1.RegistryPushRequest\x1a$.coppice.api.v1.RegistryPushResponse(\x01\x12^\n" +
 	"\fRegistryList\x12#.coppice.api.v1.RegistryListRequest\x1a$.coppice.api.v1.RegistryListResponse\"\x03\x90\x02\x01\x12^\n" +
 	"\fRegistryShow\x12#.coppice.api.v1.RegistryShowRequest\x1a$.coppice.api.v1.RegistryShowResponse\"\x03\x90\x02\x01\x12F\n" +
@@ -8007,255 +8881,272 @@ func file_node_api_v1_api_proto_rawDescGZIP() []byte {
 	return file_node_api_v1_api_proto_rawDescData
 }
 
-var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 104)
+var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 112)
 var file_node_api_v1_api_proto_goTypes = []any{
 	(*Problem)(nil),               // 0: coppice.api.v1.Problem
 	(*TokenRequest)(nil),          // 1: coppice.api.v1.TokenRequest
 	(*TokenResponse)(nil),         // 2: coppice.api.v1.TokenResponse
 	(*RevokeTokenRequest)(nil),    // 3: coppice.api.v1.RevokeTokenRequest
 	(*RevokeTokenResponse)(nil),   // 4: coppice.api.v1.RevokeTokenResponse
-	(*NodesRequest)(nil),          // 5: coppice.api.v1.NodesRequest
-	(*NodesResponse)(nil),         // 6: coppice.api.v1.NodesResponse
-	(*Node)(nil),                  // 7: coppice.api.v1.Node
-	(*StatusRequest)(nil),         // 8: coppice.api.v1.StatusRequest
-	(*StatusResponse)(nil),        // 9: coppice.api.v1.StatusResponse
-	(*NodeCounts)(nil),            // 10: coppice.api.v1.NodeCounts
-	(*ArbiterStatus)(nil),         // 11: coppice.api.v1.ArbiterStatus
-	(*ComponentCounts)(nil),       // 12: coppice.api.v1.ComponentCounts
-	(*Unsafe)(nil),                // 13: coppice.api.v1.Unsafe
-	(*DoctorRequest)(nil),         // 14: coppice.api.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 15: coppice.api.v1.DoctorResponse
-	(*Finding)(nil),               // 16: coppice.api.v1.Finding
-	(*DrainRequest)(nil),          // 17: coppice.api.v1.DrainRequest
-	(*LeaveRequest)(nil),          // 18: coppice.api.v1.LeaveRequest
-	(*DrainUpdate)(nil),           // 19: coppice.api.v1.DrainUpdate
-	(*DownRequest)(nil),           // 20: coppice.api.v1.DownRequest
-	(*DownResponse)(nil),          // 21: coppice.api.v1.DownResponse
-	(*DownNode)(nil),              // 22: coppice.api.v1.DownNode
-	(*RevokeRequest)(nil),         // 23: coppice.api.v1.RevokeRequest
-	(*RevokeResponse)(nil),        // 24: coppice.api.v1.RevokeResponse
-	(*ReadmitRequest)(nil),        // 25: coppice.api.v1.ReadmitRequest
-	(*ReadmitResponse)(nil),       // 26: coppice.api.v1.ReadmitResponse
-	(*RegistryPushRequest)(nil),   // 27: coppice.api.v1.RegistryPushRequest
-	(*RegistryPushHeader)(nil),    // 28: coppice.api.v1.RegistryPushHeader
-	(*RegistryPushFile)(nil),      // 29: coppice.api.v1.RegistryPushFile
-	(*RegistryPushChunk)(nil),     // 30: coppice.api.v1.RegistryPushChunk
-	(*RegistryPushResponse)(nil),  // 31: coppice.api.v1.RegistryPushResponse
-	(*RegistryListRequest)(nil),   // 32: coppice.api.v1.RegistryListRequest
-	(*RegistryListResponse)(nil),  // 33: coppice.api.v1.RegistryListResponse
-	(*RegistryShowRequest)(nil),   // 34: coppice.api.v1.RegistryShowRequest
-	(*RegistryShowResponse)(nil),  // 35: coppice.api.v1.RegistryShowResponse
-	(*Artifact)(nil),              // 36: coppice.api.v1.Artifact
-	(*LocalArtifact)(nil),         // 37: coppice.api.v1.LocalArtifact
-	(*PlanRequest)(nil),           // 38: coppice.api.v1.PlanRequest
-	(*PlanResponse)(nil),          // 39: coppice.api.v1.PlanResponse
-	(*PlannedInstance)(nil),       // 40: coppice.api.v1.PlannedInstance
-	(*Refusal)(nil),               // 41: coppice.api.v1.Refusal
-	(*DeployRequest)(nil),         // 42: coppice.api.v1.DeployRequest
-	(*DeployUpdate)(nil),          // 43: coppice.api.v1.DeployUpdate
-	(*DeployedApplication)(nil),   // 44: coppice.api.v1.DeployedApplication
-	(*DeployedComponent)(nil),     // 45: coppice.api.v1.DeployedComponent
-	(*Waiting)(nil),               // 46: coppice.api.v1.Waiting
-	(*RemoveRequest)(nil),         // 47: coppice.api.v1.RemoveRequest
-	(*RemoveResponse)(nil),        // 48: coppice.api.v1.RemoveResponse
-	(*AppsRequest)(nil),           // 49: coppice.api.v1.AppsRequest
-	(*AppsResponse)(nil),          // 50: coppice.api.v1.AppsResponse
-	(*App)(nil),                   // 51: coppice.api.v1.App
-	(*PsRequest)(nil),             // 52: coppice.api.v1.PsRequest
-	(*PsResponse)(nil),            // 53: coppice.api.v1.PsResponse
-	(*Instance)(nil),              // 54: coppice.api.v1.Instance
-	(*InspectRequest)(nil),        // 55: coppice.api.v1.InspectRequest
-	(*InspectResponse)(nil),       // 56: coppice.api.v1.InspectResponse
-	(*InspectInstance)(nil),       // 57: coppice.api.v1.InspectInstance
-	(*Interface)(nil),             // 58: coppice.api.v1.Interface
-	(*Method)(nil),                // 59: coppice.api.v1.Method
-	(*AttributeInfo)(nil),         // 60: coppice.api.v1.AttributeInfo
-	(*Binding)(nil),               // 61: coppice.api.v1.Binding
-	(*CallStats)(nil),             // 62: coppice.api.v1.CallStats
-	(*CheckpointInfo)(nil),        // 63: coppice.api.v1.CheckpointInfo
-	(*Overlay)(nil),               // 64: coppice.api.v1.Overlay
-	(*AttrRequest)(nil),           // 65: coppice.api.v1.AttrRequest
-	(*AttrResponse)(nil),          // 66: coppice.api.v1.AttrResponse
-	(*BindRequest)(nil),           // 67: coppice.api.v1.BindRequest
-	(*UnbindRequest)(nil),         // 68: coppice.api.v1.UnbindRequest
-	(*BindResponse)(nil),          // 69: coppice.api.v1.BindResponse
-	(*LifecycleRequest)(nil),      // 70: coppice.api.v1.LifecycleRequest
-	(*LifecycleResponse)(nil),     // 71: coppice.api.v1.LifecycleResponse
-	(*SwapRequest)(nil),           // 72: coppice.api.v1.SwapRequest
-	(*UndoRequest)(nil),           // 73: coppice.api.v1.UndoRequest
-	(*MoveRequest)(nil),           // 74: coppice.api.v1.MoveRequest
-	(*ReplaceResponse)(nil),       // 75: coppice.api.v1.ReplaceResponse
-	(*UnpinRequest)(nil),          // 76: coppice.api.v1.UnpinRequest
-	(*UnpinResponse)(nil),         // 77: coppice.api.v1.UnpinResponse
-	(*CheckpointRequest)(nil),     // 78: coppice.api.v1.CheckpointRequest
-	(*CheckpointResponse)(nil),    // 79: coppice.api.v1.CheckpointResponse
-	(*CallRequest)(nil),           // 80: coppice.api.v1.CallRequest
-	(*CallResponse)(nil),          // 81: coppice.api.v1.CallResponse
-	(*WhyRequest)(nil),            // 82: coppice.api.v1.WhyRequest
-	(*WhyResponse)(nil),           // 83: coppice.api.v1.WhyResponse
-	(*Decision)(nil),              // 84: coppice.api.v1.Decision
-	(*LogsRequest)(nil),           // 85: coppice.api.v1.LogsRequest
-	(*LogLine)(nil),               // 86: coppice.api.v1.LogLine
-	(*EventsRequest)(nil),         // 87: coppice.api.v1.EventsRequest
-	(*Event)(nil),                 // 88: coppice.api.v1.Event
-	(*QueryRequest)(nil),          // 89: coppice.api.v1.QueryRequest
-	(*QueryResponse)(nil),         // 90: coppice.api.v1.QueryResponse
-	(*Row)(nil),                   // 91: coppice.api.v1.Row
-	(*Value)(nil),                 // 92: coppice.api.v1.Value
-	(*DhtClosestRequest)(nil),     // 93: coppice.api.v1.DhtClosestRequest
-	(*DhtClosestResponse)(nil),    // 94: coppice.api.v1.DhtClosestResponse
-	(*DhtNode)(nil),               // 95: coppice.api.v1.DhtNode
-	(*DhtGetRequest)(nil),         // 96: coppice.api.v1.DhtGetRequest
-	(*DhtGetResponse)(nil),        // 97: coppice.api.v1.DhtGetResponse
-	nil,                           // 98: coppice.api.v1.Node.LabelsEntry
-	nil,                           // 99: coppice.api.v1.Overlay.NodesEntry
-	nil,                           // 100: coppice.api.v1.Overlay.AttributesEntry
-	nil,                           // 101: coppice.api.v1.Overlay.BindingsEntry
-	nil,                           // 102: coppice.api.v1.AttrRequest.SetEntry
-	nil,                           // 103: coppice.api.v1.Event.FieldsEntry
-	(*timestamppb.Timestamp)(nil), // 104: google.protobuf.Timestamp
+	(*DrillRequest)(nil),          // 5: coppice.api.v1.DrillRequest
+	(*DrillUpdate)(nil),           // 6: coppice.api.v1.DrillUpdate
+	(*DrillInstance)(nil),         // 7: coppice.api.v1.DrillInstance
+	(*NodesRequest)(nil),          // 8: coppice.api.v1.NodesRequest
+	(*NodesResponse)(nil),         // 9: coppice.api.v1.NodesResponse
+	(*Node)(nil),                  // 10: coppice.api.v1.Node
+	(*StatusRequest)(nil),         // 11: coppice.api.v1.StatusRequest
+	(*StatusResponse)(nil),        // 12: coppice.api.v1.StatusResponse
+	(*NodeCounts)(nil),            // 13: coppice.api.v1.NodeCounts
+	(*ArbiterStatus)(nil),         // 14: coppice.api.v1.ArbiterStatus
+	(*ComponentCounts)(nil),       // 15: coppice.api.v1.ComponentCounts
+	(*Unsafe)(nil),                // 16: coppice.api.v1.Unsafe
+	(*RecoverRequest)(nil),        // 17: coppice.api.v1.RecoverRequest
+	(*RecoverResponse)(nil),       // 18: coppice.api.v1.RecoverResponse
+	(*Survivor)(nil),              // 19: coppice.api.v1.Survivor
+	(*Missing)(nil),               // 20: coppice.api.v1.Missing
+	(*Adopted)(nil),               // 21: coppice.api.v1.Adopted
+	(*DoctorRequest)(nil),         // 22: coppice.api.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 23: coppice.api.v1.DoctorResponse
+	(*Finding)(nil),               // 24: coppice.api.v1.Finding
+	(*DrainRequest)(nil),          // 25: coppice.api.v1.DrainRequest
+	(*LeaveRequest)(nil),          // 26: coppice.api.v1.LeaveRequest
+	(*DrainUpdate)(nil),           // 27: coppice.api.v1.DrainUpdate
+	(*DownRequest)(nil),           // 28: coppice.api.v1.DownRequest
+	(*DownResponse)(nil),          // 29: coppice.api.v1.DownResponse
+	(*DownNode)(nil),              // 30: coppice.api.v1.DownNode
+	(*RevokeRequest)(nil),         // 31: coppice.api.v1.RevokeRequest
+	(*RevokeResponse)(nil),        // 32: coppice.api.v1.RevokeResponse
+	(*ReadmitRequest)(nil),        // 33: coppice.api.v1.ReadmitRequest
+	(*ReadmitResponse)(nil),       // 34: coppice.api.v1.ReadmitResponse
+	(*RegistryPushRequest)(nil),   // 35: coppice.api.v1.RegistryPushRequest
+	(*RegistryPushHeader)(nil),    // 36: coppice.api.v1.RegistryPushHeader
+	(*RegistryPushFile)(nil),      // 37: coppice.api.v1.RegistryPushFile
+	(*RegistryPushChunk)(nil),     // 38: coppice.api.v1.RegistryPushChunk
+	(*RegistryPushResponse)(nil),  // 39: coppice.api.v1.RegistryPushResponse
+	(*RegistryListRequest)(nil),   // 40: coppice.api.v1.RegistryListRequest
+	(*RegistryListResponse)(nil),  // 41: coppice.api.v1.RegistryListResponse
+	(*RegistryShowRequest)(nil),   // 42: coppice.api.v1.RegistryShowRequest
+	(*RegistryShowResponse)(nil),  // 43: coppice.api.v1.RegistryShowResponse
+	(*Artifact)(nil),              // 44: coppice.api.v1.Artifact
+	(*LocalArtifact)(nil),         // 45: coppice.api.v1.LocalArtifact
+	(*PlanRequest)(nil),           // 46: coppice.api.v1.PlanRequest
+	(*PlanResponse)(nil),          // 47: coppice.api.v1.PlanResponse
+	(*PlannedInstance)(nil),       // 48: coppice.api.v1.PlannedInstance
+	(*Refusal)(nil),               // 49: coppice.api.v1.Refusal
+	(*DeployRequest)(nil),         // 50: coppice.api.v1.DeployRequest
+	(*DeployUpdate)(nil),          // 51: coppice.api.v1.DeployUpdate
+	(*DeployedApplication)(nil),   // 52: coppice.api.v1.DeployedApplication
+	(*DeployedComponent)(nil),     // 53: coppice.api.v1.DeployedComponent
+	(*Waiting)(nil),               // 54: coppice.api.v1.Waiting
+	(*RemoveRequest)(nil),         // 55: coppice.api.v1.RemoveRequest
+	(*RemoveResponse)(nil),        // 56: coppice.api.v1.RemoveResponse
+	(*AppsRequest)(nil),           // 57: coppice.api.v1.AppsRequest
+	(*AppsResponse)(nil),          // 58: coppice.api.v1.AppsResponse
+	(*App)(nil),                   // 59: coppice.api.v1.App
+	(*PsRequest)(nil),             // 60: coppice.api.v1.PsRequest
+	(*PsResponse)(nil),            // 61: coppice.api.v1.PsResponse
+	(*Instance)(nil),              // 62: coppice.api.v1.Instance
+	(*InspectRequest)(nil),        // 63: coppice.api.v1.InspectRequest
+	(*InspectResponse)(nil),       // 64: coppice.api.v1.InspectResponse
+	(*InspectInstance)(nil),       // 65: coppice.api.v1.InspectInstance
+	(*Interface)(nil),             // 66: coppice.api.v1.Interface
+	(*Method)(nil),                // 67: coppice.api.v1.Method
+	(*AttributeInfo)(nil),         // 68: coppice.api.v1.AttributeInfo
+	(*Binding)(nil),               // 69: coppice.api.v1.Binding
+	(*CallStats)(nil),             // 70: coppice.api.v1.CallStats
+	(*CheckpointInfo)(nil),        // 71: coppice.api.v1.CheckpointInfo
+	(*Overlay)(nil),               // 72: coppice.api.v1.Overlay
+	(*AttrRequest)(nil),           // 73: coppice.api.v1.AttrRequest
+	(*AttrResponse)(nil),          // 74: coppice.api.v1.AttrResponse
+	(*BindRequest)(nil),           // 75: coppice.api.v1.BindRequest
+	(*UnbindRequest)(nil),         // 76: coppice.api.v1.UnbindRequest
+	(*BindResponse)(nil),          // 77: coppice.api.v1.BindResponse
+	(*LifecycleRequest)(nil),      // 78: coppice.api.v1.LifecycleRequest
+	(*LifecycleResponse)(nil),     // 79: coppice.api.v1.LifecycleResponse
+	(*SwapRequest)(nil),           // 80: coppice.api.v1.SwapRequest
+	(*UndoRequest)(nil),           // 81: coppice.api.v1.UndoRequest
+	(*MoveRequest)(nil),           // 82: coppice.api.v1.MoveRequest
+	(*ReplaceResponse)(nil),       // 83: coppice.api.v1.ReplaceResponse
+	(*UnpinRequest)(nil),          // 84: coppice.api.v1.UnpinRequest
+	(*UnpinResponse)(nil),         // 85: coppice.api.v1.UnpinResponse
+	(*CheckpointRequest)(nil),     // 86: coppice.api.v1.CheckpointRequest
+	(*CheckpointResponse)(nil),    // 87: coppice.api.v1.CheckpointResponse
+	(*CallRequest)(nil),           // 88: coppice.api.v1.CallRequest
+	(*CallResponse)(nil),          // 89: coppice.api.v1.CallResponse
+	(*WhyRequest)(nil),            // 90: coppice.api.v1.WhyRequest
+	(*WhyResponse)(nil),           // 91: coppice.api.v1.WhyResponse
+	(*Decision)(nil),              // 92: coppice.api.v1.Decision
+	(*LogsRequest)(nil),           // 93: coppice.api.v1.LogsRequest
+	(*LogLine)(nil),               // 94: coppice.api.v1.LogLine
+	(*EventsRequest)(nil),         // 95: coppice.api.v1.EventsRequest
+	(*Event)(nil),                 // 96: coppice.api.v1.Event
+	(*QueryRequest)(nil),          // 97: coppice.api.v1.QueryRequest
+	(*QueryResponse)(nil),         // 98: coppice.api.v1.QueryResponse
+	(*Row)(nil),                   // 99: coppice.api.v1.Row
+	(*Value)(nil),                 // 100: coppice.api.v1.Value
+	(*DhtClosestRequest)(nil),     // 101: coppice.api.v1.DhtClosestRequest
+	(*DhtClosestResponse)(nil),    // 102: coppice.api.v1.DhtClosestResponse
+	(*DhtNode)(nil),               // 103: coppice.api.v1.DhtNode
+	(*DhtGetRequest)(nil),         // 104: coppice.api.v1.DhtGetRequest
+	(*DhtGetResponse)(nil),        // 105: coppice.api.v1.DhtGetResponse
+	nil,                           // 106: coppice.api.v1.Node.LabelsEntry
+	nil,                           // 107: coppice.api.v1.Overlay.NodesEntry
+	nil,                           // 108: coppice.api.v1.Overlay.AttributesEntry
+	nil,                           // 109: coppice.api.v1.Overlay.BindingsEntry
+	nil,                           // 110: coppice.api.v1.AttrRequest.SetEntry
+	nil,                           // 111: coppice.api.v1.Event.FieldsEntry
+	(*timestamppb.Timestamp)(nil), // 112: google.protobuf.Timestamp
 }
 var file_node_api_v1_api_proto_depIdxs = []int32{
-	104, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
-	7,   // 1: coppice.api.v1.NodesResponse.nodes:type_name -> coppice.api.v1.Node
-	98,  // 2: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
-	104, // 3: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
-	104, // 4: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
-	10,  // 5: coppice.api.v1.StatusResponse.nodes:type_name -> coppice.api.v1.NodeCounts
-	11,  // 6: coppice.api.v1.StatusResponse.arbiter:type_name -> coppice.api.v1.ArbiterStatus
-	12,  // 7: coppice.api.v1.StatusResponse.components:type_name -> coppice.api.v1.ComponentCounts
-	13,  // 8: coppice.api.v1.StatusResponse.unsafe:type_name -> coppice.api.v1.Unsafe
-	16,  // 9: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
-	22,  // 10: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
-	28,  // 11: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
-	30,  // 12: coppice.api.v1.RegistryPushRequest.chunk:type_name -> coppice.api.v1.RegistryPushChunk
-	29,  // 13: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
-	36,  // 14: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	36,  // 15: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	104, // 16: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
-	58,  // 17: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
-	58,  // 18: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
-	60,  // 19: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
-	37,  // 20: coppice.api.v1.PlanRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
-	40,  // 21: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
-	41,  // 22: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
-	37,  // 23: coppice.api.v1.DeployRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
-	44,  // 24: coppice.api.v1.DeployUpdate.applications:type_name -> coppice.api.v1.DeployedApplication
-	46,  // 25: coppice.api.v1.DeployUpdate.waiting:type_name -> coppice.api.v1.Waiting
-	45,  // 26: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
-	51,  // 27: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
-	54,  // 28: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
-	58,  // 29: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
-	58,  // 30: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
-	60,  // 31: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	61,  // 32: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
-	64,  // 33: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
-	62,  // 34: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
-	57,  // 35: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
-	62,  // 36: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
-	63,  // 37: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
-	59,  // 38: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
-	99,  // 39: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
-	100, // 40: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
-	101, // 41: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
-	102, // 42: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
-	60,  // 43: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	61,  // 44: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
-	46,  // 45: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
-	84,  // 46: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
-	41,  // 47: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
-	104, // 48: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
-	104, // 49: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	104, // 50: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	104, // 51: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	104, // 52: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
-	103, // 53: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
-	91,  // 54: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
-	104, // 55: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
-	92,  // 56: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
-	95,  // 57: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
-	95,  // 58: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
-	1,   // 59: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
-	3,   // 60: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
-	5,   // 61: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
-	8,   // 62: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
-	14,  // 63: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
-	17,  // 64: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
-	18,  // 65: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
-	20,  // 66: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
-	23,  // 67: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
-	25,  // 68: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
-	27,  // 69: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
-	32,  // 70: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
-	34,  // 71: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
-	38,  // 72: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
-	42,  // 73: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
-	47,  // 74: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
-	49,  // 75: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
-	52,  // 76: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
-	55,  // 77: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
-	65,  // 78: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
-	67,  // 79: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
-	68,  // 80: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
-	70,  // 81: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
-	70,  // 82: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
-	70,  // 83: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
-	70,  // 84: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
-	72,  // 85: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
-	73,  // 86: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
-	74,  // 87: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
-	76,  // 88: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
-	78,  // 89: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
-	80,  // 90: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
-	82,  // 91: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
-	85,  // 92: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
-	87,  // 93: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
-	89,  // 94: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
-	93,  // 95: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
-	96,  // 96: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
-	2,   // 97: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
-	4,   // 98: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
-	6,   // 99: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
-	9,   // 100: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
-	15,  // 101: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
-	19,  // 102: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
-	19,  // 103: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
-	21,  // 104: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
-	24,  // 105: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
-	26,  // 106: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
-	31,  // 107: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
-	33,  // 108: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
-	35,  // 109: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
-	39,  // 110: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
-	43,  // 111: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
-	48,  // 112: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
-	50,  // 113: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
-	53,  // 114: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
-	56,  // 115: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
-	66,  // 116: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
-	69,  // 117: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
-	69,  // 118: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
-	71,  // 119: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
-	71,  // 120: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
-	71,  // 121: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
-	71,  // 122: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
-	75,  // 123: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
-	75,  // 124: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
-	75,  // 125: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
-	77,  // 126: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
-	79,  // 127: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
-	81,  // 128: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
-	83,  // 129: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
-	86,  // 130: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
-	88,  // 131: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
-	90,  // 132: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
-	94,  // 133: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
-	97,  // 134: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
-	97,  // [97:135] is the sub-list for method output_type
-	59,  // [59:97] is the sub-list for method input_type
-	59,  // [59:59] is the sub-list for extension type_name
-	59,  // [59:59] is the sub-list for extension extendee
-	0,   // [0:59] is the sub-list for field type_name
+	112, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
+	7,   // 1: coppice.api.v1.DrillUpdate.instances:type_name -> coppice.api.v1.DrillInstance
+	10,  // 2: coppice.api.v1.NodesResponse.nodes:type_name -> coppice.api.v1.Node
+	106, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
+	112, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
+	112, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
+	13,  // 6: coppice.api.v1.StatusResponse.nodes:type_name -> coppice.api.v1.NodeCounts
+	14,  // 7: coppice.api.v1.StatusResponse.arbiter:type_name -> coppice.api.v1.ArbiterStatus
+	15,  // 8: coppice.api.v1.StatusResponse.components:type_name -> coppice.api.v1.ComponentCounts
+	16,  // 9: coppice.api.v1.StatusResponse.unsafe:type_name -> coppice.api.v1.Unsafe
+	19,  // 10: coppice.api.v1.RecoverResponse.survivors:type_name -> coppice.api.v1.Survivor
+	20,  // 11: coppice.api.v1.RecoverResponse.missing:type_name -> coppice.api.v1.Missing
+	21,  // 12: coppice.api.v1.RecoverResponse.adopted:type_name -> coppice.api.v1.Adopted
+	112, // 13: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
+	24,  // 14: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
+	30,  // 15: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
+	36,  // 16: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
+	38,  // 17: coppice.api.v1.RegistryPushRequest.chunk:type_name -> coppice.api.v1.RegistryPushChunk
+	37,  // 18: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
+	44,  // 19: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
+	44,  // 20: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
+	112, // 21: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
+	66,  // 22: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
+	66,  // 23: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
+	68,  // 24: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
+	45,  // 25: coppice.api.v1.PlanRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
+	48,  // 26: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
+	49,  // 27: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
+	45,  // 28: coppice.api.v1.DeployRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
+	52,  // 29: coppice.api.v1.DeployUpdate.applications:type_name -> coppice.api.v1.DeployedApplication
+	54,  // 30: coppice.api.v1.DeployUpdate.waiting:type_name -> coppice.api.v1.Waiting
+	53,  // 31: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
+	59,  // 32: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
+	62,  // 33: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
+	66,  // 34: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
+	66,  // 35: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
+	68,  // 36: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	69,  // 37: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
+	72,  // 38: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
+	70,  // 39: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
+	65,  // 40: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
+	70,  // 41: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
+	71,  // 42: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
+	67,  // 43: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
+	107, // 44: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
+	108, // 45: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
+	109, // 46: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
+	110, // 47: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
+	68,  // 48: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	69,  // 49: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
+	54,  // 50: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
+	92,  // 51: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
+	49,  // 52: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
+	112, // 53: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
+	112, // 54: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	112, // 55: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	112, // 56: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	112, // 57: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
+	111, // 58: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
+	99,  // 59: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
+	112, // 60: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
+	100, // 61: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
+	103, // 62: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
+	103, // 63: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
+	1,   // 64: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
+	3,   // 65: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
+	8,   // 66: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
+	11,  // 67: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
+	22,  // 68: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
+	25,  // 69: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
+	26,  // 70: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
+	28,  // 71: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
+	31,  // 72: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
+	33,  // 73: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
+	5,   // 74: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
+	17,  // 75: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
+	35,  // 76: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
+	40,  // 77: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
+	42,  // 78: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
+	46,  // 79: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
+	50,  // 80: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
+	55,  // 81: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
+	57,  // 82: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
+	60,  // 83: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
+	63,  // 84: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
+	73,  // 85: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
+	75,  // 86: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
+	76,  // 87: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
+	78,  // 88: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
+	78,  // 89: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
+	78,  // 90: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
+	78,  // 91: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
+	80,  // 92: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
+	81,  // 93: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
+	82,  // 94: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
+	84,  // 95: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
+	86,  // 96: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
+	88,  // 97: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
+	90,  // 98: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
+	93,  // 99: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
+	95,  // 100: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
+	97,  // 101: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
+	101, // 102: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
+	104, // 103: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
+	2,   // 104: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
+	4,   // 105: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
+	9,   // 106: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
+	12,  // 107: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
+	23,  // 108: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
+	27,  // 109: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
+	27,  // 110: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
+	29,  // 111: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
+	32,  // 112: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
+	34,  // 113: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
+	6,   // 114: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
+	18,  // 115: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
+	39,  // 116: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
+	41,  // 117: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
+	43,  // 118: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
+	47,  // 119: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
+	51,  // 120: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
+	56,  // 121: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
+	58,  // 122: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
+	61,  // 123: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
+	64,  // 124: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
+	74,  // 125: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
+	77,  // 126: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
+	77,  // 127: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
+	79,  // 128: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
+	79,  // 129: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
+	79,  // 130: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
+	79,  // 131: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
+	83,  // 132: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
+	83,  // 133: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
+	83,  // 134: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
+	85,  // 135: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
+	87,  // 136: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
+	89,  // 137: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
+	91,  // 138: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
+	94,  // 139: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
+	96,  // 140: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
+	98,  // 141: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
+	102, // 142: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
+	105, // 143: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
+	104, // [104:144] is the sub-list for method output_type
+	64,  // [64:104] is the sub-list for method input_type
+	64,  // [64:64] is the sub-list for extension type_name
+	64,  // [64:64] is the sub-list for extension extendee
+	0,   // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_node_api_v1_api_proto_init() }
@@ -8263,15 +9154,17 @@ func file_node_api_v1_api_proto_init() {
 	if File_node_api_v1_api_proto != nil {
 		return
 	}
+	file_node_api_v1_api_proto_msgTypes[6].OneofWrappers = []any{}
 	file_node_api_v1_api_proto_msgTypes[7].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[27].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[10].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[35].OneofWrappers = []any{
 		(*RegistryPushRequest_Header)(nil),
 		(*RegistryPushRequest_Chunk)(nil),
 	}
-	file_node_api_v1_api_proto_msgTypes[54].OneofWrappers = []any{}
 	file_node_api_v1_api_proto_msgTypes[62].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[63].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[92].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[70].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[71].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[100].OneofWrappers = []any{
 		(*Value_Integer)(nil),
 		(*Value_Real)(nil),
 		(*Value_Text)(nil),
@@ -8284,7 +9177,7 @@ func file_node_api_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_api_v1_api_proto_rawDesc), len(file_node_api_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   104,
+			NumMessages:   112,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

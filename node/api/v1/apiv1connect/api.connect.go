@@ -62,6 +62,10 @@ const (
 	ControlRevokeProcedure = "/coppice.api.v1.Control/Revoke"
 	// ControlReadmitProcedure is the fully-qualified name of the Control's Readmit RPC.
 	ControlReadmitProcedure = "/coppice.api.v1.Control/Readmit"
+	// ControlDrillProcedure is the fully-qualified name of the Control's Drill RPC.
+	ControlDrillProcedure = "/coppice.api.v1.Control/Drill"
+	// ControlRecoverProcedure is the fully-qualified name of the Control's Recover RPC.
+	ControlRecoverProcedure = "/coppice.api.v1.Control/Recover"
 	// ControlRegistryPushProcedure is the fully-qualified name of the Control's RegistryPush RPC.
 	ControlRegistryPushProcedure = "/coppice.api.v1.Control/RegistryPush"
 	// ControlRegistryListProcedure is the fully-qualified name of the Control's RegistryList RPC.
@@ -136,6 +140,11 @@ type ControlClient interface {
 	Down(context.Context, *v1.DownRequest) (*v1.DownResponse, error)
 	Revoke(context.Context, *v1.RevokeRequest) (*v1.RevokeResponse, error)
 	Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error)
+	// Drill says what the loss of a node, or of a zone, would do. With really it causes it; the last message, with done set, then tells
+	// what came of it beside what was predicted.
+	Drill(context.Context, *v1.DrillRequest) (*connect.ServerStreamForClient[v1.DrillUpdate], error)
+	// Recover says what each survivor holds of the arbiter's log, and with really makes one of them the only voter of the next incarnation.
+	Recover(context.Context, *v1.RecoverRequest) (*v1.RecoverResponse, error)
 	// ---- artifacts
 	// RegistryPush: one header, then the files' bytes in order.
 	RegistryPush(context.Context) (*connect.ClientStreamForClientSimple[v1.RegistryPushRequest, v1.RegistryPushResponse], error)
@@ -247,6 +256,18 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			httpClient,
 			baseURL+ControlReadmitProcedure,
 			connect.WithSchema(controlMethods.ByName("Readmit")),
+			connect.WithClientOptions(opts...),
+		),
+		drill: connect.NewClient[v1.DrillRequest, v1.DrillUpdate](
+			httpClient,
+			baseURL+ControlDrillProcedure,
+			connect.WithSchema(controlMethods.ByName("Drill")),
+			connect.WithClientOptions(opts...),
+		),
+		recover: connect.NewClient[v1.RecoverRequest, v1.RecoverResponse](
+			httpClient,
+			baseURL+ControlRecoverProcedure,
+			connect.WithSchema(controlMethods.ByName("Recover")),
 			connect.WithClientOptions(opts...),
 		),
 		registryPush: connect.NewClient[v1.RegistryPushRequest, v1.RegistryPushResponse](
@@ -444,6 +465,8 @@ type controlClient struct {
 	down         *connect.Client[v1.DownRequest, v1.DownResponse]
 	revoke       *connect.Client[v1.RevokeRequest, v1.RevokeResponse]
 	readmit      *connect.Client[v1.ReadmitRequest, v1.ReadmitResponse]
+	drill        *connect.Client[v1.DrillRequest, v1.DrillUpdate]
+	recover      *connect.Client[v1.RecoverRequest, v1.RecoverResponse]
 	registryPush *connect.Client[v1.RegistryPushRequest, v1.RegistryPushResponse]
 	registryList *connect.Client[v1.RegistryListRequest, v1.RegistryListResponse]
 	registryShow *connect.Client[v1.RegistryShowRequest, v1.RegistryShowResponse]
@@ -550,6 +573,20 @@ func (c *controlClient) Revoke(ctx context.Context, req *v1.RevokeRequest) (*v1.
 // Readmit calls coppice.api.v1.Control.Readmit.
 func (c *controlClient) Readmit(ctx context.Context, req *v1.ReadmitRequest) (*v1.ReadmitResponse, error) {
 	response, err := c.readmit.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Drill calls coppice.api.v1.Control.Drill.
+func (c *controlClient) Drill(ctx context.Context, req *v1.DrillRequest) (*connect.ServerStreamForClient[v1.DrillUpdate], error) {
+	return c.drill.CallServerStream(ctx, connect.NewRequest(req))
+}
+
+// Recover calls coppice.api.v1.Control.Recover.
+func (c *controlClient) Recover(ctx context.Context, req *v1.RecoverRequest) (*v1.RecoverResponse, error) {
+	response, err := c.recover.CallUnary(ctx, connect.NewRequest(req))
 	if response != nil {
 		return response.Msg, err
 	}
@@ -808,6 +845,11 @@ type ControlHandler interface {
 	Down(context.Context, *v1.DownRequest) (*v1.DownResponse, error)
 	Revoke(context.Context, *v1.RevokeRequest) (*v1.RevokeResponse, error)
 	Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error)
+	// Drill says what the loss of a node, or of a zone, would do. With really it causes it; the last message, with done set, then tells
+	// what came of it beside what was predicted.
+	Drill(context.Context, *v1.DrillRequest, *connect.ServerStream[v1.DrillUpdate]) error
+	// Recover says what each survivor holds of the arbiter's log, and with really makes one of them the only voter of the next incarnation.
+	Recover(context.Context, *v1.RecoverRequest) (*v1.RecoverResponse, error)
 	// ---- artifacts
 	// RegistryPush: one header, then the files' bytes in order.
 	RegistryPush(context.Context, *connect.ClientStream[v1.RegistryPushRequest]) (*v1.RegistryPushResponse, error)
@@ -915,6 +957,18 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		ControlReadmitProcedure,
 		svc.Readmit,
 		connect.WithSchema(controlMethods.ByName("Readmit")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlDrillHandler := connect.NewServerStreamHandlerSimple(
+		ControlDrillProcedure,
+		svc.Drill,
+		connect.WithSchema(controlMethods.ByName("Drill")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlRecoverHandler := connect.NewUnaryHandlerSimple(
+		ControlRecoverProcedure,
+		svc.Recover,
+		connect.WithSchema(controlMethods.ByName("Recover")),
 		connect.WithHandlerOptions(opts...),
 	)
 	controlRegistryPushHandler := connect.NewClientStreamHandlerSimple(
@@ -1119,6 +1173,10 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlRevokeHandler.ServeHTTP(w, r)
 		case ControlReadmitProcedure:
 			controlReadmitHandler.ServeHTTP(w, r)
+		case ControlDrillProcedure:
+			controlDrillHandler.ServeHTTP(w, r)
+		case ControlRecoverProcedure:
+			controlRecoverHandler.ServeHTTP(w, r)
 		case ControlRegistryPushProcedure:
 			controlRegistryPushHandler.ServeHTTP(w, r)
 		case ControlRegistryListProcedure:
@@ -1222,6 +1280,14 @@ func (UnimplementedControlHandler) Revoke(context.Context, *v1.RevokeRequest) (*
 
 func (UnimplementedControlHandler) Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Readmit is not implemented"))
+}
+
+func (UnimplementedControlHandler) Drill(context.Context, *v1.DrillRequest, *connect.ServerStream[v1.DrillUpdate]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Drill is not implemented"))
+}
+
+func (UnimplementedControlHandler) Recover(context.Context, *v1.RecoverRequest) (*v1.RecoverResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Recover is not implemented"))
 }
 
 func (UnimplementedControlHandler) RegistryPush(context.Context, *connect.ClientStream[v1.RegistryPushRequest]) (*v1.RegistryPushResponse, error) {

@@ -1,0 +1,206 @@
+package nemesis
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/coppice-project/coppice/internal/cluster"
+	"github.com/coppice-project/coppice/internal/cluster/clustertest"
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+// back is how long the cluster gets to be whole again once a fault is over: a promise of seconds, on a machine that may be busy.
+const back = time.Minute
+
+// bed is a cluster with both components.
+type bed struct {
+	t       *testing.T
+	c       *cluster.Cluster
+	rng     *rand.Rand
+	seed    uint64
+	longest time.Duration // of a pause or a cut
+	owners  map[string]string
+}
+
+const manifest = `application: %s
+components:
+  - name: %s
+    artifact: %s
+    durable: each-call
+`
+
+func seed(t *testing.T) uint64 {
+	t.Helper()
+	s := uint64(time.Now().UnixNano())
+	if text := os.Getenv("COPPICE_SEED"); text != "" {
+		var err error
+		if s, err = strconv.ParseUint(text, 10, 64); err != nil {
+			t.Fatalf("COPPICE_SEED: %v", err)
+		}
+	}
+	t.Logf("seed %d", s)
+	return s
+}
+
+func newBed(t *testing.T, nodes int, longest time.Duration) *bed {
+	t.Helper()
+	s := seed(t)
+	b := &bed{
+		t: t, seed: s, rng: rand.New(rand.NewPCG(s, 1)), longest: longest, owners: map[string]string{},
+		c: clustertest.New(t, clustertest.Config{Nodes: nodes, Namespaces: true}),
+	}
+	if b.c.Network.Kind() == cluster.Loopback {
+		if os.Getenv("CI") != "" {
+			t.Fatal("network namespaces are not permitted here, and in CI they must be")
+		}
+		t.Skip("most faults need network namespaces, and those are not permitted here")
+	}
+	must(t, b.c.Up(t.Context()))
+	must(t, b.c.AllAlive(t.Context()))
+	bin := filepath.Dir(clustertest.Binary(t))
+	for app, name := range map[string]string{"data": "kv", "bank": "bank"} {
+		path := filepath.Join(b.c.Dir, app+".yaml")
+		must(t, os.WriteFile(path, fmt.Appendf(nil, manifest, app, name, filepath.Join(bin, "components", name)), 0o600))
+		must(t, b.c.Coppice(t.Context(), b.c.Nodes[0], nil, "deploy", path, "--wait", "--timeout", "60s"))
+	}
+	return b
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// whole waits until all nodes live, there is a leader, both components run and have settled, and answer.
+func (b *bed) whole(ctx context.Context, l *clientele) (time.Duration, error) {
+	begun := time.Now()
+	// Whether something was answered is asked first: the rest waits for epochs to settle, which takes its time by itself.
+	if err := cluster.WaitFor(ctx, back, "writes to be answered", func(context.Context) (bool, error) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.last.After(begun) {
+			return true, nil
+		}
+		return false, fmt.Errorf("the last answer came %s before", begun.Sub(l.last).Round(time.Millisecond))
+	}); err != nil {
+		return 0, err
+	}
+	took := time.Since(begun)
+	if err := b.c.AllAlive(ctx); err != nil {
+		return took, err
+	}
+	for _, name := range []string{"data/kv", "bank/bank"} {
+		if _, err := cluster.Calm(ctx, b.c.Nodes[0], name); err != nil {
+			return took, err
+		}
+	}
+	return took, b.epochs(ctx)
+}
+
+// epochs reads the nodes' events: no two nodes ran the same instance in the same epoch.
+func (b *bed) epochs(ctx context.Context) error {
+	for _, n := range b.c.Alive() {
+		c, err := n.Client()
+		if err != nil {
+			return err
+		}
+		st, err := c.Events(ctx, &apiv1.EventsRequest{Channel: "/apps/", Limit: 2000})
+		if err != nil {
+			return err
+		}
+		for st.Receive() {
+			ev := st.Msg()
+			if ev.GetType() != "running" && ev.GetType() != "swapped" {
+				continue
+			}
+			key := ev.GetChannel() + " epoch " + ev.GetFields()["epoch"]
+			if was, ok := b.owners[key]; ok && was != ev.GetNode() {
+				return fmt.Errorf("%s ran on %s and on %s", key, was, ev.GetNode())
+			}
+			b.owners[key] = ev.GetNode()
+		}
+		if err := st.Err(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// run does the faults that next names until it names none.
+func (b *bed) run(next func(n int) *fault) {
+	t, ctx := b.t, b.t.Context()
+	t.Helper()
+	l := open(t, b.c, b.seed)
+	count := map[string]int{}
+	n := 0
+	for f := next(n); f != nil; f = next(n) {
+		n++
+		what, err := f.do(ctx, b)
+		if err != nil {
+			t.Fatalf("fault %d, %s: %v", n, f.name, err)
+		}
+		took, err := b.whole(ctx, l)
+		if err != nil {
+			t.Fatalf("fault %d, %s: %s; afterwards: %v", n, f.name, what, err)
+		}
+		count[f.name]++
+		t.Logf("fault %d: %s; a write was answered %s after it was over", n, what, took.Round(time.Millisecond))
+	}
+	l.close(b.seed)
+	t.Logf("%d faults: %v; %d epochs, none with two owners", n, count, len(b.owners))
+}
+
+func named(name string) *fault {
+	for i := range faults {
+		if faults[i].name == name {
+			return &faults[i]
+		}
+	}
+	return nil
+}
+
+// TestNemesis does each of the short faults once.
+func TestNemesis(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it starts processes")
+	}
+	list := []string{"crash-component", "reset", "one-way", "pause-component", "kill-leader"}
+	newBed(t, 5, 3*time.Second).run(func(n int) *fault {
+		if n == len(list) {
+			return nil
+		}
+		return named(list[n])
+	})
+}
+
+// TestLongNemesis does faults at random for an hour, or for COPPICE_NEMESIS.
+func TestLongNemesis(t *testing.T) {
+	if os.Getenv("COPPICE_LONG") == "" {
+		t.Skip("set COPPICE_LONG=1, or make test-long")
+	}
+	length := time.Hour
+	if text := os.Getenv("COPPICE_NEMESIS"); text != "" {
+		var err error
+		length, err = time.ParseDuration(text)
+		must(t, err)
+	}
+	b := newBed(t, 7, 30*time.Second)
+	end := time.Now().Add(length)
+	b.run(func(n int) *fault {
+		switch {
+		case time.Now().After(end):
+			return nil
+		case n < len(faults):
+			return &faults[n] // each once first
+		}
+		return &faults[b.rng.IntN(len(faults))]
+	})
+}
