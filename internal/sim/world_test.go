@@ -16,6 +16,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
 
+	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/peers"
 )
@@ -248,7 +249,7 @@ func (l *life) assemble(bootstrap bool) error {
 		return w.bare(n, l)
 	}
 	cfg := arbiter.Config{
-		Self: n.id, Boot: l.boot, Peers: l.end, Links: l.end, FS: n.fs, Dir: "raft", Timings: timings, Rand: l.rand.Uint64, Log: l.log, BootTime: l.clock.now,
+		Self: n.id, Boot: l.boot, Peers: l.end, Links: l.end, FS: n.fs, Dir: "raft", Timings: timings, Rand: l.rand.Uint64, Log: l.log, BootTime: l.clock.now, Leased: components.LeasedBody,
 	}
 	if w.echoes {
 		cfg.Peers = &echo{Peers: l.end, protocol: "/coppice/arbiter/1", ctx: w.ctx, goes: &w.goes, draw: func() (bool, time.Duration) {
