@@ -74,6 +74,7 @@ type Node struct {
 	goes  sync.WaitGroup
 	stops []func()
 
+	behind   atomic.Int64      // boot time at which the view was last seen to be behind; 0: never
 	office   atomic.Int64      // since when this node is coordinator, in Unix nanoseconds; 0: it is not
 	failedMu sync.Mutex        // guards failed
 	failed   map[string]uint64 // by register: the epoch that was told to fail where it is

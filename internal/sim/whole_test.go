@@ -103,6 +103,7 @@ type part struct {
 
 	mu      sync.Mutex             // guards serving
 	serving map[string]func() bool // by instance: may it be served here now
+	behind  atomic.Int64           // clock at which the view was last seen to be behind
 }
 
 func (n *node) part() *part {
@@ -193,8 +194,13 @@ func (p *part) withArbiter(l *life) error {
 
 // liveRoots are what the collector keeps, as a node says it.
 func (p *part) liveRoots() []blobs.Hash {
+	// As in package node, in proportion.
 	if age := p.l.arb.Status().FeedAge; age < 0 || age > collectAfter/4 {
-		return nil // as in package node, in proportion
+		p.behind.Store(int64(p.l.clock.now()))
+		return nil
+	}
+	if at := p.behind.Load(); at != 0 && p.l.clock.now()-time.Duration(at) < collectAfter/4 {
+		return nil
 	}
 	out := []blobs.Hash{}
 	for _, reg := range p.l.arb.List(components.InstancePrefix) {
