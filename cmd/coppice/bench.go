@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -24,7 +25,7 @@ func (c *cli) benchCmd() *cobra.Command {
 		group: groupTool, use: "bench WHAT", short: "Measure what the platform promises, on this machine",
 		long: "Measure what the platform promises in time, with real processes and beside a baseline where there is one. Figures count on a quiet\n" +
 			"machine only; ratios compare. A benchmark that loses or doubles an answered write fails.\n\n" + about.String() +
-			"  all        all of them, one document each",
+			"  all        all of them but scale, which takes many minutes; one document each",
 		example: examples(
 			"coppice bench failover", "",
 			"coppice bench swap --runs 20 -o json", "for a script",
@@ -39,7 +40,7 @@ func (c *cli) benchCmd() *cobra.Command {
 func (c *cli) bench(ctx context.Context, what string, runs int) error {
 	names := []string{what}
 	if what == "all" {
-		names = bench.Names()
+		names = slices.DeleteFunc(bench.Names(), func(n string) bool { return n == "scale" }) // which takes many minutes
 	} else if bench.About(what) == "" {
 		return usagef("there is no benchmark %q: want %s or all", what, strings.Join(bench.Names(), ", "))
 	}

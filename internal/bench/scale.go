@@ -31,7 +31,7 @@ const (
 	// joining is the time in which all nodes come, evenly.
 	joining = 20 * time.Second
 	// scaleIdle is how long traffic is counted while nothing happens.
-	scaleIdle    = 20 * time.Second
+	scaleIdle    = 10 * time.Second
 	scaleWithin  = 5 * time.Minute // virtual
 	memberPrefix = "member/"
 )
@@ -246,7 +246,7 @@ func (w *forest) grow(ctx context.Context) ([]Result, error) {
 	}
 	join := w.sent()
 	w.cfg.say("%d nodes joined within %s and know each other %s after the last came", w.size, joining, met)
-	time.Sleep(30 * time.Second)
+	time.Sleep(10 * time.Second)
 	from := w.sent()
 	time.Sleep(scaleIdle)
 	idle := less(w.sent(), from, scaleIdle.Seconds())
