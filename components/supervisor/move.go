@@ -406,6 +406,20 @@ func (s *Supervisor) forgetMove(name string, p *prepared, always bool) {
 	s.discard(p)
 }
 
+// overtaken ends what was prepared for a move when another node has claimed the instance meanwhile: the source may never say so.
+func (s *Supervisor) overtaken(reg arbiter.Register) {
+	name := instanceOf(reg.Key)
+	s.mu.Lock()
+	p := s.moves[name]
+	if p == nil || p.finish || p.claimed != nil || reg.Epoch <= p.epoch || s.closed {
+		s.mu.Unlock()
+		return
+	}
+	delete(s.moves, name)
+	s.goes.Go(func() { s.discard(p) })
+	s.mu.Unlock()
+}
+
 func (s *Supervisor) discard(p *prepared) {
 	if p.timer != nil {
 		p.timer.Stop()

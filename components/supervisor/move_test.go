@@ -162,6 +162,26 @@ func TestAPreparedMoveThatIsNotFinishedIsEnded(t *testing.T) {
 	})
 }
 
+// The source of a move is gone, and a third node has claimed: what was prepared for the move ends, long before its time is over.
+func TestAPreparedMoveThatWasOvertakenIsEnded(t *testing.T) {
+	scene(t, 3, func(w *world) {
+		n := w.nodes
+		reg, _ := w.register()
+		ctx := within(w.t, 10*time.Second)
+		if _, err := n[1].sup.prepareMove(ctx, n[0].id, &componentsv1.PrepareMoveRequest{
+			Instance: testInstance, Epoch: reg.Epoch, Root: reg.Root, Holders: idStrings(reg.Holders), Move: "m",
+		}); err != nil {
+			w.t.Fatal(err)
+		}
+		if _, err := n[0].arb.Claim(ctx, arbiter.ClaimRequest{Key: testKey, Expect: reg.Epoch, Nonce: 99, Owner: n[2].id, Boot: n[2].boot, Body: reg.Body}); err != nil {
+			w.t.Fatal(err)
+		}
+		w.eventually(preparedFor/4, "only the new owner runs it", func() bool {
+			return len(n[0].runner.running(testInstance)) == 0 && len(n[1].runner.running(testInstance)) == 0 && len(n[2].runner.running(testInstance)) == 1
+		})
+	})
+}
+
 func TestStopSavesAndStartContinues(t *testing.T) {
 	scene(t, 3, func(w *world) {
 		n := w.nodes[0]

@@ -240,6 +240,7 @@ func (s *Supervisor) sweep() {
 			s.actor(instanceOf(reg.Key))
 			continue
 		}
+		s.overtaken(reg)
 		s.succeed(reg)
 		s.warm(reg)
 	}
