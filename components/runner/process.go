@@ -169,7 +169,7 @@ func (r *Local) startError(ctx context.Context, l *launch, limit time.Duration, 
 		return fmt.Errorf("%w: %s", ErrProtocol, firstLine(text))
 	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded):
 		return fmt.Errorf("given up: %w", ctx.Err())
-	case strings.Contains(text, "timeout"), alive && ctx.Err() != nil:
+	case strings.Contains(text, "timeout"), ctx.Err() != nil && (alive || l.child.exit.Signal == "SIGKILL"): // whoever waits kills it
 		return fmt.Errorf("%w: no handshake within %s; %s", ErrHung, limit.Round(time.Millisecond), said)
 	case !alive && !l.hello.said.Load():
 		return fmt.Errorf("%w: it ended (%s) before saying hello; %s", ErrNoHandshake, l.child.exit, said)
