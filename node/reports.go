@@ -22,6 +22,7 @@ const (
 	reportTTL     = 15 * time.Second
 	reportEvery   = reportTTL / 3
 	sampleEvery   = 5 * time.Second
+	retryEvery    = 250 * time.Millisecond // of telling what could not be told
 	scatterWithin = 500 * time.Millisecond
 	// maxRTTs bounds how many distances a node tells about: those of its watchers and whom it watches.
 	maxRTTs = 32
@@ -79,12 +80,22 @@ func (n *Node) report(ctx context.Context) error {
 			}
 		}
 		n.faults.set("report drops", n.tellDrops(ctx))
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-tick.C:
-		case <-n.instancesChanged:
-			n.faults.set("report instances", n.tellInstances(ctx, false))
+		for sampled := false; !sampled; {
+			// What could not be told, for the others were not there yet, is told as soon as they are.
+			var again <-chan time.Time
+			err := n.tellInstances(ctx, false)
+			n.faults.set("report instances", err)
+			if err != nil {
+				again = time.After(retryEvery)
+			}
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-tick.C:
+				sampled = true
+			case <-n.instancesChanged:
+			case <-again:
+			}
 		}
 	}
 }
