@@ -57,8 +57,6 @@ var bugs = []bug{
 	{"one-holder-less", "whole", 10, "w - 1 holders are taken for w"},
 	{"restore-older", "whole", 100, "a new owner starts from the checkpoint before the last acknowledged one"},
 	{"no-lease-wait", "whole", 200, "the successor of an exactly-one instance does not wait until the last owner's lease has run out"},
-	{"lease-not-asked", "whole", 200, "an owner serves whether or not it holds its lease"},
-	{"serves-out-of-touch", "whole", 200, "an owner that is cut off from the arbiter goes on"},
 	{"reply-before-commit", "whole", 100, "an answer is given before its effects are committed"},
 }
 
