@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	iradix "github.com/hashicorp/go-immutable-radix"
 	"github.com/hashicorp/raft"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/proto"
@@ -220,19 +221,20 @@ func (a *Arbiter) serveLease(ctx context.Context, from peer.ID, req *wirev1.Arbi
 		}
 		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: err.Error()}
 	}
-	r := a.raft.Load()
 	a.leases.mu.Lock()
 	defer a.leases.mu.Unlock()
-	if r == nil || !a.leases.lead(r) {
+	// Under the lock: what was shown before it may be of an epoch that has ended since.
+	r, st := a.raft.Load(), a.fsm.shown.Load()
+	if r == nil || st == nil || a.superseded() || !a.leases.lead(r) { // another incarnation may begin just now
 		return notLeader()
 	}
-	return &wirev1.ArbiterResponse{Leases: a.leases.renew(from, req)}
+	return &wirev1.ArbiterResponse{Leases: a.leases.renew(st.tree, from, req)}
 }
 
 // renew acknowledges what may be. Locked.
-func (l *leases) renew(from peer.ID, req *wirev1.ArbiterLeaseRequest) *wirev1.ArbiterLeases {
+func (l *leases) renew(tree *iradix.Tree, from peer.ID, req *wirev1.ArbiterLeaseRequest) *wirev1.ArbiterLeases {
 	out := &wirev1.ArbiterLeases{TtlMs: uint64(l.a.t.Lease.Milliseconds())}
-	tree, now := l.a.fsm.shown.Load().tree, l.a.cfg.BootTime()
+	now := l.a.cfg.BootTime()
 	mine := func(k *wirev1.ArbiterLease) *leased {
 		reg := treeGet(tree, k.GetKey())
 		if reg == nil || reg.Owner != from || reg.Boot != req.GetBoot() || reg.Epoch != k.GetEpoch() {

@@ -278,15 +278,21 @@ func (c *cluster) eventually(within time.Duration, what string, cond func() bool
 	}
 }
 
-// settled waits until all live nodes agree on so many voters.
+// settled waits until all live nodes agree on so many voters, in one incarnation.
 func (c *cluster) settled(within time.Duration, voters, learners int) {
 	c.t.Helper()
 	c.eventually(within, fmt.Sprintf("%d voters and %d learners, known to all", voters, learners), func() bool {
 		var first Status
+		var life incarnation
 		for i, n := range c.live() {
 			s := n.arb().Status()
+			_, seen := n.arb().disk.incarnations()
 			if i == 0 {
-				first = s
+				first, life = s, seen
+			}
+			// One that has met a higher incarnation gives its own up soon, and shows it until then.
+			if seen != life || n.arb().superseded() {
+				return false
 			}
 			if !s.HasLeader || len(s.Voters) != voters || len(s.Learners) != learners || !slices.Equal(s.Voters, first.Voters) {
 				return false
