@@ -20,6 +20,7 @@ import (
 type feedUpdate struct {
 	whole     *iradix.Tree // a snapshot, or
 	registers []*Register
+	life      incarnation // of the feeder's state
 	at        point
 	complete  uint64
 	meta      *meta
@@ -186,7 +187,7 @@ func (f *follower) take(u *wirev1.ArbiterFeedUpdate, whole *iradix.Txn) (*iradix
 		}
 		regs = append(regs, r)
 	}
-	up := &feedUpdate{registers: regs, at: point{u.GetIncarnation(), u.GetIndex()}, complete: u.GetComplete()}
+	up := &feedUpdate{registers: regs, life: incarnation{u.GetIncarnation(), u.GetLineage()}, at: point{u.GetIncarnation(), u.GetIndex()}, complete: u.GetComplete()}
 	if w := u.GetWhere(); w != nil {
 		f.a.hear(w)
 		if w.GetMeta() != nil {
@@ -206,7 +207,9 @@ func (f *follower) take(u *wirev1.ArbiterFeedUpdate, whole *iradix.Txn) (*iradix
 		}
 		up.whole, up.registers = whole.CommitOnly(), nil
 	}
-	f.a.view.fromFeed(up)
+	if err := f.a.view.fromFeed(up); err != nil {
+		return nil, err
+	}
 	if u.GetIndex() > 0 {
 		f.mu.Lock()
 		f.ever, f.heard, f.age = true, f.a.cfg.BootTime(), time.Duration(u.GetAgeMs())*time.Millisecond

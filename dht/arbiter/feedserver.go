@@ -26,11 +26,12 @@ type feeder struct {
 	stream peers.Stream
 	flush  chan struct{} // the follower wants what is held back
 
-	pos   point
-	sent  map[string]time.Time // when a checkpoint of the key went out last
-	held  map[string]heldBack
-	where *wirev1.ArbiterWhere
-	last  time.Time // when something was sent
+	pos     point
+	lineage uint64               // to which pos belongs
+	sent    map[string]time.Time // when a checkpoint of the key went out last
+	held    map[string]heldBack
+	where   *wirev1.ArbiterWhere
+	last    time.Time // when something was sent
 }
 
 type heldBack struct {
@@ -64,7 +65,7 @@ func (a *Arbiter) serveFeed(from peer.ID, s peers.Stream) {
 	if err := s.SetReadDeadline(time.Time{}); err != nil {
 		return
 	}
-	f := &feeder{a: a, stream: s, flush: make(chan struct{}, 1), pos: point{req.GetIncarnation(), req.GetIndex()}, sent: map[string]time.Time{}, held: map[string]heldBack{}}
+	f := &feeder{a: a, stream: s, flush: make(chan struct{}, 1), pos: point{req.GetIncarnation(), req.GetIndex()}, lineage: req.GetLineage(), sent: map[string]time.Time{}, held: map[string]heldBack{}}
 	gone := make(chan struct{})
 	go func() {
 		defer close(gone)
@@ -99,7 +100,7 @@ func (f *feeder) run(gone <-chan struct{}) {
 			return
 		}
 		var err error
-		if !ok || f.pos.inc != st.at.inc {
+		if !ok || f.pos.inc != st.at.inc || f.lineage != st.meta.Lineage {
 			err = f.snapshot(st)
 		} else {
 			err = f.changes(changes, st, flush)
@@ -150,7 +151,7 @@ func (f *feeder) snapshot(st *viewState) error {
 			regs, size = nil, 0
 		}
 	}
-	f.pos = st.at
+	f.pos, f.lineage = st.at, st.meta.Lineage
 	clear(f.held)
 	clear(f.sent)
 	f.where = nil
@@ -215,7 +216,7 @@ func (f *feeder) sendChanges(order []string, index map[string]uint64, st *viewSt
 		}
 		regs = append(regs, r)
 		if size += proto.Size(r); size >= feedPart {
-			if err := f.send(&wirev1.ArbiterFeedUpdate{Registers: regs, Incarnation: st.at.inc}); err != nil {
+			if err := f.send(&wirev1.ArbiterFeedUpdate{Registers: regs, Incarnation: st.at.inc, Lineage: st.meta.Lineage}); err != nil {
 				return err
 			}
 			regs, size = nil, 0

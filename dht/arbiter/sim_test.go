@@ -290,8 +290,8 @@ func (c *cluster) settled(within time.Duration, voters, learners int) {
 			if i == 0 {
 				first, life = s, seen
 			}
-			// One that has met a higher incarnation gives its own up soon, and shows it until then.
-			if seen != life || n.arb().superseded() {
+			// One that has met a higher incarnation shows the lower one until it hears of the other's registers.
+			if seen != life || n.arb().superseded() || n.arb().view.now().meta.incarnation() != life {
 				return false
 			}
 			if !s.HasLeader || len(s.Voters) != voters || len(s.Learners) != learners || !slices.Equal(s.Voters, first.Voters) {

@@ -2,6 +2,7 @@ package arbiter
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -92,14 +93,15 @@ func (v *view) takeLocked(next *viewState) {
 		return // the machine is still catching up with what is known already
 	}
 	v.ring, v.base = nil, next.at.index
-	v.publish(next, difference(st.tree, next.tree))
+	v.publish(next, difference(st, next))
 }
 
 // fromDisk shows what is known to have been committed, before raft is heard.
 func (v *view) fromDisk(m *machine) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.publish(&viewState{tree: m.tree, meta: m.meta, at: point{m.meta.Incarnation, m.index}, complete: m.index}, difference(v.now().tree, m.tree))
+	next := &viewState{tree: m.tree, meta: m.meta, at: point{m.meta.Incarnation, m.index}, complete: m.index}
+	v.publish(next, difference(v.now(), next))
 }
 
 // leaveMachine stops showing the machine's state, which is no longer current.
@@ -115,7 +117,8 @@ func (v *view) leaveMachine() {
 	v.publish(&st, nil)
 }
 
-// outrank has whatever comes of a higher lineage count as newer: of two incarnations of the same number the log indices do not tell.
+// outrank has whatever comes of a higher lineage count as newer: of two incarnations of the same number the log indices do not tell. It
+// may be called again for the same one.
 func (v *view) outrank(in incarnation) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -123,30 +126,39 @@ func (v *view) outrank(in incarnation) {
 	if at := st.meta.incarnation(); at.number != in.number || !at.before(in) {
 		return
 	}
-	st.at, st.complete, st.fromRaft = point{st.at.inc - 1, st.at.index}, 0, false
+	st.at, st.complete, st.fromRaft = point{in.number - 1, st.at.index}, 0, false
 	v.ring = nil
 	v.publish(&st, nil)
 }
 
+// errOtherLife is returned for changes of another incarnation than the one shown. Nothing of two is ever mixed: the whole is needed.
+var errOtherLife = errors.New("the feed's changes are of another incarnation than what is shown")
+
 // fromFeed shows a feed's update.
-func (v *view) fromFeed(u *feedUpdate) {
+func (v *view) fromFeed(u *feedUpdate) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	st := v.now()
 	if st.fromRaft {
-		return // the machine has caught up meanwhile
+		return nil // the machine has caught up meanwhile
+	}
+	if u.whole == nil && u.life != st.meta.incarnation() {
+		return errOtherLife
 	}
 	next := *st
-	if u.meta != nil {
+	switch {
+	case u.meta != nil && u.meta.incarnation() == u.life: // else it was read after another one began
 		next.meta = *u.meta
+	case u.whole != nil:
+		next.meta = meta{Cluster: st.meta.Cluster, Format: st.meta.Format, Incarnation: u.life.number, Lineage: u.life.lineage}
 	}
 	var changes []change
 	if u.whole != nil {
 		if u.at.before(st.at) {
-			return // from a feeder that is behind
+			return nil // from a feeder that is behind
 		}
 		next.tree, next.at, next.complete = u.whole, u.at, u.complete
-		changes = difference(st.tree, u.whole)
+		changes = difference(st, &next)
 	} else {
 		changes = newer(st, u.registers)
 		next.tree = edited(st.tree, changes)
@@ -158,6 +170,7 @@ func (v *view) fromFeed(u *feedUpdate) {
 		}
 	}
 	v.publish(&next, changes)
+	return nil
 }
 
 // newer turns a feed's registers into changes, leaving out what is known: what is not newer than the register here, and what is not
@@ -199,10 +212,12 @@ func edited(t *iradix.Tree, changes []change) *iradix.Tree {
 	return x.CommitOnly()
 }
 
-// difference lists what differs between two trees, ordered by key.
-func difference(from, to *iradix.Tree) []change {
+// difference lists what differs between two states, ordered by key.
+func difference(from, to *viewState) []change {
 	var out []change
-	a, b := from.Root().Iterator(), to.Root().Iterator()
+	a, b := from.tree.Root().Iterator(), to.tree.Root().Iterator()
+	// Of two lineages, number and index do not tell whether a register is the same one.
+	strangers := from.meta.incarnation() != to.meta.incarnation()
 	_, av, aok := a.Next()
 	_, bv, bok := b.Next()
 	for aok || bok {
@@ -221,7 +236,7 @@ func difference(from, to *iradix.Tree) []change {
 			out = append(out, change{key: y.Key, new: y, index: y.Index})
 			_, bv, bok = b.Next()
 		default:
-			if x != y && (x.Index != y.Index || x.Incarnation != y.Incarnation) {
+			if x != y && (strangers || x.Index != y.Index || x.Incarnation != y.Incarnation) {
 				out = append(out, change{key: x.Key, old: x, new: y, index: y.Index})
 			}
 			_, av, aok = a.Next()
