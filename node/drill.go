@@ -23,6 +23,9 @@ import (
 // drillWait is how long a drill waits for what comes back when it was not told.
 const drillWait = time.Minute
 
+// noSuccessor is why nobody is named for what placement will yet find a node for.
+const noSuccessor = "placement has named no successor that would be left; it looks for another node"
+
 // Drill says what the loss of a node or a zone would do, and with Really causes it.
 func (v *verbs) Drill(ctx context.Context, r *apiv1.DrillRequest, s *connect.ServerStream[apiv1.DrillUpdate]) error {
 	n := v.n
@@ -34,24 +37,16 @@ func (v *verbs) Drill(ctx context.Context, r *apiv1.DrillRequest, s *connect.Ser
 		return err
 	}
 	if r.GetReally() && slices.ContainsFunc(lost, func(m members.Member) bool { return m.ID == n.id }) {
-		// Somebody has to be left to tell.
+		why, try := "no node would be left to tell what came of it", "coppice "+what+" without --really"
 		for _, m := range n.members.Alive() {
-			if slices.ContainsFunc(lost, func(l members.Member) bool { return l.ID == m.ID }) {
-				continue
+			if !slices.ContainsFunc(lost, func(l members.Member) bool { return l.ID == m.ID }) {
+				why, try = n.cfg.Name+", which is asked, would die with what it has to tell", "the same command on "+m.Name
+				break
 			}
-			c, err := api.Forward(ctx, n, m.ID.String())
-			if err != nil {
-				return err
-			}
-			from, err := c.Drill(ctx, r)
-			if err != nil {
-				return err
-			}
-			return api.Relay(from, s)
 		}
-		return api.Fail(connect.CodeFailedPrecondition, what, "no node would be left", "coppice "+what+" without --really")
+		return api.Fail(connect.CodeFailedPrecondition, what, why, try)
 	}
-	out := n.predict(lost)
+	out := n.predict(lost, r.GetReally())
 	if !r.GetReally() {
 		out.Done = true
 		return s.Send(out)
@@ -74,8 +69,9 @@ func (v *verbs) Drill(ctx context.Context, r *apiv1.DrillRequest, s *connect.Ser
 			}
 			err = st.Err()
 		}
-		if connect.CodeOf(err) == connect.CodeFailedPrecondition {
-			return err
+		switch connect.CodeOf(err) {
+		case connect.CodeFailedPrecondition, connect.CodePermissionDenied, connect.CodeUnimplemented, connect.CodeNotFound, connect.CodeInvalidArgument:
+			return err // it refused; anything else is how a call to a node that dies ends
 		}
 	}
 	n.observe(ctx, out, begun, r)
@@ -132,8 +128,8 @@ func (n *Node) dieByDrill(ctx context.Context) error {
 	return nil
 }
 
-// predict says what the loss of nodes would do.
-func (n *Node) predict(lost []members.Member) *apiv1.DrillUpdate {
+// predict says what the loss of nodes would do: of their power or, when killed, of their processes alone.
+func (n *Node) predict(lost []members.Member, killed bool) *apiv1.DrillUpdate {
 	out := &apiv1.DrillUpdate{}
 	gone := map[peer.ID]bool{}
 	names := map[string]bool{}
@@ -144,7 +140,7 @@ func (n *Node) predict(lost []members.Member) *apiv1.DrillUpdate {
 	st := n.arbiter.Status()
 	left := n.votersLeft(st, gone)
 	out.Voters, out.VotersLeft = uint32(len(st.Voters)), uint32(len(left))
-	out.WritesStop = writesStop(st, len(left))
+	out.WritesStop = writesStop(st, left, killed)
 	if out.WritesStop {
 		out.Cure = n.voterCure(st)
 	} else if len(left) > 0 {
@@ -159,6 +155,11 @@ func (n *Node) predict(lost []members.Member) *apiv1.DrillUpdate {
 			continue
 		}
 		d := &apiv1.DrillInstance{Instance: in.GetInstance(), From: in.GetNode(), Durable: in.GetDurable(), WouldLoseMs: in.WouldLoseMs}
+		if strings.HasSuffix(in.GetInstance(), "@"+in.GetNode()) { // components.EachNodeInstance
+			d.Reason = "one runs on each node: it comes back with its node"
+			out.Instances = append(out.Instances, d)
+			continue
+		}
 		for _, h := range in.GetReplicas() {
 			if !names[h] {
 				d.CopiesLeft++
@@ -170,13 +171,16 @@ func (n *Node) predict(lost []members.Member) *apiv1.DrillUpdate {
 				break
 			}
 		}
+		if systemComponent(in.GetComponent()) {
+			d.To = out.Coordinator // it runs where the coordinator is
+		}
 		switch {
 		case out.WritesStop:
 			d.To, d.Reason = "", "nobody can take it over while no majority of the voters is left"
 		case in.GetCheckpointSeq() > 0 && d.CopiesLeft == 0 && in.GetDurable() != "none":
 			d.To, d.Reason = "", "no copy of its state would be left"
 		case d.To == "":
-			d.Reason = "placement has named no successor that would be left; it looks for another node"
+			d.Reason = noSuccessor
 		}
 		if d.To != "" {
 			d.PredictedMs = in.PredictedRestartMs
@@ -206,8 +210,13 @@ func (n *Node) votersLeft(st arbiter.Status, gone map[peer.ID]bool) []peer.ID {
 	return left
 }
 
-func writesStop(st arbiter.Status, left int) bool {
-	return len(st.Voters) > 0 && left < len(st.Voters)/2+1
+// writesStop says whether nothing could be committed with only these voters left. Of two, which go by the rule of two nodes, the primary
+// goes on alone, and the other only from a proof of death: a process that was killed is one, lost power is not.
+func writesStop(st arbiter.Status, left []peer.ID, killed bool) bool {
+	if len(st.Voters) == 2 && len(left) == 1 && st.Primary != "" {
+		return !killed && left[0] != st.Primary
+	}
+	return len(st.Voters) > 0 && len(left) < len(st.Voters)/2+1
 }
 
 // zoneRisks tells for each zone whether its loss would stop writes, and what would cure it.
@@ -224,7 +233,7 @@ func (n *Node) zoneRisks() []*apiv1.Unsafe {
 	}
 	var out []*apiv1.Unsafe
 	for z, ids := range zones {
-		if left := n.votersLeft(st, ids); writesStop(st, len(left)) && len(n.members.Alive()) > len(ids) {
+		if left := n.votersLeft(st, ids); writesStop(st, left, false) && len(n.members.Alive()) > len(ids) {
 			out = append(out, &apiv1.Unsafe{Subject: "zone " + z, Why: fmt.Sprintf("%d of %d voters are in it: its loss would stop all writes; %s", len(ids), len(st.Voters), n.voterCure(st))})
 		}
 	}
@@ -253,11 +262,14 @@ func (n *Node) voterCure(st arbiter.Status) string {
 	return "the voters are spread over the zones one by one, within minutes"
 }
 
-// observe waits for what was lost to come back and writes down when it did.
+// observe waits for what was lost to come back and writes down when it did. What cannot come back elsewhere is not waited for.
 func (n *Node) observe(ctx context.Context, out *apiv1.DrillUpdate, begun time.Time, r *apiv1.DrillRequest) {
 	wait := time.Duration(r.GetTimeoutMs()) * time.Millisecond
 	if wait <= 0 {
 		wait = drillWait
+	}
+	if out.GetWritesStop() {
+		return // nothing comes back before the nodes do
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
@@ -268,6 +280,10 @@ func (n *Node) observe(ctx context.Context, out *apiv1.DrillUpdate, begun time.T
 			if n.arbiter.Sync(ctx) == nil {
 				committed <- time.Since(begun)
 				return
+			}
+			select { // there may be no leader to ask, which is known at once
+			case <-time.After(5 * time.Millisecond):
+			case <-ctx.Done():
 			}
 		}
 	})
@@ -286,13 +302,19 @@ func (n *Node) observe(ctx context.Context, out *apiv1.DrillUpdate, begun time.T
 			if d.CameTo == "" && in != nil && in.GetState() == string(components.Running) && !lost[in.GetNode()] {
 				d.CameTo, d.TookMs = in.GetNode(), proto.Float64(ms(time.Since(begun)))
 			}
-			all = all && d.GetCameTo() != ""
+			all = all && (d.GetCameTo() != "" || !canComeBack(d))
 		}
 		return all
 	})
 	out.TookMs = proto.Float64(ms(time.Since(begun)))
-	cancel()
-	if d, ok := <-committed; ok {
-		out.CommitMs = proto.Float64(ms(d))
+	select { // with nothing to come back the commit is what is waited for
+	case d, ok := <-committed:
+		if ok {
+			out.CommitMs = proto.Float64(ms(d))
+		}
+	case <-ctx.Done():
 	}
 }
+
+// canComeBack says whether a lost instance can run elsewhere: a copy of its state is left, or it needs none, and it belongs to no one node.
+func canComeBack(d *apiv1.DrillInstance) bool { return d.GetTo() != "" || d.GetReason() == noSuccessor }

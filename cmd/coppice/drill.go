@@ -21,7 +21,7 @@ func (c *cli) drillCmd() *cobra.Command {
 		group: groupNode, use: "drill [NODE]", short: "Say what the loss of a node or a zone would do, or cause it",
 		long: "Say what the loss of a node, or of all nodes of a zone, would do: whether writes go on, where each component would restart, in what\n" +
 			"time, and what would be lost. With --really the nodes and what runs on them are killed (kill -9), and what came of it is printed\n" +
-			"beside what was predicted; start the nodes again afterwards.",
+			"beside what was predicted: ask a node that is to stay. Start the others again afterwards.",
 		example: examples("coppice drill n2", "", "coppice drill --zone attic", "would writes go on without these?", "coppice drill n2 --really", "see it happen"),
 		max:     1, timeout: drillTimeout + transferSlack, args: c.nodeNames(0),
 		run: func(ctx context.Context, args []string) error {

@@ -1,0 +1,146 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/coppice-project/coppice/internal/cluster"
+	"github.com/coppice-project/coppice/internal/cluster/clustertest"
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+// drill runs the command and reads what it says.
+func (g *grove) drill(n *cluster.Node, args ...string) *apiv1.DrillUpdate {
+	g.t.Helper()
+	out := &apiv1.DrillUpdate{}
+	must(g.t, json.Unmarshal([]byte(g.do(n, append([]string{"drill", "-o", "json"}, args...)...)), out))
+	return out
+}
+
+// moveTo has an instance run on a node.
+func (g *grove) moveTo(via *cluster.Node, instance, node string) {
+	g.t.Helper()
+	if g.running(via, instance, nil).GetNode() == node {
+		return
+	}
+	g.do(via, "move", instance, node)
+	g.running(via, instance, func(in *apiv1.Instance) error {
+		if in.GetNode() != node {
+			return fmt.Errorf("on %s", in.GetNode())
+		}
+		return nil
+	})
+}
+
+// Two zones, with two of three voters in one: it is said beforehand that the loss of that zone would stop writes, and that the loss of the
+// other would not. Then the other is really killed, and what was predicted comes true.
+func TestDrillOfAZone(t *testing.T) {
+	g := seedIn(t, clustertest.Config{Nodes: 3, Args: func(i int) []string {
+		return []string{"--zone", []string{"attic", "cellar"}[i/3]} // n3 is in the cellar
+	}})
+	must(t, g.Up(t.Context()))
+	g.waitVoters()
+	n1, n3 := g.Nodes[0], g.Nodes[2]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, counterApp)
+	g.running(n1, "tally/counter-0", protected(3))
+	g.counted(n1, 5)
+
+	if d := g.drill(n1, "--zone", "attic"); !d.WritesStop || d.Cure == "" || d.VotersLeft != 1 || !slices.Equal(d.Lost, []string{"n1", "n2"}) {
+		t.Errorf("the loss of the zone with two voters: %v", d)
+	}
+	for _, command := range []string{"status", "doctor"} {
+		if out := g.run(n1, command).out; !strings.Contains(out, "zone attic") || strings.Contains(out, "zone cellar") {
+			t.Errorf("%s does not say which zone's loss stops writes:\n%s", command, out)
+		}
+	}
+	if d := g.drill(n1, "--zone", "cellar"); d.WritesStop || d.VotersLeft != 2 || !slices.Equal(d.Lost, []string{"n3"}) {
+		t.Errorf("the loss of the zone with one voter: %v", d)
+	}
+	g.refused(n1, []string{"no node of that zone", "attic", "cellar"}, "drill", "--zone", "roof")
+	g.refused(n1, []string{"no member has this name", "n1"}, "drill", "n9")
+	if r := g.run(n1, "drill"); r.code != 2 {
+		t.Errorf("drill of nothing: status %d %s", r.code, r.err)
+	}
+	if len(g.Alive()) != 3 {
+		t.Fatal("a drill that was not for real killed somebody")
+	}
+
+	g.moveTo(n1, "tally/counter-0", "n3")
+	g.running(n1, "tally/counter-0", protected(3))
+	g.refused(n3, []string{"n3, which is asked", "on n1"}, "drill", "--zone", "cellar", "--really") // who would tell?
+	d := g.drill(n1, "--zone", "cellar", "--really")
+	if n3.Running() {
+		t.Error("n3 still runs")
+	}
+	if !d.Done || d.WritesStop || d.CommitMs == nil {
+		t.Fatalf("for real: %v", d)
+	}
+	at := slices.IndexFunc(d.Instances, func(in *apiv1.DrillInstance) bool { return in.Instance == "tally/counter-0" })
+	if at < 0 {
+		t.Fatalf("the counter is not among the lost: %v", d)
+	}
+	in := d.Instances[at]
+	if in.To == "" || in.CameTo != in.To || in.TookMs == nil || in.PredictedMs == nil || in.GetWouldLoseMs() != 0 {
+		t.Errorf("the counter: %v", in)
+	}
+	g.shows(n1, 5)
+	g.refused(n1, []string{"no node would be left to tell"}, "drill", "--zone", "attic", "--really")
+	if len(g.Alive()) != 2 {
+		t.Error("a refused drill killed somebody")
+	}
+}
+
+// Of two nodes the loss of the primary's power would stop writes and that of the secondary's would not; a process that is killed is survived
+// by either.
+func TestDrillOfTwoNodes(t *testing.T) {
+	g := plant(t, 2)
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, counterApp+"  - name: each\n    artifact: counter\n    count: each-node\n    durable: none\n")
+	g.running(n1, "tally/counter-0", protected(2))
+	primary := g.Node(g.arbiter(n1).GetPrimary())
+	secondary := g.others(primary)[0]
+	if d := g.drill(n1, primary.Name); !d.WritesStop {
+		t.Errorf("the loss of the primary: %v", d)
+	}
+	if d := g.drill(n1, secondary.Name); d.WritesStop {
+		t.Errorf("the loss of the secondary: %v", d)
+	}
+	d := g.drill(secondary, primary.Name, "--really")
+	if d.WritesStop || d.CommitMs == nil || primary.Running() {
+		t.Errorf("the primary killed: %v", d)
+	}
+	for _, in := range d.Instances {
+		if each := strings.Contains(in.Instance, "@"); each != (in.CameTo == "") || each != (in.Reason != "") {
+			t.Errorf("%v", in)
+		}
+	}
+}
+
+// SIGTERM ends a node in order: what it ran is saved, however seldom its state is copied, the others know that it left, and go on with it.
+func TestTerminatedNodeSavesAndSaysGoodbye(t *testing.T) {
+	g := plant(t, 3)
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, strings.Replace(counterApp, "durable: each-call", "durable: 1h", 1))
+	g.moveTo(n1, "tally/counter-0", "n2")
+	g.counted(n1, 6)
+	must(t, g.Node("n2").Term(t.Context()))
+	g.running(n1, "tally/counter-0", notOn("n2"))
+	g.shows(n1, 6)
+	g.wait("n1 to know why n2 is gone", func(ctx context.Context) error {
+		if left := g.nodesInState(n1, "left"); !slices.Equal(left, []string{"n2"}) {
+			return errors.New("left: " + strings.Join(left, " "))
+		}
+		return nil
+	})
+	if g.logged(g.Node("n2"), "level=ERROR") > 0 {
+		t.Error("n2 ended with errors in its log")
+	}
+}
