@@ -259,12 +259,15 @@ func (v *verbs) Move(ctx context.Context, r *apiv1.MoveRequest) (*apiv1.ReplaceR
 	if err != nil {
 		return nil, err
 	}
-	res, err := v.onOwner(ctx, what, name, r.GetTimeoutMs(), func(ctx context.Context) (supervisor.Replaced, error) {
+	var res *apiv1.ReplaceResponse
+	if owner, err := n.owner(what, name); err == nil && owner == to.ID && api.ForwardedFrom(ctx) == "" {
+		// There is nothing to move; it still stays there from now on.
+		res = &apiv1.ReplaceResponse{From: to.Name, To: to.Name, Instances: []string{name}}
+	} else if res, err = v.onOwner(ctx, what, name, r.GetTimeoutMs(), func(ctx context.Context) (supervisor.Replaced, error) {
 		return n.sup.Move(ctx, name, to.ID, supervisor.Wish{Trigger: "operator", Cause: "moved by a command"})
 	}, func(ctx context.Context, c apiv1connect.ControlClient) (*apiv1.ReplaceResponse, error) {
 		return c.Move(ctx, &apiv1.MoveRequest{Component: name, Node: to.ID.String(), TimeoutMs: r.GetTimeoutMs()})
-	})
-	if err != nil {
+	}); err != nil {
 		return nil, err
 	}
 	if api.ForwardedFrom(ctx) == "" {

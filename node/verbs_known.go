@@ -81,6 +81,7 @@ func (v *verbs) Events(ctx context.Context, r *apiv1.EventsRequest, s *connect.S
 		limit = defaultEvents
 	}
 	limit = min(limit, maxEvents)
+	prefix, wanted := eventsOf(prefix)
 	var since time.Time
 	if r.GetSince() != nil {
 		since = r.GetSince().AsTime()
@@ -89,6 +90,9 @@ func (v *verbs) Events(ctx context.Context, r *apiv1.EventsRequest, s *connect.S
 	if r.GetFollow() { // subscribed before the list is read: nothing falls between
 		feed = make(chan events.Event, 1024)
 		cancel := n.events.Subscribe(prefix, func(ev events.Event) {
+			if !wanted(ev.Channel) {
+				return
+			}
 			select {
 			case feed <- ev:
 			default: // a reader that is this slow reads the rest from the list
@@ -97,7 +101,8 @@ func (v *verbs) Events(ctx context.Context, r *apiv1.EventsRequest, s *connect.S
 		defer cancel()
 	}
 	seen := map[string]bool{}
-	for _, ev := range n.events.List(prefix, since, limit) {
+	list := slices.DeleteFunc(n.events.List(prefix, since, maxEvents), func(ev events.Event) bool { return !wanted(ev.Channel) })
+	for _, ev := range list[max(0, len(list)-limit):] {
 		seen[ev.ID] = true
 		if err := s.Send(eventOut(ev)); err != nil {
 			return err
@@ -119,6 +124,21 @@ func (v *verbs) Events(ctx context.Context, r *apiv1.EventsRequest, s *connect.S
 		}
 	}
 	return nil
+}
+
+// eventsOf is the channel to read for one that somebody asked for, and which events of it he means: a component's are those of its instances,
+// which have channels of their own beside its.
+func eventsOf(channel string) (prefix string, wanted func(string) bool) {
+	const apps = "/apps/"
+	name, ok := strings.CutPrefix(events.CleanChannel(channel), apps)
+	t, err := components.ParseTarget(name)
+	if !ok || err != nil || t.Ordinal >= 0 || t.Node != "" {
+		return channel, func(string) bool { return true }
+	}
+	return apps + t.Application, func(ch string) bool {
+		parts := strings.SplitN(strings.TrimPrefix(ch, apps), "/", 3)
+		return len(parts) > 1 && (parts[1] == t.Component || componentOf(parts[0]+"/"+parts[1]) == t.Key())
+	}
 }
 
 func eventOut(ev events.Event) *apiv1.Event {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"io"
 
 	"github.com/spf13/cobra"
 
@@ -23,6 +25,11 @@ func (c *cli) moveCmd() *cobra.Command {
 			res, err := cl.Move(ctx, &apiv1.MoveRequest{Component: args[0], Node: args[1], TimeoutMs: c.waitMS(actTimeout)})
 			if err != nil {
 				return err
+			}
+			if res.GetFrom() == res.GetTo() {
+				return c.show(res, func(w io.Writer) {
+					fmt.Fprintf(w, "%s: runs on %s already, and stays there until unpin\n", res.Component, res.To)
+				})
 			}
 			return c.replaced(res)
 		},

@@ -73,6 +73,20 @@ func TestDrillOfAZone(t *testing.T) {
 
 	g.moveTo(n1, "tally/counter-0", "n3")
 	g.running(n1, "tally/counter-0", protected(3))
+	if out := g.do(n1, "move", "counter", "n3"); !strings.Contains(out, "runs on n3 already, and stays there") {
+		t.Errorf("moved to where it is: %s", out)
+	}
+	for _, channel := range []string{"/apps/tally/counter", "/apps/tally/counter-0", "apps/tally"} {
+		g.wait("the events of "+channel+" at n2", func(context.Context) error {
+			if out := g.do(g.Nodes[1], "events", channel); !strings.Contains(out, "/apps/tally/counter-0 running") || strings.Contains(out, "/nodes/") {
+				return errors.New(out)
+			}
+			return nil
+		})
+	}
+	if out := g.do(g.Nodes[1], "events", "/apps/tally/count"); out != "" {
+		t.Errorf("events of a component that is not there: %s", out)
+	}
 	g.refused(n3, []string{"n3, which is asked", "on n1"}, "drill", "--zone", "cellar", "--really") // who would tell?
 	d := g.drill(n1, "--zone", "cellar", "--really")
 	if n3.Running() {
