@@ -18,7 +18,7 @@ const (
 )
 
 // ownership kills the arbiter's leader until something is committed again, and a node, by kill -9 and by taking its link away, until the
-// others call it dead.
+// others call it dead; and measures how long the claims after a mass failure take.
 func ownership(ctx context.Context, cfg Config) (_ []Result, err error) {
 	s, err := newStand(ctx, cfg, ownershipNodes)
 	defer func() { err = s.end(err) }()
@@ -79,7 +79,11 @@ func ownership(ctx context.Context, cfg Config) (_ []Result, err error) {
 	if len(dark) > 0 {
 		out = append(out, summary("link cut → called dead", "ms", dark))
 	}
-	return out, nil
+	mass, err := claims(ctx, cfg, claimCount)
+	if err != nil {
+		return out, err
+	}
+	return append(out, mass), nil
 }
 
 // leader is the node that leads the arbiter.
