@@ -57,8 +57,8 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	}
 	if done > 0 {
 		f.entries.Add(uint64(done))
-		f.applied.Store(f.m.index)
 		f.show(changes)
+		f.applied.Store(f.m.index) // after show: who has waited for it reads what is shown
 		f.progress.beat()
 		f.onApply(logs[done-1])
 	}
@@ -174,10 +174,10 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 		return err
 	}
 	f.m = m
-	f.applied.Store(m.index)
 	st := machineState(m)
 	f.shown.Store(st)
 	f.view.takeMachine(st)
+	f.applied.Store(m.index)
 	f.progress.beat()
 	return nil
 }

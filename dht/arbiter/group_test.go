@@ -378,7 +378,7 @@ func TestUnknownCommandStopsTheNode(t *testing.T) {
 			c.t.Fatal(err)
 		}
 		b = append(b, 0xfa, 0x3f, 0x01, 'x') // field 1023
-		if resp := leader.arb().propose(b, 1); resp.GetCode() != wirev1.ArbiterResponse_FORMAT {
+		if resp := leader.arb().propose(t.Context(), b, 1); resp.GetCode() != wirev1.ArbiterResponse_FORMAT {
 			c.t.Fatalf("the leader let it through: %v", resp)
 		}
 		before := leader.arb().Status().Index

@@ -245,7 +245,7 @@ func (k *keeper) setMeta(ctx context.Context, m *wirev1.ArbiterSetMeta) error {
 		return err
 	}
 	done := make(chan *wirev1.ArbiterResponse, 1)
-	go func() { done <- k.a.propose(b, k.a.view.now().at.inc) }()
+	go func() { done <- k.a.propose(ctx, b, k.a.view.now().at.inc) }()
 	select {
 	case resp := <-done:
 		if resp.GetCode() != wirev1.ArbiterResponse_OK {

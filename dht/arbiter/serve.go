@@ -31,7 +31,7 @@ func (a *Arbiter) serve(ctx context.Context, from peer.ID, req *wirev1.ArbiterRe
 func (a *Arbiter) answer(ctx context.Context, from peer.ID, req *wirev1.ArbiterRequest) *wirev1.ArbiterResponse {
 	switch k := req.GetKind().(type) {
 	case *wirev1.ArbiterRequest_Propose:
-		return a.propose(k.Propose, req.GetSince())
+		return a.propose(ctx, k.Propose, req.GetSince())
 	case *wirev1.ArbiterRequest_Read:
 		resp := a.serveReadIndex(ctx)
 		if resp.GetCode() == wirev1.ArbiterResponse_OK {
@@ -68,7 +68,7 @@ func invalid(format string, args ...any) *wirev1.ArbiterResponse {
 }
 
 // propose has an entry committed, if this node leads. since is the number of the incarnation whose log index stands in the entry.
-func (a *Arbiter) propose(entry []byte, since uint64) *wirev1.ArbiterResponse {
+func (a *Arbiter) propose(ctx context.Context, entry []byte, since uint64) *wirev1.ArbiterResponse {
 	r := a.raft.Load()
 	if r == nil || a.halted.Load() || r.State() != raft.Leader || a.superseded() || !a.serving.enter() {
 		return notLeader()
@@ -91,6 +91,12 @@ func (a *Arbiter) propose(entry []byte, since uint64) *wirev1.ArbiterResponse {
 			return invalid("%v", err)
 		}
 	}
+	if err := a.leases.catchUp(ctx, r, e); err != nil {
+		if errors.Is(err, raft.ErrNotLeader) {
+			return notLeader()
+		}
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: err.Error()}
+	}
 	admitted, leads := a.leases.admit(r, e)
 	if !leads {
 		return notLeader()
@@ -103,7 +109,7 @@ func (a *Arbiter) propose(entry []byte, since uint64) *wirev1.ArbiterResponse {
 // apply has what was admitted of an entry committed.
 func (a *Arbiter) apply(r *raft.Raft, entry []byte, e *wirev1.ArbiterEntry, admitted *admission) *wirev1.ArbiterResponse {
 	if admitted.behind {
-		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: "this leader does not know yet what a claim knows"}
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: "another claim of a register is being decided"}
 	}
 	rest, err := admitted.rest(entry, e)
 	if err != nil {

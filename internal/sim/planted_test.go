@@ -57,6 +57,10 @@ var bugs = []bug{
 	{"one-holder-less", "whole", 10, "w - 1 holders are taken for w"},
 	{"restore-older", "whole", 100, "a new owner starts from the checkpoint before the last acknowledged one"},
 	{"no-lease-wait", "whole", 200, "the successor of an exactly-one instance does not wait until the last owner's lease has run out"},
+	{"lease-of-old-state", "leases", 400, "a new leader decides about claims by what it has applied so far: it does not know who owns what yet"},
+	{"lease-no-drift", "leases", 400, "no margin is left for clocks that run at different rates"},
+	{"lease-no-revoke", "leases", 400, "leases of an epoch are renewed while a claim that ends it is being decided"},
+	{"lease-new-leader", "leases", 100, "a new leader does not wait for the leases that its predecessors acknowledged"},
 	{"reply-before-commit", "whole", 100, "an answer is given before its effects are committed"},
 }
 
