@@ -27,6 +27,7 @@ type Config struct {
 	Advertise []string // multiaddrs others should dial; default: what the host has
 	Zone      string
 	Role      string // full | voter | worker
+	MaxVoters int    // of the whole cluster: 1, 3, 5 or 7; 0: 5. The arbiter's leader goes by its own
 	Join      string // a token; empty: a new cluster, or the one the data folder belongs to
 	API       string // unix:///path or http://127.0.0.1:port; default a socket in the data folder
 	HTTP      string // host:port of the gateway; empty: none

@@ -222,7 +222,7 @@ func (n *Node) openOverlay() (err error) {
 	}
 	n.arbiter, err = arbiter.New(arbiter.Config{
 		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.cfg.FS, Dir: filepath.Join(n.cfg.Data, "raft"),
-		Leased:  components.LeasedBody,
+		Leased: components.LeasedBody, MaxVoters: n.cfg.MaxVoters,
 		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror, Turned: n.turned,
 	})
 	if err != nil {

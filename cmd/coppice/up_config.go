@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -25,6 +26,7 @@ type upConfig struct {
 	DiskBytes         uint64
 	Plugins           string
 	AllowExec         bool
+	Voters            int
 	Profile           string
 	Version           string
 	LogLevel          slog.Level
@@ -38,6 +40,7 @@ type upFlags struct {
 	listen, advertise, labels                  []string
 	capacity, plugins, profile, level, logForm string
 	allowExec                                  bool
+	voters                                     int
 }
 
 func (f *upFlags) register(fs *pflag.FlagSet) {
@@ -49,6 +52,7 @@ func (f *upFlags) register(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&f.advertise, "advertise", nil, "multiaddr that others dial, repeatable (default: what peers observe)")
 	fs.StringVar(&f.zone, "zone", "", "zone of failure this machine is in")
 	fs.StringVar(&f.role, "role", "full", "full, voter (no components) or worker (no votes)")
+	fs.IntVar(&f.voters, "voters", 5, "how many nodes vote at most: 1, 3, 5 or 7; the same at all nodes")
 	fs.StringVar(&f.join, "join", "", "token of the cluster to join, @FILE or - for stdin")
 	fs.StringVar(&f.api, "api", "", "address of the control API (default: a unix socket in the data folder)")
 	fs.StringVar(&f.http, "http", "", "host:port of the gateway and the dashboard (default: none)")
@@ -85,6 +89,10 @@ func (f *upFlags) config(c *cli, fs *pflag.FlagSet) (upConfig, error) {
 			return cfg, err
 		}
 	}
+	if !slices.Contains([]int{1, 3, 5, 7}, f.voters) {
+		return cfg, usagef("--voters %d: want 1, 3, 5 or 7", f.voters)
+	}
+	cfg.Voters = f.voters
 	if err := cfg.LogLevel.UnmarshalText([]byte(f.level)); err != nil {
 		return cfg, usagef("--log-level %q: want debug, info, warn or error", f.level)
 	}

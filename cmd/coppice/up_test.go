@@ -36,6 +36,7 @@ func TestFlagOverEnvironmentOverFile(t *testing.T) {
 	file := `# a node
 name: from-file
 zone: from-file
+voters: 3
 role: worker
 listen: [/ip4/10.0.0.1/tcp/1, /ip4/10.0.0.1/tcp/2]
 label: {region: eu, disk: ssd}
@@ -52,7 +53,7 @@ log-level: debug
 	}
 	want := upConfig{
 		Data: "/d", Name: "from-flag", Zone: "from-env", Role: "worker", Listen: []string{"/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/2"},
-		Labels: map[string]string{"region": "eu", "disk": "ssd"}, CPUMillis: 2000, MemoryBytes: 1 << 30, AllowExec: true, Profile: "lan",
+		Labels: map[string]string{"region": "eu", "disk": "ssd"}, CPUMillis: 2000, MemoryBytes: 1 << 30, AllowExec: true, Voters: 3, Profile: "lan",
 		LogLevel: slog.LevelDebug, LogJSON: true, Version: version(),
 	}
 	cfg.Advertise = nil
