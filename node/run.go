@@ -210,7 +210,8 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 
 // serve opens the doors and says that they are open. It gives up when the node is told to stop.
 func (n *Node) serve(ctx, told context.Context, ready func(Ready) error) error {
-	if n.fresh && n.cfg.Join == "" {
+	founds := n.fresh && n.cfg.Join == "" || n.state.Restored
+	if founds {
 		fctx, cancel := context.WithTimeout(told, 30*time.Second)
 		err := n.found(fctx)
 		cancel()
@@ -220,7 +221,7 @@ func (n *Node) serve(ctx, told context.Context, ready func(Ready) error) error {
 	}
 	n.unpause(ctx)
 	n.servePeers()
-	r := Ready{Node: n.cfg.Name, ID: n.id.String(), Cluster: n.state.Cluster, New: n.fresh && n.cfg.Join == ""}
+	r := Ready{Node: n.cfg.Name, ID: n.id.String(), Cluster: n.state.Cluster, New: founds}
 	var err error
 	if r.API, err = n.serveAPI(ctx); err != nil {
 		return err

@@ -1927,6 +1927,7 @@ func (x *Adopted) GetReason() string {
 
 type BackupRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Partial       bool                   `protobuf:"varint,1,opt,name=partial,proto3" json:"partial,omitempty"` // leave out checkpoints and artifacts whose pages no node has any more, instead of failing
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1959,6 +1960,13 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
 	return file_node_api_v1_api_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *BackupRequest) GetPartial() bool {
+	if x != nil {
+		return x.Partial
+	}
+	return false
 }
 
 type BackupChunk struct {
@@ -2072,7 +2080,7 @@ type BackupSummary struct {
 	Artifacts     uint32                 `protobuf:"varint,9,opt,name=artifacts,proto3" json:"artifacts,omitempty"`
 	Checkpoints   uint32                 `protobuf:"varint,10,opt,name=checkpoints,proto3" json:"checkpoints,omitempty"` // of instances, with all their pages
 	Bytes         uint64                 `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`             // of the file
-	Sha256        []byte                 `protobuf:"bytes,12,opt,name=sha256,proto3" json:"sha256,omitempty"`            // of the file
+	Sha256        string                 `protobuf:"bytes,12,opt,name=sha256,proto3" json:"sha256,omitempty"`            // of the file, in hexadecimal
 	Omitted       []string               `protobuf:"bytes,13,rep,name=omitted,proto3" json:"omitted,omitempty"`          // what is not in it, and why, in words
 	TookMs        float64                `protobuf:"fixed64,14,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2186,11 +2194,11 @@ func (x *BackupSummary) GetBytes() uint64 {
 	return 0
 }
 
-func (x *BackupSummary) GetSha256() []byte {
+func (x *BackupSummary) GetSha256() string {
 	if x != nil {
 		return x.Sha256
 	}
-	return nil
+	return ""
 }
 
 func (x *BackupSummary) GetOmitted() []string {
@@ -8866,8 +8874,9 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\fregister_seq\x18\x02 \x01(\x04R\vregisterSeq\x12\x10\n" +
 	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x18\n" +
 	"\aholders\x18\x04 \x03(\tR\aholders\x12\x16\n" +
-	"\x06reason\x18\x05 \x01(\tR\x06reason\"\x0f\n" +
-	"\rBackupRequest\"x\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\")\n" +
+	"\rBackupRequest\x12\x18\n" +
+	"\apartial\x18\x01 \x01(\bR\apartial\"x\n" +
 	"\vBackupChunk\x12\x16\n" +
 	"\x05state\x18\x01 \x01(\tH\x00R\x05state\x12\x14\n" +
 	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x123\n" +
@@ -8886,7 +8895,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vcheckpoints\x18\n" +
 	" \x01(\rR\vcheckpoints\x12\x14\n" +
 	"\x05bytes\x18\v \x01(\x04R\x05bytes\x12\x16\n" +
-	"\x06sha256\x18\f \x01(\fR\x06sha256\x12\x18\n" +
+	"\x06sha256\x18\f \x01(\tR\x06sha256\x12\x18\n" +
 	"\aomitted\x18\r \x03(\tR\aomitted\x12\x17\n" +
 	"\atook_ms\x18\x0e \x01(\x01R\x06tookMs\"\xcf\x03\n" +
 	"\x0eRestoreSummary\x12\x12\n" +
