@@ -86,19 +86,14 @@ func (d *disk) plantNew(s Seed) error {
 // machine is the state that a seed grows into.
 func (s *Seed) machine() *machine {
 	m := newMachine()
-	m.meta = meta{Cluster: s.Cluster, Incarnation: 1, Format: 1, Coordinator: s.Self}
+	m.meta.Cluster, m.meta.Coordinator = s.Cluster, s.Self
 	t := m.tree.Txn()
 	for i := range s.Registers {
 		r := s.Registers[i]
 		t.Insert([]byte(r.Key), &r)
-		m.index = max(m.index, r.Index)
-		// A register that is made anew later goes on above all that are known: what was deleted cannot be told from here, and its incarnation is a
-		// lower one.
-		m.epochFloor, m.revisionFloor = max(m.epochFloor, r.Epoch), max(m.revisionFloor, r.Revision)
 	}
 	m.tree = t.CommitOnly()
-	m.index++
-	m.deleted = m.index
+	m.grown(0)
 	m.raise(incarnation{s.Incarnation, s.Lineage}, m.index, s.Self, nil)
 	return m
 }
@@ -125,8 +120,7 @@ func (d *disk) plant(m *machine, me raft.ServerAddress) error {
 	if err := out.Close(); err != nil {
 		return err
 	}
-	_, _, err = d.setIncarnations(func(_, seen incarnation) (incarnation, incarnation) { return m.meta.incarnation(), seen })
-	return err
+	return d.settle(m)
 }
 
 // EncodeRegister is a register as it lies on disk and in the DHT.
