@@ -67,6 +67,8 @@ type Node struct {
 	links    *links
 	faults   *faults
 
+	unmirrored unmirrored
+
 	instancesChanged chan struct{}
 	toldInstances    map[string]string // of report's goroutine only
 	toldDrops        string

@@ -37,11 +37,9 @@ type CheckpointMeta struct {
 	ChainBytes uint64                 `protobuf:"varint,8,opt,name=chain_bytes,json=chainBytes,proto3" json:"chain_bytes,omitempty"` // bytes of those deltas
 	BaseBytes  uint64                 `protobuf:"varint,9,opt,name=base_bytes,json=baseBytes,proto3" json:"base_bytes,omitempty"`
 	Frames     []byte                 `protobuf:"bytes,10,opt,name=frames,proto3" json:"frames,omitempty"` // inline frames: delimited coppice.component.v1.StateFrame
-	// Who made it: the token (incarnation, epoch) of its process, and the seq that it is to be committed as. They tell the order of the
-	// checkpoints that holders keep, when the registers are lost. 0: of a version that did not say, or not made by an owner's process.
-	Incarnation   uint64 `protobuf:"varint,11,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
-	Epoch         uint64 `protobuf:"varint,12,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Seq           uint64 `protobuf:"varint,13,opt,name=seq,proto3" json:"seq,omitempty"`
+	// epoch of the process that made it: with the mark it tells the order of the checkpoints that holders keep, when the registers are lost.
+	// 0: of a version that did not say.
+	Epoch         uint64 `protobuf:"varint,11,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -146,13 +144,6 @@ func (x *CheckpointMeta) GetFrames() []byte {
 	return nil
 }
 
-func (x *CheckpointMeta) GetIncarnation() uint64 {
-	if x != nil {
-		return x.Incarnation
-	}
-	return 0
-}
-
 func (x *CheckpointMeta) GetEpoch() uint64 {
 	if x != nil {
 		return x.Epoch
@@ -160,14 +151,8 @@ func (x *CheckpointMeta) GetEpoch() uint64 {
 	return 0
 }
 
-func (x *CheckpointMeta) GetSeq() uint64 {
-	if x != nil {
-		return x.Seq
-	}
-	return 0
-}
-
-// SurveyRequest asks a holder which whole checkpoints it keeps; after the loss of the arbiter's registers. Of each instance the newest.
+// SurveyRequest asks a node which checkpoints it knows, after the loss of the arbiter's registers: of each instance the last one that its
+// process here was acknowledged, else the newest that lies here whole.
 type SurveyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -251,10 +236,10 @@ func (x *SurveyReply) GetHeld() []*HeldCheckpoint {
 type HeldCheckpoint struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
-	Incarnation   uint64                 `protobuf:"varint,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
-	Epoch         uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Seq           uint64                 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
-	Root          []byte                 `protobuf:"bytes,5,opt,name=root,proto3" json:"root,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Mark          uint64                 `protobuf:"varint,3,opt,name=mark,proto3" json:"mark,omitempty"`
+	Root          []byte                 `protobuf:"bytes,4,opt,name=root,proto3" json:"root,omitempty"`
+	Seq           uint64                 `protobuf:"varint,5,opt,name=seq,proto3" json:"seq,omitempty"` // as acknowledged to the process that runs here; 0: it does not run here, the pages just lie here
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -296,13 +281,6 @@ func (x *HeldCheckpoint) GetInstance() string {
 	return ""
 }
 
-func (x *HeldCheckpoint) GetIncarnation() uint64 {
-	if x != nil {
-		return x.Incarnation
-	}
-	return 0
-}
-
 func (x *HeldCheckpoint) GetEpoch() uint64 {
 	if x != nil {
 		return x.Epoch
@@ -310,9 +288,9 @@ func (x *HeldCheckpoint) GetEpoch() uint64 {
 	return 0
 }
 
-func (x *HeldCheckpoint) GetSeq() uint64 {
+func (x *HeldCheckpoint) GetMark() uint64 {
 	if x != nil {
-		return x.Seq
+		return x.Mark
 	}
 	return 0
 }
@@ -322,6 +300,13 @@ func (x *HeldCheckpoint) GetRoot() []byte {
 		return x.Root
 	}
 	return nil
+}
+
+func (x *HeldCheckpoint) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
 }
 
 // PrepareMove asks the target of a move to have the instance's process started and its state restored up to the committed root.
@@ -885,7 +870,7 @@ var File_components_v1_checkpoint_proto protoreflect.FileDescriptor
 
 const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
-	"\x1ecomponents/v1/checkpoint.proto\x12\x15coppice.components.v1\"\xda\x02\n" +
+	"\x1ecomponents/v1/checkpoint.proto\x12\x15coppice.components.v1\"\xa6\x02\n" +
 	"\x0eCheckpointMeta\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x16\n" +
@@ -899,19 +884,17 @@ const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"base_bytes\x18\t \x01(\x04R\tbaseBytes\x12\x16\n" +
 	"\x06frames\x18\n" +
-	" \x01(\fR\x06frames\x12 \n" +
-	"\vincarnation\x18\v \x01(\x04R\vincarnation\x12\x14\n" +
-	"\x05epoch\x18\f \x01(\x04R\x05epoch\x12\x10\n" +
-	"\x03seq\x18\r \x01(\x04R\x03seq\"\x0f\n" +
+	" \x01(\fR\x06frames\x12\x14\n" +
+	"\x05epoch\x18\v \x01(\x04R\x05epoch\"\x0f\n" +
 	"\rSurveyRequest\"H\n" +
 	"\vSurveyReply\x129\n" +
-	"\x04held\x18\x01 \x03(\v2%.coppice.components.v1.HeldCheckpointR\x04held\"\x8a\x01\n" +
+	"\x04held\x18\x01 \x03(\v2%.coppice.components.v1.HeldCheckpointR\x04held\"|\n" +
 	"\x0eHeldCheckpoint\x12\x1a\n" +
-	"\binstance\x18\x01 \x01(\tR\binstance\x12 \n" +
-	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
-	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12\x10\n" +
-	"\x03seq\x18\x04 \x01(\x04R\x03seq\x12\x12\n" +
-	"\x04root\x18\x05 \x01(\fR\x04root\"\x88\x01\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04mark\x18\x03 \x01(\x04R\x04mark\x12\x12\n" +
+	"\x04root\x18\x04 \x01(\fR\x04root\x12\x10\n" +
+	"\x03seq\x18\x05 \x01(\x04R\x03seq\"\x88\x01\n" +
 	"\x12PrepareMoveRequest\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x12\n" +

@@ -169,26 +169,18 @@ func (a *Arbiter) Survivors(ctx context.Context) []Survivor {
 	return out
 }
 
-// Reachable says which voters of a survivor's group are among the survivors, and which are missing.
-func Reachable(of Survivor, all []Survivor) (here, missing []peer.ID) {
-	for _, v := range of.Voters {
-		if slices.ContainsFunc(all, func(s Survivor) bool { return s.ID == v && s.Incarnation == of.Incarnation && s.lineage == of.lineage }) {
+// Reachable says which of the voters are among the survivors with a log of the incarnation that of would be recovered from, and which are
+// missing. With most of them the group goes on by itself.
+func Reachable(of Survivor, voters []peer.ID, all []Survivor) (here, missing []peer.ID) {
+	at, _ := of.reach()
+	for _, v := range voters {
+		if slices.ContainsFunc(all, func(s Survivor) bool { in, _ := s.log(); return s.ID == v && in == at && s.Incarnation > 0 }) {
 			here = append(here, v)
 		} else {
 			missing = append(missing, v)
 		}
 	}
 	return here, missing
-}
-
-// reachable are those of the voters that answer and have a log: with a majority of them the group goes on by itself.
-func reachable(voters []peer.ID, all []Survivor) (here []peer.ID) {
-	for _, v := range voters {
-		if slices.ContainsFunc(all, func(s Survivor) bool { return s.ID == v && s.Incarnation > 0 }) {
-			here = append(here, v)
-		}
-	}
-	return here
 }
 
 // Leading returns the survivor that leads, with a majority that this node may not know of; false: none says so.
@@ -239,13 +231,13 @@ func (a *Arbiter) Recover(ctx context.Context, r Recovery) (uint64, error) {
 	if l, is := Leading(all); is {
 		return 0, fmt.Errorf("recover: %w: node %s leads them", ErrMajority, l.ID)
 	}
-	here := reachable(voters, all)
+	here, missing := Reachable(own, voters, all)
 	if len(here) > len(voters)/2 {
 		return 0, fmt.Errorf("recover: %w: %d of %d answer; it goes on by itself", ErrMajority, len(here), len(voters))
 	}
 	group, saw := a.disk.incarnations()
 	t := turn{
-		why: fmt.Sprintf("recovered by an operator: %d of %d voters are missing", len(voters)-len(here), len(voters)), recovery: r, done: make(chan error, 1),
+		why: fmt.Sprintf("recovered by an operator: %d of %d voters are missing", len(missing), len(voters)), recovery: r, done: make(chan error, 1),
 		check: func() error {
 			if at, seen := a.disk.incarnations(); at != group || seen != saw {
 				return fmt.Errorf("incarnation %s was met meanwhile", seen)

@@ -21,6 +21,7 @@ type Snapshot struct {
 	Cluster              string
 	Incarnation, Lineage uint64
 	Index                uint64
+	Complete             uint64     // no change up to here is missing; below Index only of Shown, at a node that follows a feed
 	Registers            []Register // ordered by key
 }
 
@@ -41,7 +42,7 @@ func (a *Arbiter) Snapshot(ctx context.Context) (Snapshot, error) {
 func (a *Arbiter) Shown() Snapshot { return a.view.now().snapshot() }
 
 func (st *viewState) snapshot() Snapshot {
-	out := Snapshot{Cluster: st.meta.Cluster, Incarnation: st.meta.Incarnation, Lineage: st.meta.Lineage, Index: st.at.index}
+	out := Snapshot{Cluster: st.meta.Cluster, Incarnation: st.meta.Incarnation, Lineage: st.meta.Lineage, Index: st.at.index, Complete: st.complete}
 	it := st.tree.Root().Iterator()
 	for _, v, ok := it.Next(); ok; _, v, ok = it.Next() {
 		out.Registers = append(out.Registers, *v.(*Register))

@@ -59,6 +59,34 @@ func (s *Store) Export(ctx context.Context, roots []Hash, f func(enc []byte) err
 	return nil
 }
 
+// Roots calls f with each complete node that is here and whose kind is one of these, in no order that means anything. f must not keep the node's data
+// beyond the call, and ends the search with an error.
+func (s *Store) Roots(ctx context.Context, kinds []string, f func(Hash, Node) error) error {
+	if !s.work.enter() {
+		return ErrClosed
+	}
+	defer s.work.leave()
+	return s.eachHead(s.db, func(h Hash, hd head) error {
+		if err := ctx.Err(); err != nil || !slices.Contains(kinds, hd.kind) {
+			return err
+		}
+		ok, err := s.isComplete(h)
+		if err != nil || !ok {
+			return err
+		}
+		n, _, err := s.get(h)
+		var corrupt *CorruptError
+		var missing *MissingError
+		switch {
+		case errors.As(err, &corrupt), errors.As(err, &missing):
+			return nil // it is none then
+		case err != nil:
+			return err
+		}
+		return f(h, n)
+	})
+}
+
 // importBytes is how much an Importer gathers for one batch.
 const importBytes = 1 << 20
 
