@@ -345,9 +345,14 @@ func (n *Node) found(ctx context.Context) error {
 		return err
 	}
 	systemKey := components.ApplicationRegister(components.SystemApplication)
-	_, err = n.arbiter.Txn(ctx, arbiter.TxnRequest{
+	itself := arbiter.Op{Put: &arbiter.PutOp{Key: memberKey(n.id), Body: member}}
+	if _, err = n.arbiter.Txn(ctx, arbiter.TxnRequest{
 		Nonce: n.nonce(), Compares: []arbiter.Compare{{Key: systemKey, Field: "exists", Equal: 0}},
-		Then: []arbiter.Op{{Put: &arbiter.PutOp{Key: memberKey(n.id), Body: member}}, {Put: &arbiter.PutOp{Key: systemKey, Body: system}}},
-	})
-	return err
+		Then: []arbiter.Op{itself, {Put: &arbiter.PutOp{Key: systemKey, Body: system}}},
+		Else: []arbiter.Op{itself}, // of a cluster that was restored
+	}); err != nil || !n.state.Restored {
+		return err
+	}
+	n.state.Restored = false
+	return n.state.save(n.cfg.FS, n.cfg.Data, n.statePath())
 }

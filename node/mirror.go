@@ -23,6 +23,8 @@ const (
 	ownPrefix        = "/kb/own/"
 	appPrefix        = "/kb/app/"
 	checkpointPrefix = "/kb/ckpt/"
+	registerPrefix   = "/kb/reg/"      // the registers that are no instances, as they are
+	partPrefix       = "/kb/reg-part/" // + n + / + key: what did not fit into one record
 	mirrorTimeout    = 5 * time.Second
 	// maxMirror keeps a mirror below the size of a record; a larger desired state is mirrored without its manifest.
 	maxMirror = 14 << 10
@@ -43,6 +45,7 @@ type ownMirror struct {
 	Version     string   `json:"version"`
 	Digest      string   `json:"digest"`
 	Successors  []string `json:"successors,omitempty"`
+	Register    []byte   `json:"register,omitempty"` // all of it, as it lies on the voters' disks: what recover puts back
 }
 
 // mirror is told by the arbiter's leader what was committed.
@@ -51,71 +54,98 @@ func (n *Node) mirror(regs []arbiter.Register) {
 		return
 	}
 	var entries []records.Entry
+	var of []arbiter.Register
 	for _, reg := range regs {
-		e, err := n.mirrorOf(reg)
-		if err != nil {
-			n.faults.set("mirror "+reg.Key, err)
-			continue
-		}
-		if e != nil {
-			entries = append(entries, *e)
+		list, err := n.mirrorOf(reg)
+		n.faults.set("mirror "+reg.Key, err)
+		entries = append(entries, list...)
+		for range list {
+			of = append(of, reg)
 		}
 	}
-	n.putMirrors(entries)
+	for _, i := range n.putMirrors(entries) {
+		n.unmirrored.add(of[i])
+	}
 }
 
-func (n *Node) putMirrors(entries []records.Entry) {
+// putMirrors returns which of the entries did not get their acknowledgements.
+func (n *Node) putMirrors(entries []records.Entry) (failed []int) {
 	if len(entries) == 0 {
-		return
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), mirrorTimeout)
 	defer cancel()
-	var failed error
+	var why error
 	for i, res := range n.records.PutMany(ctx, entries) {
 		if res.Err != nil && !isOlder(res.Err) {
-			failed = fmt.Errorf("%s: %w", entries[i].Key, res.Err)
+			why = fmt.Errorf("%s: %w", entries[i].Key, res.Err)
+			failed = append(failed, i)
 		}
 	}
-	n.faults.set("mirror into the DHT", failed)
+	n.faults.set("mirror into the DHT", why)
+	return failed
 }
 
-// mirrorOf is the record of a register; nil for those that are not mirrored.
-func (n *Node) mirrorOf(reg arbiter.Register) (*records.Entry, error) {
-	e := &records.Entry{Incarnation: reg.Incarnation, Epoch: reg.Index, Revision: 1, Deleted: reg.Deleted}
+// mirrorOf are the records of a register; none for what is not mirrored: join tokens, which admit whoever knows them.
+func (n *Node) mirrorOf(reg arbiter.Register) ([]records.Entry, error) {
+	e := records.Entry{Incarnation: reg.Incarnation, Epoch: reg.Index, Revision: 1, Deleted: reg.Deleted}
 	switch {
+	case strings.HasPrefix(reg.Key, tokenPrefix):
+		return nil, nil
 	case strings.HasPrefix(reg.Key, components.InstancePrefix):
-		name := components.InstanceOfKey(reg.Key)
-		e.Key = ownPrefix + name
-		if reg.Deleted {
-			return e, nil
-		}
-		body, err := bodyOf(reg)
-		if err != nil {
-			return nil, err
-		}
-		e.Value, err = json.Marshal(ownMirror{
-			Instance: name, Incarnation: reg.Incarnation, Epoch: reg.Epoch, Index: reg.Index, Owner: reg.Owner.String(), Node: n.nameOf(reg.Owner), Boot: reg.Boot, Seq: reg.Seq,
-			Root: fmt.Sprintf("%x", reg.Root), Holders: texts(reg), Version: body.GetVersion(), Digest: body.GetDigest(), Successors: body.GetSuccessors(),
-		})
-		return e, err
+		return n.mirrorOfInstance(reg, e)
 	case strings.HasPrefix(reg.Key, components.ApplicationPrefix):
 		e.Key = appPrefix + strings.TrimPrefix(reg.Key, components.ApplicationPrefix)
-		if reg.Deleted {
-			return e, nil
+		if !reg.Deleted {
+			var app componentsv1.Application
+			if err := proto.Unmarshal(reg.Body, &app); err != nil {
+				return nil, err
+			}
+			b, err := protojson.Marshal(&app)
+			if err == nil && len(b) > maxMirror {
+				app.Manifest = nil
+				b, err = protojson.Marshal(&app)
+			}
+			if err != nil {
+				return nil, err
+			}
+			e.Value = b
 		}
-		var app componentsv1.Application
-		if err := proto.Unmarshal(reg.Body, &app); err != nil {
-			return nil, err
-		}
-		b, err := protojson.Marshal(&app)
-		if err == nil && len(b) > maxMirror {
-			app.Manifest = nil
-			b, err = protojson.Marshal(&app)
-		}
-		e.Value = b
-		return e, err
+		whole, err := copyOf(reg)
+		return append(whole, e), err
 	}
-	return nil, nil
+	return copyOf(reg)
+}
+
+func (n *Node) mirrorOfInstance(reg arbiter.Register, e records.Entry) ([]records.Entry, error) {
+	name := components.InstanceOfKey(reg.Key)
+	e.Key = ownPrefix + name
+	if reg.Deleted {
+		return []records.Entry{e}, nil
+	}
+	body, err := bodyOf(reg)
+	if err != nil {
+		return nil, err
+	}
+	m := ownMirror{
+		Instance: name, Incarnation: reg.Incarnation, Epoch: reg.Epoch, Index: reg.Index, Owner: reg.Owner.String(), Node: n.nameOf(reg.Owner), Boot: reg.Boot, Seq: reg.Seq,
+		Root: fmt.Sprintf("%x", reg.Root), Holders: texts(reg), Version: body.GetVersion(), Digest: body.GetDigest(), Successors: body.GetSuccessors(),
+	}
+	if m.Register, err = proto.Marshal(arbiter.EncodeRegister(reg)); err != nil {
+		return nil, err
+	}
+	if e.Value, err = json.Marshal(m); err != nil {
+		return nil, err
+	}
+	if len(e.Value) <= maxMirror {
+		return []records.Entry{e}, nil
+	}
+	m.Register = nil
+	if e.Value, err = json.Marshal(m); err != nil {
+		return nil, err
+	}
+	whole, err := copyOf(reg)
+	return append(whole, e), err
 }
 
 func texts(reg arbiter.Register) []string {

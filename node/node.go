@@ -67,6 +67,8 @@ type Node struct {
 	links    *links
 	faults   *faults
 
+	unmirrored unmirrored
+
 	instancesChanged chan struct{}
 	toldInstances    map[string]string // of report's goroutine only
 	toldDrops        string
@@ -151,7 +153,7 @@ func (n *Node) openData(ctx context.Context) (err error) {
 	if n.id, err = dht.IDOf(n.key); err != nil {
 		return err
 	}
-	if n.store, err = store.Open(fs, filepath.Join(dir, "db"), store.Options{
+	if n.store, err = store.Open(fs, filepath.Join(dir, databaseName), store.Options{
 		Log: n.log, OnFatal: func(err error) { n.Stop("the database failed: " + err.Error()) },
 		Disk: store.Disk{OnLow: n.diskLow},
 	}); err != nil {
@@ -166,7 +168,7 @@ func (n *Node) openData(ctx context.Context) (err error) {
 	return nil
 }
 
-func (n *Node) statePath() string { return filepath.Join(n.cfg.Data, "cluster.json") }
+func (n *Node) statePath() string { return filepath.Join(n.cfg.Data, stateName) }
 
 // membership says which cluster this start is about. The token is set when it is to be joined.
 func (n *Node) membership() (dht.Token, error) {
@@ -221,7 +223,7 @@ func (n *Node) openOverlay() (err error) {
 		return err
 	}
 	n.arbiter, err = arbiter.New(arbiter.Config{
-		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.cfg.FS, Dir: filepath.Join(n.cfg.Data, "raft"),
+		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.cfg.FS, Dir: filepath.Join(n.cfg.Data, raftName),
 		Leased: components.LeasedBody, MaxVoters: n.cfg.MaxVoters,
 		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror, Turned: n.turned,
 	})

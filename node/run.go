@@ -79,6 +79,7 @@ func (n *Node) openPlatform() (err error) {
 	n.blobs.SetOnAcked(n.sup.OnAcked)
 	n.blobs.SetLive(n.liveRoots)
 	peers.ServeCalls(p, protoMoveAway, func() *componentsv1.MoveAwayRequest { return &componentsv1.MoveAwayRequest{} }, n.moveAway)
+	peers.ServeCalls(p, protoSurvey, func() *componentsv1.SurveyRequest { return &componentsv1.SurveyRequest{} }, n.serveSurvey)
 	c := coordinator{n}
 	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Log: n.log}); err != nil {
 		return err
@@ -184,7 +185,7 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 	defer cancel()
 	parts := map[string]func(context.Context) error{
 		"members": n.members.Run, "arbiter": n.arbiter.Run, "blobs": n.blobs.Run, "records": n.records.Run, "events": n.events.Run,
-		"registry": n.registry.Run, "artifact copies": n.registry.Repair, "supervisor": n.sup.Run, "placement": n.coord.Run, "coordinator": n.followOffice, "reports": n.report, "checkpoint index": n.indexCheckpoints,
+		"registry": n.registry.Run, "artifact copies": n.registry.Repair, "supervisor": n.sup.Run, "placement": n.coord.Run, "coordinator": n.followOffice, "reports": n.report, "checkpoint index": n.indexCheckpoints, "mirrors": n.keepMirrors,
 	}
 	defer n.watch()()
 	failed := make(chan error, len(parts))
@@ -210,7 +211,8 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 
 // serve opens the doors and says that they are open. It gives up when the node is told to stop.
 func (n *Node) serve(ctx, told context.Context, ready func(Ready) error) error {
-	if n.fresh && n.cfg.Join == "" {
+	founds := n.fresh && n.cfg.Join == "" || n.state.Restored
+	if founds {
 		fctx, cancel := context.WithTimeout(told, 30*time.Second)
 		err := n.found(fctx)
 		cancel()
@@ -220,7 +222,7 @@ func (n *Node) serve(ctx, told context.Context, ready func(Ready) error) error {
 	}
 	n.unpause(ctx)
 	n.servePeers()
-	r := Ready{Node: n.cfg.Name, ID: n.id.String(), Cluster: n.state.Cluster, New: n.fresh && n.cfg.Join == ""}
+	r := Ready{Node: n.cfg.Name, ID: n.id.String(), Cluster: n.state.Cluster, New: founds}
 	var err error
 	if r.API, err = n.serveAPI(ctx); err != nil {
 		return err

@@ -14,6 +14,13 @@ import (
 
 const stateFormat = 1
 
+// What lies in a data folder, beside its identity.
+const (
+	stateName    = "cluster.json"
+	databaseName = "db"
+	raftName     = "raft"
+)
+
 // state is what a data folder says about the cluster it belongs to. It is written when the node joins or founds it, and when it listens
 // at another free port than the last time.
 type state struct {
@@ -22,7 +29,8 @@ type state struct {
 	Name        string `json:"name"`
 	Certificate []byte `json:"certificate"`
 
-	Listen []string `json:"listen,omitempty"` // what localListen became
+	Listen   []string `json:"listen,omitempty"`   // what localListen became
+	Restored bool     `json:"restored,omitempty"` // from a backup, and not yet founded by a first start
 }
 
 func loadState(fs vfs.FS, path string) (state, bool, error) {

@@ -194,7 +194,7 @@ func (v *verbs) DhtGet(ctx context.Context, r *apiv1.DhtGetRequest) (*apiv1.DhtG
 	}
 	out.Found, out.Signed, out.Value, out.Writer = true, true, rec.Value, n.nameOf(rec.Writer)
 	out.Incarnation, out.Epoch, out.Revision = rec.Incarnation, rec.Epoch, rec.Revision
-	out.Text = shown(rec.Value)
+	out.Text = shown(withoutRegister(key, rec.Value))
 	if own, agree, err := n.records.Get(ctx, key); err == nil {
 		out.Agree, out.AgeMs = uint32(agree), ms(own.Age)
 	}

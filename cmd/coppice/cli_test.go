@@ -135,7 +135,7 @@ func TestWhatCommandsPrint(t *testing.T) {
 		"drain":    {"drain n2", "drain n2 -o json"},
 		"drill":    {"drill n2", "drill n2 --really", "drill --zone attic", "drill n2 -o json", "drill"},
 		"down":     {"down", "down --all", "down --all -o json"},
-		"recover":  {"recover", "recover --yes", "recover --yes --adopt-newer=false -o json", "recover -o json", "recover --from n2 --yes"},
+		"recover":  {"recover", "recover --yes", "recover --yes --adopt-newer=false -o json", "recover -o json", "recover --from n2 --yes", "recover --from n4 --yes", "recover --from n4"},
 		"registry": {"registry list", "registry list -o json"},
 		"apps":     {"apps", "apps -o json"},
 		"ps":       {"ps", "ps shop -o json"},

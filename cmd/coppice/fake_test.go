@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,7 +31,8 @@ type fake struct {
 	deployed *apiv1.DeployRequest
 	asked    proto.Message // the last request of a simple verb
 	unwell   bool          // nothing becomes healthy
-	hang     bool          // nodes is not answered
+	hang     bool          // nodes is not answered, a backup breaks off
+	backup   []byte
 	asking   chan struct{} // closed when it hangs
 }
 
@@ -278,6 +282,9 @@ func (f *fake) Recover(_ context.Context, r *apiv1.RecoverRequest) (*apiv1.Recov
 	if r.From == "n2" {
 		return &apiv1.RecoverResponse{From: "n2", Reason: "2 of 3 voters answer: that is a majority, and nothing needs to be recovered"}, nil
 	}
+	if r.From == "n4" {
+		return lostAll(r), nil
+	}
 	out := &apiv1.RecoverResponse{
 		Possible: true, From: "n1", Incarnation: 1,
 		Survivors: []*apiv1.Survivor{
@@ -294,6 +301,52 @@ func (f *fake) Recover(_ context.Context, r *apiv1.RecoverRequest) (*apiv1.Recov
 		out.Done, out.Incarnation = true, 2
 	}
 	return out, nil
+}
+
+// lostAll is the answer of a cluster that has lost all of its voters.
+func lostAll(r *apiv1.RecoverRequest) *apiv1.RecoverResponse {
+	out := &apiv1.RecoverResponse{
+		Possible: true, Rebuild: true, From: "n4", Incarnation: 1,
+		Survivors: []*apiv1.Survivor{
+			{Node: "n4", Id: "12D3KooWDDDDDDDDDDDDDDDDn4", Role: "none", ShownIncarnation: 1, ShownIndex: 174, ShownRegisters: 16},
+			{Node: "n5", Id: "12D3KooWEEEEEEEEEEEEEEEEn5", Role: "none"},
+		},
+		Missing: []*apiv1.Missing{{Node: "n1", Id: "12D3KooWAAAAAAAAAAAAAAAAn1", State: "dead", Since: ago(time.Minute)}},
+		Rebuilt: &apiv1.Rebuilt{Registers: 16, Applications: 2, Instances: 3, Artifacts: 2, Members: 5, FromView: 15, FromDht: 1, Asked: 2, Answered: 2},
+		Lost:    []string{"what the arbiter committed after entry 174 and had not copied into the DHT: only the missing voters know"}, TookMs: 11,
+	}
+	if r.Really {
+		out.Done, out.Incarnation = true, 2
+	}
+	return out
+}
+
+// Backup streams a small file, and breaks off, or sends something else than it says, when it is told to.
+func (f *fake) Backup(_ context.Context, r *apiv1.BackupRequest, s *connect.ServerStream[apiv1.BackupChunk]) error {
+	f.asked = r
+	sum := sha256.Sum256(f.backup)
+	done := &apiv1.BackupSummary{
+		Cluster: "c1", Node: "n1", Incarnation: 1, Index: 42, Taken: ago(0), Registers: 3, Applications: 1, Artifacts: 2, Checkpoints: 2, Bytes: uint64(len(f.backup)),
+		Sha256: hex.EncodeToString(sum[:]), TookMs: 12,
+	}
+	if f.unwell {
+		done.Sha256 = "0"
+	}
+	if r.Partial {
+		done.Omitted = []string{"checkpoint 7 of shop/web-0: node 0011 is at none of the 2 holders asked"}
+	}
+	if err := s.Send(&apiv1.BackupChunk{Kind: &apiv1.BackupChunk_State{State: "writing registers (3)"}}); err != nil {
+		return err
+	}
+	for part := range slices.Chunk(f.backup, 100) {
+		if err := s.Send(&apiv1.BackupChunk{Kind: &apiv1.BackupChunk_Data{Data: part}}); err != nil {
+			return err
+		}
+	}
+	if f.hang {
+		return api.Fail(connect.CodeFailedPrecondition, "backup", "checkpoint 7 of shop/web-0: it is nowhere", "coppice doctor")
+	}
+	return s.Send(&apiv1.BackupChunk{Kind: &apiv1.BackupChunk_Done{Done: done}})
 }
 
 func (f *fake) Revoke(context.Context, *apiv1.RevokeRequest) (*apiv1.RevokeResponse, error) {

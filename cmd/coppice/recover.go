@@ -24,12 +24,14 @@ func (c *cli) recoverCmd() *cobra.Command {
 		long: "After the loss of most voters the arbiter decides nothing until they are back. If they will not be, recover makes one survivor the\n" +
 			"only voter, of the next incarnation; the others follow it and vote again, as do the lost ones should they return: what they held is put\n" +
 			"aside in the folder lost+found of their data. It prints what each survivor holds and what may be lost, and does nothing without --yes\n" +
-			"or a yes on the terminal. It refuses while a majority answers. Checkpoints that their holders have and the log does not know of are\n" +
-			"adopted, unless --adopt-newer=false.",
+			"or a yes on the terminal. It refuses while a majority answers.\n\n" +
+			"With the disks of all voters gone the registers are rebuilt: from what the survivor shows that has followed the arbiter furthest, and\n" +
+			"from the signed copies that the DHT keeps of them, whichever is newer. The latter are enough, when all survivors were restarted, too.\n" +
+			"Newer checkpoints than the registers know of, which their holders have, are adopted, unless --adopt-newer=false.",
 		example: examples(
 			"coppice recover", "what is there, what would be lost, then the question",
 			"coppice recover --yes -o json", "in a script",
-			"coppice recover --from n4 --yes", "from another survivor's log"),
+			"coppice recover --from n4 --yes", "from what another survivor has"),
 		timeout: recoverTimeout,
 		run: func(ctx context.Context, _ []string) error {
 			cl, err := c.client()
@@ -50,7 +52,7 @@ func (c *cli) recoverCmd() *cobra.Command {
 				if err := c.show(res, func(w io.Writer) { c.recoverText(w, res) }); err != nil {
 					return err
 				}
-				if c.json() || !c.sure("make the log of "+res.GetFrom()+" the one that counts?") {
+				if c.json() || !c.sure("make what "+res.GetFrom()+" has the state that counts?") {
 					return &failure{what: "recover", why: "nothing was done: it was not confirmed", try: "coppice recover --yes"}
 				}
 			}
@@ -66,9 +68,9 @@ func (c *cli) recoverCmd() *cobra.Command {
 			})
 		},
 	})
-	cmd.Flags().StringVar(&from, "from", "", "`NODE` whose log is to count (default: the best)")
+	cmd.Flags().StringVar(&from, "from", "", "`NODE` whose log, or view, is to count (default: the best)")
 	cmd.Flags().BoolVar(&yes, "yes", false, "do it without a question")
-	adopt := cmd.Flags().Bool("adopt-newer", true, "adopt checkpoints that are newer than the log knows")
+	adopt := cmd.Flags().Bool("adopt-newer", true, "adopt checkpoints that are newer than the registers know")
 	cmd.PreRun = func(*cobra.Command, []string) { keepOlder = !*adopt }
 	return cmd
 }
@@ -87,16 +89,32 @@ func (c *cli) sure(question string) bool {
 	return answer == "y" || answer == "yes"
 }
 
+// showsText is how far a node's view reaches, with or without a log of its own.
+func showsText(s *apiv1.Survivor) any {
+	if s.GetShownIndex() == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d registers, entry %d", s.GetShownRegisters(), s.GetShownIndex())
+}
+
 func (c *cli) recoverText(w io.Writer, r *apiv1.RecoverResponse) {
-	t := c.table("SURVIVOR", "ROLE", "INCARNATION", "TERM", "LAST ENTRY", "COMMITTED", "REGISTERS", "LEADER")
+	t := c.table("SURVIVOR", "ROLE", "INCARNATION", "TERM", "LAST ENTRY", "COMMITTED", "REGISTERS", "SHOWS", "LEADER")
 	for _, s := range r.GetSurvivors() {
 		name := cell{s.Node, ""}
 		if s.Node == r.From {
 			name = cell{s.Node + " *", green}
 		}
-		t.row(name, s.Role, s.Incarnation, s.Term, s.LastIndex, s.Committed, s.Registers, s.Leader)
+		t.row(name, s.Role, s.Incarnation, s.Term, s.LastIndex, s.Committed, s.Registers, showsText(s), s.Leader)
 	}
 	t.write(w)
+	if b := r.GetRebuilt(); r.GetRebuild() && b != nil {
+		fmt.Fprintf(w, "no survivor has a log that goes as far: the registers are rebuilt, %d from what %s shows and %d from newer copies in the DHT (%d of %d nodes answered)\n",
+			b.GetFromView(), r.GetFrom(), b.GetFromDht(), b.GetAnswered(), b.GetAsked())
+		fmt.Fprintf(w, "to be rebuilt: %s, %s, %s, %s\n", plural(int(b.GetApplications()), "application", "applications"), plural(int(b.GetInstances()), "instance", "instances"),
+			plural(int(b.GetArtifacts()), "artifact", "artifacts"), plural(int(b.GetMembers()), "member", "members"))
+	} else if b.GetFromDht() > 0 {
+		fmt.Fprintf(w, "newer than the log: copies in the DHT of %s\n", plural(int(b.GetFromDht()), "register", "registers"))
+	}
 	for _, m := range r.GetMissing() {
 		line := fmt.Sprintf("missing voter: %s, %s", m.Node, m.State)
 		if m.Since != nil {
@@ -106,10 +124,10 @@ func (c *cli) recoverText(w io.Writer, r *apiv1.RecoverResponse) {
 	}
 	for _, a := range r.GetAdopted() {
 		if a.Reason != "" {
-			fmt.Fprintf(w, "newer checkpoint: %s %d (the log knows %d), not to be adopted: %s\n", a.Instance, a.Seq, a.RegisterSeq, oneLine(a.Reason))
+			fmt.Fprintf(w, "newer checkpoint: %s %d (its register knows %d), not to be adopted: %s\n", a.Instance, a.Seq, a.RegisterSeq, oneLine(a.Reason))
 			continue
 		}
-		fmt.Fprintf(w, "newer checkpoint: %s %d (the log knows %d), held by %s, to be adopted\n", a.Instance, a.Seq, a.RegisterSeq, join(a.Holders))
+		fmt.Fprintf(w, "newer checkpoint: %s %d (its register knows %d), held by %s, to be adopted\n", a.Instance, a.Seq, a.RegisterSeq, join(a.Holders))
 	}
 	for _, l := range r.GetLost() {
 		fmt.Fprintln(w, c.paint(yellow)("may be lost:"), oneLine(l))

@@ -305,5 +305,5 @@ func (s *saver) flush(ctx context.Context, full bool) error {
 }
 
 func (s *saver) meta(mark uint64) *componentsv1.CheckpointMeta {
-	return &componentsv1.CheckpointMeta{Instance: s.cfg.instance, Digest: s.cfg.digest, Version: s.cfg.version, Schema: s.cfg.schema, Mark: mark}
+	return &componentsv1.CheckpointMeta{Instance: s.cfg.instance, Digest: s.cfg.digest, Version: s.cfg.version, Schema: s.cfg.schema, Mark: mark, Epoch: s.cfg.epoch}
 }

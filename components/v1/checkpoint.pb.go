@@ -26,17 +26,20 @@ const (
 // CheckpointMeta heads the data of a checkpoint's root node. A root is a base (links: the stream of its frames) or a delta
 // (links: the root before it and, when its frames are too many to lie inline, their stream).
 type CheckpointMeta struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	Instance      string                 `protobuf:"bytes,2,opt,name=instance,proto3" json:"instance,omitempty"`
-	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"` // the artifact that wrote it
-	Version       string                 `protobuf:"bytes,4,opt,name=version,proto3" json:"version,omitempty"`
-	Schema        uint32                 `protobuf:"varint,5,opt,name=schema,proto3" json:"schema,omitempty"`
-	Mark          uint64                 `protobuf:"varint,6,opt,name=mark,proto3" json:"mark,omitempty"`                               // the component's journal mark it holds
-	Chain         uint64                 `protobuf:"varint,7,opt,name=chain,proto3" json:"chain,omitempty"`                             // deltas since the base; 0 = base
-	ChainBytes    uint64                 `protobuf:"varint,8,opt,name=chain_bytes,json=chainBytes,proto3" json:"chain_bytes,omitempty"` // bytes of those deltas
-	BaseBytes     uint64                 `protobuf:"varint,9,opt,name=base_bytes,json=baseBytes,proto3" json:"base_bytes,omitempty"`
-	Frames        []byte                 `protobuf:"bytes,10,opt,name=frames,proto3" json:"frames,omitempty"` // inline frames: delimited coppice.component.v1.StateFrame
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Format     uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Instance   string                 `protobuf:"bytes,2,opt,name=instance,proto3" json:"instance,omitempty"`
+	Digest     string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"` // the artifact that wrote it
+	Version    string                 `protobuf:"bytes,4,opt,name=version,proto3" json:"version,omitempty"`
+	Schema     uint32                 `protobuf:"varint,5,opt,name=schema,proto3" json:"schema,omitempty"`
+	Mark       uint64                 `protobuf:"varint,6,opt,name=mark,proto3" json:"mark,omitempty"`                               // the component's journal mark it holds
+	Chain      uint64                 `protobuf:"varint,7,opt,name=chain,proto3" json:"chain,omitempty"`                             // deltas since the base; 0 = base
+	ChainBytes uint64                 `protobuf:"varint,8,opt,name=chain_bytes,json=chainBytes,proto3" json:"chain_bytes,omitempty"` // bytes of those deltas
+	BaseBytes  uint64                 `protobuf:"varint,9,opt,name=base_bytes,json=baseBytes,proto3" json:"base_bytes,omitempty"`
+	Frames     []byte                 `protobuf:"bytes,10,opt,name=frames,proto3" json:"frames,omitempty"` // inline frames: delimited coppice.component.v1.StateFrame
+	// epoch of the process that made it: with the mark it tells the order of the checkpoints that holders keep, when the registers are lost.
+	// 0: of a version that did not say.
+	Epoch         uint64 `protobuf:"varint,11,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -141,6 +144,171 @@ func (x *CheckpointMeta) GetFrames() []byte {
 	return nil
 }
 
+func (x *CheckpointMeta) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+// SurveyRequest asks a node which checkpoints it knows, after the loss of the arbiter's registers: of each instance the last one that its
+// process here was acknowledged, else the newest that lies here whole.
+type SurveyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SurveyRequest) Reset() {
+	*x = SurveyRequest{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SurveyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SurveyRequest) ProtoMessage() {}
+
+func (x *SurveyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SurveyRequest.ProtoReflect.Descriptor instead.
+func (*SurveyRequest) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{1}
+}
+
+type SurveyReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Held          []*HeldCheckpoint      `protobuf:"bytes,1,rep,name=held,proto3" json:"held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SurveyReply) Reset() {
+	*x = SurveyReply{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SurveyReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SurveyReply) ProtoMessage() {}
+
+func (x *SurveyReply) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SurveyReply.ProtoReflect.Descriptor instead.
+func (*SurveyReply) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *SurveyReply) GetHeld() []*HeldCheckpoint {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+type HeldCheckpoint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Mark          uint64                 `protobuf:"varint,3,opt,name=mark,proto3" json:"mark,omitempty"`
+	Root          []byte                 `protobuf:"bytes,4,opt,name=root,proto3" json:"root,omitempty"`
+	Seq           uint64                 `protobuf:"varint,5,opt,name=seq,proto3" json:"seq,omitempty"` // as acknowledged to the process that runs here; 0: it does not run here, the pages just lie here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldCheckpoint) Reset() {
+	*x = HeldCheckpoint{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldCheckpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldCheckpoint) ProtoMessage() {}
+
+func (x *HeldCheckpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldCheckpoint.ProtoReflect.Descriptor instead.
+func (*HeldCheckpoint) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *HeldCheckpoint) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *HeldCheckpoint) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *HeldCheckpoint) GetMark() uint64 {
+	if x != nil {
+		return x.Mark
+	}
+	return 0
+}
+
+func (x *HeldCheckpoint) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+func (x *HeldCheckpoint) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
 // PrepareMove asks the target of a move to have the instance's process started and its state restored up to the committed root.
 type PrepareMoveRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -155,7 +323,7 @@ type PrepareMoveRequest struct {
 
 func (x *PrepareMoveRequest) Reset() {
 	*x = PrepareMoveRequest{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[1]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -167,7 +335,7 @@ func (x *PrepareMoveRequest) String() string {
 func (*PrepareMoveRequest) ProtoMessage() {}
 
 func (x *PrepareMoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[1]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -180,7 +348,7 @@ func (x *PrepareMoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareMoveRequest.ProtoReflect.Descriptor instead.
 func (*PrepareMoveRequest) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{1}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *PrepareMoveRequest) GetInstance() string {
@@ -227,7 +395,7 @@ type PrepareMoveReply struct {
 
 func (x *PrepareMoveReply) Reset() {
 	*x = PrepareMoveReply{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[2]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -239,7 +407,7 @@ func (x *PrepareMoveReply) String() string {
 func (*PrepareMoveReply) ProtoMessage() {}
 
 func (x *PrepareMoveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[2]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -252,7 +420,7 @@ func (x *PrepareMoveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareMoveReply.ProtoReflect.Descriptor instead.
 func (*PrepareMoveReply) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{2}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PrepareMoveReply) GetBytes() uint64 {
@@ -277,7 +445,7 @@ type FinishMoveRequest struct {
 
 func (x *FinishMoveRequest) Reset() {
 	*x = FinishMoveRequest{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[3]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -289,7 +457,7 @@ func (x *FinishMoveRequest) String() string {
 func (*FinishMoveRequest) ProtoMessage() {}
 
 func (x *FinishMoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[3]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -302,7 +470,7 @@ func (x *FinishMoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishMoveRequest.ProtoReflect.Descriptor instead.
 func (*FinishMoveRequest) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{3}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *FinishMoveRequest) GetInstance() string {
@@ -351,7 +519,7 @@ type FinishMoveReply struct {
 
 func (x *FinishMoveReply) Reset() {
 	*x = FinishMoveReply{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[4]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -363,7 +531,7 @@ func (x *FinishMoveReply) String() string {
 func (*FinishMoveReply) ProtoMessage() {}
 
 func (x *FinishMoveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[4]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -376,7 +544,7 @@ func (x *FinishMoveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishMoveReply.ProtoReflect.Descriptor instead.
 func (*FinishMoveReply) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{4}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *FinishMoveReply) GetClaimed() bool {
@@ -410,7 +578,7 @@ type AbortMoveRequest struct {
 
 func (x *AbortMoveRequest) Reset() {
 	*x = AbortMoveRequest{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[5]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -422,7 +590,7 @@ func (x *AbortMoveRequest) String() string {
 func (*AbortMoveRequest) ProtoMessage() {}
 
 func (x *AbortMoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[5]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -435,7 +603,7 @@ func (x *AbortMoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortMoveRequest.ProtoReflect.Descriptor instead.
 func (*AbortMoveRequest) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{5}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AbortMoveRequest) GetInstance() string {
@@ -460,7 +628,7 @@ type AbortMoveReply struct {
 
 func (x *AbortMoveReply) Reset() {
 	*x = AbortMoveReply{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[6]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +640,7 @@ func (x *AbortMoveReply) String() string {
 func (*AbortMoveReply) ProtoMessage() {}
 
 func (x *AbortMoveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[6]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +653,7 @@ func (x *AbortMoveReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortMoveReply.ProtoReflect.Descriptor instead.
 func (*AbortMoveReply) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{6}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{9}
 }
 
 // MoveAway asks an instance's owner to hand it over to another node, live. The coordinator asks; the owner does it.
@@ -501,7 +669,7 @@ type MoveAwayRequest struct {
 
 func (x *MoveAwayRequest) Reset() {
 	*x = MoveAwayRequest{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[7]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -513,7 +681,7 @@ func (x *MoveAwayRequest) String() string {
 func (*MoveAwayRequest) ProtoMessage() {}
 
 func (x *MoveAwayRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[7]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -526,7 +694,7 @@ func (x *MoveAwayRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveAwayRequest.ProtoReflect.Descriptor instead.
 func (*MoveAwayRequest) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{7}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *MoveAwayRequest) GetInstance() string {
@@ -565,7 +733,7 @@ type MoveAwayReply struct {
 
 func (x *MoveAwayReply) Reset() {
 	*x = MoveAwayReply{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[8]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -577,7 +745,7 @@ func (x *MoveAwayReply) String() string {
 func (*MoveAwayReply) ProtoMessage() {}
 
 func (x *MoveAwayReply) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[8]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -590,7 +758,7 @@ func (x *MoveAwayReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveAwayReply.ProtoReflect.Descriptor instead.
 func (*MoveAwayReply) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{8}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{11}
 }
 
 // Reconcile asks an instance's owner to bring its state together with a branch, by the component's policy.
@@ -604,7 +772,7 @@ type ReconcileRequest struct {
 
 func (x *ReconcileRequest) Reset() {
 	*x = ReconcileRequest{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[9]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -616,7 +784,7 @@ func (x *ReconcileRequest) String() string {
 func (*ReconcileRequest) ProtoMessage() {}
 
 func (x *ReconcileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[9]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -629,7 +797,7 @@ func (x *ReconcileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReconcileRequest.ProtoReflect.Descriptor instead.
 func (*ReconcileRequest) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{9}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReconcileRequest) GetInstance() string {
@@ -656,7 +824,7 @@ type ReconcileReply struct {
 
 func (x *ReconcileReply) Reset() {
 	*x = ReconcileReply{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -668,7 +836,7 @@ func (x *ReconcileReply) String() string {
 func (*ReconcileReply) ProtoMessage() {}
 
 func (x *ReconcileReply) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -681,7 +849,7 @@ func (x *ReconcileReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReconcileReply.ProtoReflect.Descriptor instead.
 func (*ReconcileReply) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{10}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReconcileReply) GetOutcome() string {
@@ -702,7 +870,7 @@ var File_components_v1_checkpoint_proto protoreflect.FileDescriptor
 
 const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
-	"\x1ecomponents/v1/checkpoint.proto\x12\x15coppice.components.v1\"\x90\x02\n" +
+	"\x1ecomponents/v1/checkpoint.proto\x12\x15coppice.components.v1\"\xa6\x02\n" +
 	"\x0eCheckpointMeta\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x16\n" +
@@ -716,7 +884,17 @@ const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"base_bytes\x18\t \x01(\x04R\tbaseBytes\x12\x16\n" +
 	"\x06frames\x18\n" +
-	" \x01(\fR\x06frames\"\x88\x01\n" +
+	" \x01(\fR\x06frames\x12\x14\n" +
+	"\x05epoch\x18\v \x01(\x04R\x05epoch\"\x0f\n" +
+	"\rSurveyRequest\"H\n" +
+	"\vSurveyReply\x129\n" +
+	"\x04held\x18\x01 \x03(\v2%.coppice.components.v1.HeldCheckpointR\x04held\"|\n" +
+	"\x0eHeldCheckpoint\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04mark\x18\x03 \x01(\x04R\x04mark\x12\x12\n" +
+	"\x04root\x18\x04 \x01(\fR\x04root\x12\x10\n" +
+	"\x03seq\x18\x05 \x01(\x04R\x03seq\"\x88\x01\n" +
 	"\x12PrepareMoveRequest\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x12\n" +
@@ -764,26 +942,30 @@ func file_components_v1_checkpoint_proto_rawDescGZIP() []byte {
 	return file_components_v1_checkpoint_proto_rawDescData
 }
 
-var file_components_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_components_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_components_v1_checkpoint_proto_goTypes = []any{
 	(*CheckpointMeta)(nil),     // 0: coppice.components.v1.CheckpointMeta
-	(*PrepareMoveRequest)(nil), // 1: coppice.components.v1.PrepareMoveRequest
-	(*PrepareMoveReply)(nil),   // 2: coppice.components.v1.PrepareMoveReply
-	(*FinishMoveRequest)(nil),  // 3: coppice.components.v1.FinishMoveRequest
-	(*FinishMoveReply)(nil),    // 4: coppice.components.v1.FinishMoveReply
-	(*AbortMoveRequest)(nil),   // 5: coppice.components.v1.AbortMoveRequest
-	(*AbortMoveReply)(nil),     // 6: coppice.components.v1.AbortMoveReply
-	(*MoveAwayRequest)(nil),    // 7: coppice.components.v1.MoveAwayRequest
-	(*MoveAwayReply)(nil),      // 8: coppice.components.v1.MoveAwayReply
-	(*ReconcileRequest)(nil),   // 9: coppice.components.v1.ReconcileRequest
-	(*ReconcileReply)(nil),     // 10: coppice.components.v1.ReconcileReply
+	(*SurveyRequest)(nil),      // 1: coppice.components.v1.SurveyRequest
+	(*SurveyReply)(nil),        // 2: coppice.components.v1.SurveyReply
+	(*HeldCheckpoint)(nil),     // 3: coppice.components.v1.HeldCheckpoint
+	(*PrepareMoveRequest)(nil), // 4: coppice.components.v1.PrepareMoveRequest
+	(*PrepareMoveReply)(nil),   // 5: coppice.components.v1.PrepareMoveReply
+	(*FinishMoveRequest)(nil),  // 6: coppice.components.v1.FinishMoveRequest
+	(*FinishMoveReply)(nil),    // 7: coppice.components.v1.FinishMoveReply
+	(*AbortMoveRequest)(nil),   // 8: coppice.components.v1.AbortMoveRequest
+	(*AbortMoveReply)(nil),     // 9: coppice.components.v1.AbortMoveReply
+	(*MoveAwayRequest)(nil),    // 10: coppice.components.v1.MoveAwayRequest
+	(*MoveAwayReply)(nil),      // 11: coppice.components.v1.MoveAwayReply
+	(*ReconcileRequest)(nil),   // 12: coppice.components.v1.ReconcileRequest
+	(*ReconcileReply)(nil),     // 13: coppice.components.v1.ReconcileReply
 }
 var file_components_v1_checkpoint_proto_depIdxs = []int32{
-	0, // [0:0] is the sub-list for method output_type
-	0, // [0:0] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	3, // 0: coppice.components.v1.SurveyReply.held:type_name -> coppice.components.v1.HeldCheckpoint
+	1, // [1:1] is the sub-list for method output_type
+	1, // [1:1] is the sub-list for method input_type
+	1, // [1:1] is the sub-list for extension type_name
+	1, // [1:1] is the sub-list for extension extendee
+	0, // [0:1] is the sub-list for field type_name
 }
 
 func init() { file_components_v1_checkpoint_proto_init() }
@@ -797,7 +979,7 @@ func file_components_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_components_v1_checkpoint_proto_rawDesc), len(file_components_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

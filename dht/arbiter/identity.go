@@ -114,7 +114,14 @@ func (a *Arbiter) verify(ctx context.Context) error {
 			_, why := a.vouchers(ctx, h, answered)
 			return why
 		}
-		if !sleep(ctx, pause) {
+		// Of a node without a log, and with nobody left who could vouch for its disk, a new group may be grown (Recover).
+		select {
+		case t := <-a.turns:
+			if a.take(&t) {
+				return nil
+			}
+		case <-time.After(pause):
+		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	}

@@ -1,6 +1,7 @@
 package arbiter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,10 +19,10 @@ import (
 
 // turn is a wish to go on in the next incarnation, alone.
 type turn struct {
-	why   string
-	check func() error // asked once raft stands still: an error keeps everything as it is
-	adopt []Adoption
-	done  chan error // buffered
+	why      string
+	check    func() error // asked once raft stands still: an error keeps everything as it is
+	recovery Recovery
+	done     chan error // buffered
 }
 
 const (
@@ -81,24 +82,30 @@ func (a *Arbiter) live(ctx context.Context) error {
 		if t == nil {
 			return nil // superseded
 		}
-		err = t.check()
-		if err == nil {
-			err = a.renew(t)
-		}
-		t.done <- err
-		if err != nil {
-			a.failures.note("go on alone", err)
-		} else {
-			group, _ := a.disk.incarnations()
-			a.log.Warn("arbiter: this node goes on alone, in the next incarnation", "incarnation", group, "why", t.why)
-			a.cfg.Turned(group.number, "", t.why)
-		}
+		a.take(t)
 		if r, err = a.startRaft(); err != nil {
 			return err
 		}
 		a.serving.resume()
 		a.standAtStart(r)
 	}
+}
+
+// take goes on in the next incarnation, or says why it does not. Raft must not be running.
+func (a *Arbiter) take(t *turn) (taken bool) {
+	err := t.check()
+	if err == nil {
+		err = a.renew(t)
+	}
+	t.done <- err
+	if err != nil {
+		a.failures.note("go on alone", err)
+		return false
+	}
+	group, _ := a.disk.incarnations()
+	a.log.Warn("arbiter: this node goes on alone, in the next incarnation", "incarnation", group, "why", t.why)
+	a.cfg.Turned(group.number, "", t.why)
+	return true
 }
 
 // work does what a member of the group does until the context ends (over), a turn is asked for, or this node is superseded (no turn).
@@ -190,8 +197,16 @@ func (a *Arbiter) renew(t *turn) error {
 	if err != nil {
 		return fmt.Errorf("read the raft database: %w", err)
 	}
+	for _, r := range t.recovery.Known {
+		seen.number = max(seen.number, r.Incarnation)
+	}
 	next := incarnation{seen.number + 1, a.nonce()}
-	f := &renewal{m: newMachine(), next: next, begun: last, self: a.cfg.Self, former: votersOf(conf), adopt: t.adopt}
+	if more, err := a.showsMore(last); err != nil {
+		return fmt.Errorf("read the raft database: %w", err)
+	} else if more {
+		return a.regrow(t, next, last)
+	}
+	f := &renewal{m: newMachine(), next: next, begun: last, self: a.cfg.Self, former: votersOf(conf), known: t.recovery.Known, adopt: t.recovery.Adopt}
 	me := a.address()
 	only := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(me), Address: me}}}
 	err = raft.RecoverCluster(a.raftConfig(), f, a.disk, a.disk, a.disk, a.trans.Load(), only)
@@ -203,10 +218,47 @@ func (a *Arbiter) renew(t *turn) error {
 	} else if err := a.disk.settle(m); err != nil {
 		return err
 	}
+	a.begin(next, last)
+	return nil
+}
+
+// begin makes a next incarnation that lies on disk the one that this node takes part in.
+func (a *Arbiter) begin(next incarnation, last uint64) {
 	a.fsm.reset()
 	a.base.Store(last)
 	a.raise(point{next.number, last})
 	a.where.outrank(next)
+}
+
+// showsMore says whether the view holds more than the raft database, whose last entry is given: there is no log, or the node was let go
+// as a learner and has followed the feed since.
+func (a *Arbiter) showsMore(last uint64) (bool, error) {
+	exists, err := raft.HasExistingState(a.disk, a.disk, a.disk)
+	if err != nil || !exists || last == 0 {
+		return !exists || last == 0, err
+	}
+	group, _ := a.disk.incarnations()
+	st := a.view.now()
+	at := st.meta.incarnation()
+	return group.before(at) || group == at && last < st.complete, nil
+}
+
+// regrow is renew without a log, or past the end of one: the next incarnation begins with what this node shows and with newer copies
+// of it. Everything that it shows was committed.
+func (a *Arbiter) regrow(t *turn, next incarnation, last uint64) error {
+	st := a.view.now()
+	voters, _, _ := a.where.group()
+	m := newMachine()
+	m.tree, m.meta, m.former = st.tree, st.meta, st.former
+	m.meta.Cluster, m.meta.Format, m.meta.Coordinator = cmp.Or(m.meta.Cluster, t.recovery.Cluster), max(m.meta.Format, 1), a.cfg.Self
+	m.learn(t.recovery.Known, point{st.at.inc, st.complete})
+	m.grown(max(st.at.index, st.complete, last))
+	m.raise(next, m.index, a.cfg.Self, voters)
+	m.adopt(t.recovery.Adopt)
+	if err := a.disk.plant(m, a.address()); err != nil {
+		return fmt.Errorf("begin incarnation %d: %w", next.number, err)
+	}
+	a.begin(next, m.index)
 	return nil
 }
 
@@ -252,6 +304,7 @@ type renewal struct {
 	begun  uint64
 	self   peer.ID
 	former []peer.ID
+	known  []Register
 	adopt  []Adoption
 	failed error // an entry that this build does not know
 }
@@ -273,6 +326,7 @@ func (f *renewal) Snapshot() (raft.FSMSnapshot, error) {
 	if f.failed != nil {
 		return nil, f.failed
 	}
+	f.m.learn(f.known, point{f.m.meta.Incarnation, f.begun})
 	f.m.raise(f.next, f.begun, f.self, f.former)
 	f.m.adopt(f.adopt)
 	return fsmSnapshot{f.m.freeze()}, nil

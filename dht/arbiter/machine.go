@@ -149,10 +149,48 @@ func (m *machine) raise(in incarnation, begun uint64, self peer.ID, former []pee
 	it := m.tree.Root().Iterator()
 	for k, v, ok := it.Next(); ok; k, v, ok = it.Next() {
 		r := *v.(*Register)
-		r.Incarnation = in.number
+		r.Incarnation, r.Index = in.number, min(r.Index, begun)
 		t.Insert(k, &r)
 	}
 	m.tree = t.CommitOnly()
+}
+
+// learn takes registers from elsewhere that changed after at, up to which the machine holds everything. What is older than that was
+// overtaken, or deleted since. The indices of the next log go on from at: none may be ahead of them.
+func (m *machine) learn(known []Register, at point) {
+	t := m.tree.Txn()
+	for i := range known {
+		r := known[i]
+		p := point{r.Incarnation, r.Index}
+		if !at.before(p) {
+			continue
+		}
+		if v, ok := t.Get([]byte(r.Key)); ok {
+			if old := v.(*Register); !(point{old.Incarnation, old.Index}).before(p) {
+				continue
+			}
+		}
+		if r.Deleted {
+			m.epochFloor, m.revisionFloor = max(m.epochFloor, r.Epoch), max(m.revisionFloor, r.Revision)
+			t.Delete([]byte(r.Key))
+			continue
+		}
+		t.Insert([]byte(r.Key), &r)
+	}
+	m.tree = t.CommitOnly()
+}
+
+// grown makes a machine whose registers came from elsewhere than a log stand behind all of them: its index and its floors are above all that
+// is known, and what it cannot know (deletes, transactions) counts as forgotten.
+func (m *machine) grown(index uint64) {
+	it := m.tree.Root().Iterator()
+	for _, v, ok := it.Next(); ok; _, v, ok = it.Next() {
+		r := v.(*Register)
+		index = max(index, r.Index)
+		m.epochFloor, m.revisionFloor = max(m.epochFloor, r.Epoch), max(m.revisionFloor, r.Revision)
+	}
+	m.index = index + 1
+	m.deleted, m.txns.forgotten = m.index, m.index
 }
 
 // adopt puts checkpoints into registers that know only older ones.

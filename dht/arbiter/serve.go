@@ -144,6 +144,9 @@ func (a *Arbiter) logState() *wirev1.ArbiterLog {
 	if st := a.fsm.shown.Load(); st != nil {
 		l.Registers = uint64(st.tree.Len())
 	}
+	if st := a.view.now(); st.complete > 0 {
+		l.Shown, l.ShownIndex, l.ShownRegisters = st.meta.incarnation().wire(), st.complete, uint64(st.tree.Len())
+	}
 	if r := a.raft.Load(); r != nil {
 		l.Term, l.Last, l.Committed = r.CurrentTerm(), r.LastIndex(), r.CommitIndex()
 		l.LastTerm = a.disk.termOf(l.Last)

@@ -327,9 +327,9 @@ func TestDivergentTailIsPutAside(t *testing.T) {
 		if len(s) != 1 || s[0].Role != "voter" || s[0].Incarnation != 1 || len(s[0].Voters) != 3 || s[0].Leader != "" {
 			t.Errorf("survivors: %+v", s)
 		}
-		inc, err := last.arb().Recover(ctx, []Adoption{
+		inc, err := last.arb().Recover(ctx, Recovery{Adopt: []Adoption{
 			{Key: "x", Seq: 7, Root: []byte("newer"), Holders: []peer.ID{last.id}}, {Key: "gone", Seq: 1, Root: []byte("r"), Holders: []peer.ID{last.id}},
-		})
+		}})
 		if err != nil || inc != 2 {
 			t.Fatalf("recover: %d %v", inc, err)
 		}
@@ -381,7 +381,7 @@ func TestRecoveredOnBothSides(t *testing.T) {
 			}
 			ctx, done := within(time.Minute)
 			defer done()
-			if inc, err := b.arb().Recover(ctx, nil); err != nil || inc != 2 {
+			if inc, err := b.arb().Recover(ctx, Recovery{}); err != nil || inc != 2 {
 				t.Fatalf("recover: %d %v", inc, err)
 			}
 			for i := range 5 - int(seed) {
@@ -422,7 +422,7 @@ func TestRecoverRefuses(t *testing.T) {
 		ctx, done := within(10 * time.Second)
 		defer done()
 		for _, n := range c.live() {
-			_, err := n.arb().Recover(ctx, nil)
+			_, err := n.arb().Recover(ctx, Recovery{})
 			// One that has learned before, and is out of the group again, has a log, too.
 			if !errors.Is(err, ErrMajority) && !(errors.Is(err, ErrNoLog) && n.arb().Status().Role == "follower") || strings.Contains(err.Error(), "\n") {
 				t.Errorf("recover at a %s: %v", n.arb().Status().Role, err)

@@ -174,6 +174,12 @@ const scanLanes = 16
 // key, with how many members were asked and how many answered: with fewer answers than were asked, keys whose holders were all silent
 // are missing.
 func (r *Records) Scan(ctx context.Context, prefix string) (recs []Record, asked, answered int) {
+	recs, asked, answered = r.ScanAll(ctx, prefix)
+	return slices.DeleteFunc(recs, func(rec Record) bool { return rec.Deleted }), asked, answered
+}
+
+// ScanAll is Scan with the deletions that are still remembered.
+func (r *Records) ScanAll(ctx context.Context, prefix string) (recs []Record, asked, answered int) {
 	ids := r.cfg.View.Alive()
 	var mu sync.Mutex
 	found := map[string]*Record{}
@@ -196,9 +202,7 @@ func (r *Records) Scan(ctx context.Context, prefix string) (recs []Record, asked
 	}
 	wg.Wait()
 	for _, rec := range found {
-		if !rec.Deleted {
-			recs = append(recs, *rec)
-		}
+		recs = append(recs, *rec)
 	}
 	slices.SortFunc(recs, func(a, b Record) int {
 		if a.Key < b.Key {

@@ -12,7 +12,7 @@ import (
 // clients use the same one.
 //
 // A record is valid for a key when it has at most MaxSize bytes, is signed by its writer, names that key and was written by a member.
-// /kb/nodes/ID and /kb/facts/ID/… may be written by the node ID only. Everything else (mirrors under /kb/own/ and /kb/app/, checkpoint
+// /kb/nodes/ID and /kb/facts/ID/… may be written by the node ID only. Everything else (mirrors under /kb/own/, /kb/app/ and /kb/reg/, checkpoint
 // indexes, …) may be written by any member: its version comes from the arbiter's incarnation and index, so that members that mirror the
 // same register write the same version.
 type Validator struct {

@@ -2305,20 +2305,23 @@ func (x *ArbiterWhere) GetLineage() uint64 {
 
 // ArbiterLog is what a node's own raft database holds.
 type ArbiterLog struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Term          uint64                 `protobuf:"varint,1,opt,name=term,proto3" json:"term,omitempty"`
-	Last          uint64                 `protobuf:"varint,2,opt,name=last,proto3" json:"last,omitempty"`
-	Applied       uint64                 `protobuf:"varint,3,opt,name=applied,proto3" json:"applied,omitempty"`
-	Halted        string                 `protobuf:"bytes,4,opt,name=halted,proto3" json:"halted,omitempty"`
-	MaxFormat     uint32                 `protobuf:"varint,5,opt,name=max_format,json=maxFormat,proto3" json:"max_format,omitempty"`
-	Open          bool                   `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"`
-	Group         *ArbiterIncarnation    `protobuf:"bytes,7,opt,name=group,proto3" json:"group,omitempty"`          // absent: there is no raft state
-	Voters        [][]byte               `protobuf:"bytes,8,rep,name=voters,proto3" json:"voters,omitempty"`        // peer ids, as its own log has them
-	Committed     uint64                 `protobuf:"varint,9,opt,name=committed,proto3" json:"committed,omitempty"` // known to be committed, here
-	Registers     uint64                 `protobuf:"varint,10,opt,name=registers,proto3" json:"registers,omitempty"`
-	LastTerm      uint64                 `protobuf:"varint,11,opt,name=last_term,json=lastTerm,proto3" json:"last_term,omitempty"` // of the last entry
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Term           uint64                 `protobuf:"varint,1,opt,name=term,proto3" json:"term,omitempty"`
+	Last           uint64                 `protobuf:"varint,2,opt,name=last,proto3" json:"last,omitempty"`
+	Applied        uint64                 `protobuf:"varint,3,opt,name=applied,proto3" json:"applied,omitempty"`
+	Halted         string                 `protobuf:"bytes,4,opt,name=halted,proto3" json:"halted,omitempty"`
+	MaxFormat      uint32                 `protobuf:"varint,5,opt,name=max_format,json=maxFormat,proto3" json:"max_format,omitempty"`
+	Open           bool                   `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"`
+	Group          *ArbiterIncarnation    `protobuf:"bytes,7,opt,name=group,proto3" json:"group,omitempty"`          // absent: there is no raft state
+	Voters         [][]byte               `protobuf:"bytes,8,rep,name=voters,proto3" json:"voters,omitempty"`        // peer ids, as its own log has them
+	Committed      uint64                 `protobuf:"varint,9,opt,name=committed,proto3" json:"committed,omitempty"` // known to be committed, here
+	Registers      uint64                 `protobuf:"varint,10,opt,name=registers,proto3" json:"registers,omitempty"`
+	LastTerm       uint64                 `protobuf:"varint,11,opt,name=last_term,json=lastTerm,proto3" json:"last_term,omitempty"`                   // of the last entry
+	Shown          *ArbiterIncarnation    `protobuf:"bytes,12,opt,name=shown,proto3" json:"shown,omitempty"`                                          // what the node's view shows, with or without a log of its own: of this incarnation,
+	ShownIndex     uint64                 `protobuf:"varint,13,opt,name=shown_index,json=shownIndex,proto3" json:"shown_index,omitempty"`             // up to this entry,
+	ShownRegisters uint64                 `protobuf:"varint,14,opt,name=shown_registers,json=shownRegisters,proto3" json:"shown_registers,omitempty"` // so many
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ArbiterLog) Reset() {
@@ -2424,6 +2427,27 @@ func (x *ArbiterLog) GetRegisters() uint64 {
 func (x *ArbiterLog) GetLastTerm() uint64 {
 	if x != nil {
 		return x.LastTerm
+	}
+	return 0
+}
+
+func (x *ArbiterLog) GetShown() *ArbiterIncarnation {
+	if x != nil {
+		return x.Shown
+	}
+	return nil
+}
+
+func (x *ArbiterLog) GetShownIndex() uint64 {
+	if x != nil {
+		return x.ShownIndex
+	}
+	return 0
+}
+
+func (x *ArbiterLog) GetShownRegisters() uint64 {
+	if x != nil {
+		return x.ShownRegisters
 	}
 	return 0
 }
@@ -3086,7 +3110,7 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\vincarnation\x18\x05 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05index\x18\x06 \x01(\x04R\x05index\x12/\n" +
 	"\x04meta\x18\a \x01(\v2\x1b.coppice.dht.v1.ArbiterMetaR\x04meta\x12\x18\n" +
-	"\alineage\x18\b \x01(\x04R\alineage\"\xc4\x02\n" +
+	"\alineage\x18\b \x01(\x04R\alineage\"\xc8\x03\n" +
 	"\n" +
 	"ArbiterLog\x12\x12\n" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x12\n" +
@@ -3101,7 +3125,11 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\tcommitted\x18\t \x01(\x04R\tcommitted\x12\x1c\n" +
 	"\tregisters\x18\n" +
 	" \x01(\x04R\tregisters\x12\x1b\n" +
-	"\tlast_term\x18\v \x01(\x04R\blastTerm\"\xd1\x01\n" +
+	"\tlast_term\x18\v \x01(\x04R\blastTerm\x128\n" +
+	"\x05shown\x18\f \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x05shown\x12\x1f\n" +
+	"\vshown_index\x18\r \x01(\x04R\n" +
+	"shownIndex\x12'\n" +
+	"\x0fshown_registers\x18\x0e \x01(\x04R\x0eshownRegisters\"\xd1\x01\n" +
 	"\fArbiterHello\x12\x14\n" +
 	"\x05boots\x18\x01 \x01(\x04R\x05boots\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x12\n" +
@@ -3225,17 +3253,18 @@ var file_dht_wire_v1_arbiter_proto_depIdxs = []int32{
 	30, // 32: coppice.dht.v1.ArbiterResponse.leases:type_name -> coppice.dht.v1.ArbiterLeases
 	4,  // 33: coppice.dht.v1.ArbiterWhere.meta:type_name -> coppice.dht.v1.ArbiterMeta
 	5,  // 34: coppice.dht.v1.ArbiterLog.group:type_name -> coppice.dht.v1.ArbiterIncarnation
-	5,  // 35: coppice.dht.v1.ArbiterHello.group:type_name -> coppice.dht.v1.ArbiterIncarnation
-	29, // 36: coppice.dht.v1.ArbiterLeaseRequest.keys:type_name -> coppice.dht.v1.ArbiterLease
-	29, // 37: coppice.dht.v1.ArbiterLeaseRequest.give_up:type_name -> coppice.dht.v1.ArbiterLease
-	29, // 38: coppice.dht.v1.ArbiterLeases.keys:type_name -> coppice.dht.v1.ArbiterLease
-	3,  // 39: coppice.dht.v1.ArbiterFeedUpdate.registers:type_name -> coppice.dht.v1.ArbiterRegister
-	25, // 40: coppice.dht.v1.ArbiterFeedUpdate.where:type_name -> coppice.dht.v1.ArbiterWhere
-	41, // [41:41] is the sub-list for method output_type
-	41, // [41:41] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	5,  // 35: coppice.dht.v1.ArbiterLog.shown:type_name -> coppice.dht.v1.ArbiterIncarnation
+	5,  // 36: coppice.dht.v1.ArbiterHello.group:type_name -> coppice.dht.v1.ArbiterIncarnation
+	29, // 37: coppice.dht.v1.ArbiterLeaseRequest.keys:type_name -> coppice.dht.v1.ArbiterLease
+	29, // 38: coppice.dht.v1.ArbiterLeaseRequest.give_up:type_name -> coppice.dht.v1.ArbiterLease
+	29, // 39: coppice.dht.v1.ArbiterLeases.keys:type_name -> coppice.dht.v1.ArbiterLease
+	3,  // 40: coppice.dht.v1.ArbiterFeedUpdate.registers:type_name -> coppice.dht.v1.ArbiterRegister
+	25, // 41: coppice.dht.v1.ArbiterFeedUpdate.where:type_name -> coppice.dht.v1.ArbiterWhere
+	42, // [42:42] is the sub-list for method output_type
+	42, // [42:42] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_dht_wire_v1_arbiter_proto_init() }

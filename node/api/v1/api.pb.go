@@ -1396,6 +1396,8 @@ type RecoverResponse struct {
 	Done          bool                   `protobuf:"varint,8,opt,name=done,proto3" json:"done,omitempty"`
 	Incarnation   uint64                 `protobuf:"varint,9,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // now
 	TookMs        float64                `protobuf:"fixed64,10,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	Rebuild       bool                   `protobuf:"varint,11,opt,name=rebuild,proto3" json:"rebuild,omitempty"` // no survivor has a log: the registers are gathered from what the survivors show and from the DHT's copies
+	Rebuilt       *Rebuilt               `protobuf:"bytes,12,opt,name=rebuilt,proto3" json:"rebuilt,omitempty"`  // what of
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1500,27 +1502,153 @@ func (x *RecoverResponse) GetTookMs() float64 {
 	return 0
 }
 
-type Survivor struct {
+func (x *RecoverResponse) GetRebuild() bool {
+	if x != nil {
+		return x.Rebuild
+	}
+	return false
+}
+
+func (x *RecoverResponse) GetRebuilt() *Rebuilt {
+	if x != nil {
+		return x.Rebuilt
+	}
+	return nil
+}
+
+// Rebuilt is what was found of the registers outside of any log.
+type Rebuilt struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
-	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
-	Role          string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"`                // voter | learner | none, by its own log
-	Incarnation   uint64                 `protobuf:"varint,4,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // of its log; 0: it has none
-	Term          uint64                 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
-	LastIndex     uint64                 `protobuf:"varint,6,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
-	Committed     uint64                 `protobuf:"varint,7,opt,name=committed,proto3" json:"committed,omitempty"` // that it knows of
-	Applied       uint64                 `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"`
-	Registers     uint64                 `protobuf:"varint,9,opt,name=registers,proto3" json:"registers,omitempty"`
-	Voters        []string               `protobuf:"bytes,10,rep,name=voters,proto3" json:"voters,omitempty"` // node names, by its own log
-	Leader        string                 `protobuf:"bytes,11,opt,name=leader,proto3" json:"leader,omitempty"` // node name; empty: it knows none
-	Halted        string                 `protobuf:"bytes,12,opt,name=halted,proto3" json:"halted,omitempty"`
+	Registers     uint64                 `protobuf:"varint,1,opt,name=registers,proto3" json:"registers,omitempty"`
+	Applications  uint32                 `protobuf:"varint,2,opt,name=applications,proto3" json:"applications,omitempty"`
+	Instances     uint32                 `protobuf:"varint,3,opt,name=instances,proto3" json:"instances,omitempty"`
+	Artifacts     uint32                 `protobuf:"varint,4,opt,name=artifacts,proto3" json:"artifacts,omitempty"`
+	Members       uint32                 `protobuf:"varint,5,opt,name=members,proto3" json:"members,omitempty"`
+	FromView      uint64                 `protobuf:"varint,6,opt,name=from_view,json=fromView,proto3" json:"from_view,omitempty"` // registers that the survivor's own view shows
+	FromDht       uint64                 `protobuf:"varint,7,opt,name=from_dht,json=fromDht,proto3" json:"from_dht,omitempty"`    // registers of which the DHT has a newer copy, or the only one
+	Asked         uint32                 `protobuf:"varint,8,opt,name=asked,proto3" json:"asked,omitempty"`                       // members asked for their copies
+	Answered      uint32                 `protobuf:"varint,9,opt,name=answered,proto3" json:"answered,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
+func (x *Rebuilt) Reset() {
+	*x = Rebuilt{}
+	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rebuilt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rebuilt) ProtoMessage() {}
+
+func (x *Rebuilt) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rebuilt.ProtoReflect.Descriptor instead.
+func (*Rebuilt) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Rebuilt) GetRegisters() uint64 {
+	if x != nil {
+		return x.Registers
+	}
+	return 0
+}
+
+func (x *Rebuilt) GetApplications() uint32 {
+	if x != nil {
+		return x.Applications
+	}
+	return 0
+}
+
+func (x *Rebuilt) GetInstances() uint32 {
+	if x != nil {
+		return x.Instances
+	}
+	return 0
+}
+
+func (x *Rebuilt) GetArtifacts() uint32 {
+	if x != nil {
+		return x.Artifacts
+	}
+	return 0
+}
+
+func (x *Rebuilt) GetMembers() uint32 {
+	if x != nil {
+		return x.Members
+	}
+	return 0
+}
+
+func (x *Rebuilt) GetFromView() uint64 {
+	if x != nil {
+		return x.FromView
+	}
+	return 0
+}
+
+func (x *Rebuilt) GetFromDht() uint64 {
+	if x != nil {
+		return x.FromDht
+	}
+	return 0
+}
+
+func (x *Rebuilt) GetAsked() uint32 {
+	if x != nil {
+		return x.Asked
+	}
+	return 0
+}
+
+func (x *Rebuilt) GetAnswered() uint32 {
+	if x != nil {
+		return x.Answered
+	}
+	return 0
+}
+
+type Survivor struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Node             string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Id               string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Role             string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"`                // voter | learner | none, by its own log
+	Incarnation      uint64                 `protobuf:"varint,4,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // of its log; 0: it has none
+	Term             uint64                 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
+	LastIndex        uint64                 `protobuf:"varint,6,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	Committed        uint64                 `protobuf:"varint,7,opt,name=committed,proto3" json:"committed,omitempty"` // that it knows of
+	Applied          uint64                 `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"`
+	Registers        uint64                 `protobuf:"varint,9,opt,name=registers,proto3" json:"registers,omitempty"`
+	Voters           []string               `protobuf:"bytes,10,rep,name=voters,proto3" json:"voters,omitempty"` // node names, by its own log
+	Leader           string                 `protobuf:"bytes,11,opt,name=leader,proto3" json:"leader,omitempty"` // node name; empty: it knows none
+	Halted           string                 `protobuf:"bytes,12,opt,name=halted,proto3" json:"halted,omitempty"`
+	ShownIncarnation uint64                 `protobuf:"varint,13,opt,name=shown_incarnation,json=shownIncarnation,proto3" json:"shown_incarnation,omitempty"` // what it shows, with or without a log of its own
+	ShownIndex       uint64                 `protobuf:"varint,14,opt,name=shown_index,json=shownIndex,proto3" json:"shown_index,omitempty"`
+	ShownRegisters   uint64                 `protobuf:"varint,15,opt,name=shown_registers,json=shownRegisters,proto3" json:"shown_registers,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
 func (x *Survivor) Reset() {
 	*x = Survivor{}
-	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	mi := &file_node_api_v1_api_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1532,7 +1660,7 @@ func (x *Survivor) String() string {
 func (*Survivor) ProtoMessage() {}
 
 func (x *Survivor) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	mi := &file_node_api_v1_api_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1545,7 +1673,7 @@ func (x *Survivor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Survivor.ProtoReflect.Descriptor instead.
 func (*Survivor) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{19}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Survivor) GetNode() string {
@@ -1632,6 +1760,27 @@ func (x *Survivor) GetHalted() string {
 	return ""
 }
 
+func (x *Survivor) GetShownIncarnation() uint64 {
+	if x != nil {
+		return x.ShownIncarnation
+	}
+	return 0
+}
+
+func (x *Survivor) GetShownIndex() uint64 {
+	if x != nil {
+		return x.ShownIndex
+	}
+	return 0
+}
+
+func (x *Survivor) GetShownRegisters() uint64 {
+	if x != nil {
+		return x.ShownRegisters
+	}
+	return 0
+}
+
 type Missing struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1644,7 +1793,7 @@ type Missing struct {
 
 func (x *Missing) Reset() {
 	*x = Missing{}
-	mi := &file_node_api_v1_api_proto_msgTypes[20]
+	mi := &file_node_api_v1_api_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1656,7 +1805,7 @@ func (x *Missing) String() string {
 func (*Missing) ProtoMessage() {}
 
 func (x *Missing) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[20]
+	mi := &file_node_api_v1_api_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1669,7 +1818,7 @@ func (x *Missing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Missing.ProtoReflect.Descriptor instead.
 func (*Missing) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{20}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Missing) GetNode() string {
@@ -1713,7 +1862,7 @@ type Adopted struct {
 
 func (x *Adopted) Reset() {
 	*x = Adopted{}
-	mi := &file_node_api_v1_api_proto_msgTypes[21]
+	mi := &file_node_api_v1_api_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1725,7 +1874,7 @@ func (x *Adopted) String() string {
 func (*Adopted) ProtoMessage() {}
 
 func (x *Adopted) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[21]
+	mi := &file_node_api_v1_api_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1738,7 +1887,7 @@ func (x *Adopted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Adopted.ProtoReflect.Descriptor instead.
 func (*Adopted) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{21}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Adopted) GetInstance() string {
@@ -1776,6 +1925,453 @@ func (x *Adopted) GetReason() string {
 	return ""
 }
 
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Partial       bool                   `protobuf:"varint,1,opt,name=partial,proto3" json:"partial,omitempty"` // leave out checkpoints and artifacts whose pages no node has any more, instead of failing
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_node_api_v1_api_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *BackupRequest) GetPartial() bool {
+	if x != nil {
+		return x.Partial
+	}
+	return false
+}
+
+type BackupChunk struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*BackupChunk_State
+	//	*BackupChunk_Data
+	//	*BackupChunk_Done
+	Kind          isBackupChunk_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupChunk) Reset() {
+	*x = BackupChunk{}
+	mi := &file_node_api_v1_api_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupChunk) ProtoMessage() {}
+
+func (x *BackupChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
+func (*BackupChunk) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *BackupChunk) GetKind() isBackupChunk_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *BackupChunk) GetState() string {
+	if x != nil {
+		if x, ok := x.Kind.(*BackupChunk_State); ok {
+			return x.State
+		}
+	}
+	return ""
+}
+
+func (x *BackupChunk) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*BackupChunk_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+func (x *BackupChunk) GetDone() *BackupSummary {
+	if x != nil {
+		if x, ok := x.Kind.(*BackupChunk_Done); ok {
+			return x.Done
+		}
+	}
+	return nil
+}
+
+type isBackupChunk_Kind interface {
+	isBackupChunk_Kind()
+}
+
+type BackupChunk_State struct {
+	State string `protobuf:"bytes,1,opt,name=state,proto3,oneof"` // what is being done, in words
+}
+
+type BackupChunk_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"` // the next bytes of the file
+}
+
+type BackupChunk_Done struct {
+	Done *BackupSummary `protobuf:"bytes,3,opt,name=done,proto3,oneof"` // it is whole
+}
+
+func (*BackupChunk_State) isBackupChunk_Kind() {}
+
+func (*BackupChunk_Data) isBackupChunk_Kind() {}
+
+func (*BackupChunk_Done) isBackupChunk_Kind() {}
+
+type BackupSummary struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	File          string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"` // where the client put it
+	Cluster       string                 `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"` // name of the node that made it
+	Incarnation   uint64                 `protobuf:"varint,4,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Index         uint64                 `protobuf:"varint,5,opt,name=index,proto3" json:"index,omitempty"` // the registers are as of this entry of the arbiter's log
+	Taken         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=taken,proto3" json:"taken,omitempty"`
+	Registers     uint64                 `protobuf:"varint,7,opt,name=registers,proto3" json:"registers,omitempty"`
+	Applications  uint32                 `protobuf:"varint,8,opt,name=applications,proto3" json:"applications,omitempty"`
+	Artifacts     uint32                 `protobuf:"varint,9,opt,name=artifacts,proto3" json:"artifacts,omitempty"`
+	Checkpoints   uint32                 `protobuf:"varint,10,opt,name=checkpoints,proto3" json:"checkpoints,omitempty"` // of instances, with all their pages
+	Bytes         uint64                 `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`             // of the file
+	Sha256        string                 `protobuf:"bytes,12,opt,name=sha256,proto3" json:"sha256,omitempty"`            // of the file, in hexadecimal
+	Omitted       []string               `protobuf:"bytes,13,rep,name=omitted,proto3" json:"omitted,omitempty"`          // what is not in it, and why, in words
+	TookMs        float64                `protobuf:"fixed64,14,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupSummary) Reset() {
+	*x = BackupSummary{}
+	mi := &file_node_api_v1_api_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupSummary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupSummary) ProtoMessage() {}
+
+func (x *BackupSummary) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupSummary.ProtoReflect.Descriptor instead.
+func (*BackupSummary) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *BackupSummary) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+func (x *BackupSummary) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *BackupSummary) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *BackupSummary) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *BackupSummary) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *BackupSummary) GetTaken() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Taken
+	}
+	return nil
+}
+
+func (x *BackupSummary) GetRegisters() uint64 {
+	if x != nil {
+		return x.Registers
+	}
+	return 0
+}
+
+func (x *BackupSummary) GetApplications() uint32 {
+	if x != nil {
+		return x.Applications
+	}
+	return 0
+}
+
+func (x *BackupSummary) GetArtifacts() uint32 {
+	if x != nil {
+		return x.Artifacts
+	}
+	return 0
+}
+
+func (x *BackupSummary) GetCheckpoints() uint32 {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return 0
+}
+
+func (x *BackupSummary) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *BackupSummary) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *BackupSummary) GetOmitted() []string {
+	if x != nil {
+		return x.Omitted
+	}
+	return nil
+}
+
+func (x *BackupSummary) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+// RestoreSummary is what restore-cluster made. It is not an answer of the API: there is no node yet.
+type RestoreSummary struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Data            string                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`                // the data folder
+	Node            string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`                // name
+	Id              string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`                    // peer id of the new first node
+	Cluster         string                 `protobuf:"bytes,4,opt,name=cluster,proto3" json:"cluster,omitempty"`          // id of the new cluster
+	Incarnation     uint64                 `protobuf:"varint,5,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // it begins with
+	FromCluster     string                 `protobuf:"bytes,6,opt,name=from_cluster,json=fromCluster,proto3" json:"from_cluster,omitempty"`
+	FromIncarnation uint64                 `protobuf:"varint,7,opt,name=from_incarnation,json=fromIncarnation,proto3" json:"from_incarnation,omitempty"`
+	Taken           *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=taken,proto3" json:"taken,omitempty"` // the backup
+	Registers       uint64                 `protobuf:"varint,9,opt,name=registers,proto3" json:"registers,omitempty"`
+	Applications    uint32                 `protobuf:"varint,10,opt,name=applications,proto3" json:"applications,omitempty"`
+	Artifacts       uint32                 `protobuf:"varint,11,opt,name=artifacts,proto3" json:"artifacts,omitempty"`
+	Checkpoints     uint32                 `protobuf:"varint,12,opt,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	Bytes           uint64                 `protobuf:"varint,13,opt,name=bytes,proto3" json:"bytes,omitempty"` // of the pages
+	Omitted         []string               `protobuf:"bytes,14,rep,name=omitted,proto3" json:"omitted,omitempty"`
+	TookMs          float64                `protobuf:"fixed64,15,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *RestoreSummary) Reset() {
+	*x = RestoreSummary{}
+	mi := &file_node_api_v1_api_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreSummary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreSummary) ProtoMessage() {}
+
+func (x *RestoreSummary) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreSummary.ProtoReflect.Descriptor instead.
+func (*RestoreSummary) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *RestoreSummary) GetData() string {
+	if x != nil {
+		return x.Data
+	}
+	return ""
+}
+
+func (x *RestoreSummary) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *RestoreSummary) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RestoreSummary) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *RestoreSummary) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *RestoreSummary) GetFromCluster() string {
+	if x != nil {
+		return x.FromCluster
+	}
+	return ""
+}
+
+func (x *RestoreSummary) GetFromIncarnation() uint64 {
+	if x != nil {
+		return x.FromIncarnation
+	}
+	return 0
+}
+
+func (x *RestoreSummary) GetTaken() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Taken
+	}
+	return nil
+}
+
+func (x *RestoreSummary) GetRegisters() uint64 {
+	if x != nil {
+		return x.Registers
+	}
+	return 0
+}
+
+func (x *RestoreSummary) GetApplications() uint32 {
+	if x != nil {
+		return x.Applications
+	}
+	return 0
+}
+
+func (x *RestoreSummary) GetArtifacts() uint32 {
+	if x != nil {
+		return x.Artifacts
+	}
+	return 0
+}
+
+func (x *RestoreSummary) GetCheckpoints() uint32 {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return 0
+}
+
+func (x *RestoreSummary) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *RestoreSummary) GetOmitted() []string {
+	if x != nil {
+		return x.Omitted
+	}
+	return nil
+}
+
+func (x *RestoreSummary) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
 type DoctorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1784,7 +2380,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[22]
+	mi := &file_node_api_v1_api_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1796,7 +2392,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[22]
+	mi := &file_node_api_v1_api_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1809,7 +2405,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{22}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{27}
 }
 
 type DoctorResponse struct {
@@ -1822,7 +2418,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[23]
+	mi := &file_node_api_v1_api_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1834,7 +2430,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[23]
+	mi := &file_node_api_v1_api_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1847,7 +2443,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{23}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DoctorResponse) GetHealthy() bool {
@@ -1877,7 +2473,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_node_api_v1_api_proto_msgTypes[24]
+	mi := &file_node_api_v1_api_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1889,7 +2485,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[24]
+	mi := &file_node_api_v1_api_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1902,7 +2498,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{24}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Finding) GetSeverity() string {
@@ -1950,7 +2546,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[25]
+	mi := &file_node_api_v1_api_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1962,7 +2558,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[25]
+	mi := &file_node_api_v1_api_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1975,7 +2571,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{25}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DrainRequest) GetNode() string {
@@ -2001,7 +2597,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[26]
+	mi := &file_node_api_v1_api_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2609,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[26]
+	mi := &file_node_api_v1_api_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2622,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{26}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *LeaveRequest) GetTimeoutMs() uint64 {
@@ -2053,7 +2649,7 @@ type DrainUpdate struct {
 
 func (x *DrainUpdate) Reset() {
 	*x = DrainUpdate{}
-	mi := &file_node_api_v1_api_proto_msgTypes[27]
+	mi := &file_node_api_v1_api_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2065,7 +2661,7 @@ func (x *DrainUpdate) String() string {
 func (*DrainUpdate) ProtoMessage() {}
 
 func (x *DrainUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[27]
+	mi := &file_node_api_v1_api_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2078,7 +2674,7 @@ func (x *DrainUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainUpdate.ProtoReflect.Descriptor instead.
 func (*DrainUpdate) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{27}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DrainUpdate) GetNode() string {
@@ -2154,7 +2750,7 @@ type DownRequest struct {
 
 func (x *DownRequest) Reset() {
 	*x = DownRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[28]
+	mi := &file_node_api_v1_api_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2166,7 +2762,7 @@ func (x *DownRequest) String() string {
 func (*DownRequest) ProtoMessage() {}
 
 func (x *DownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[28]
+	mi := &file_node_api_v1_api_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2179,7 +2775,7 @@ func (x *DownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownRequest.ProtoReflect.Descriptor instead.
 func (*DownRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{28}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DownRequest) GetAll() bool {
@@ -2207,7 +2803,7 @@ type DownResponse struct {
 
 func (x *DownResponse) Reset() {
 	*x = DownResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[29]
+	mi := &file_node_api_v1_api_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2219,7 +2815,7 @@ func (x *DownResponse) String() string {
 func (*DownResponse) ProtoMessage() {}
 
 func (x *DownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[29]
+	mi := &file_node_api_v1_api_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2232,7 +2828,7 @@ func (x *DownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownResponse.ProtoReflect.Descriptor instead.
 func (*DownResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{29}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DownResponse) GetNodes() []*DownNode {
@@ -2267,7 +2863,7 @@ type DownNode struct {
 
 func (x *DownNode) Reset() {
 	*x = DownNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[30]
+	mi := &file_node_api_v1_api_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2279,7 +2875,7 @@ func (x *DownNode) String() string {
 func (*DownNode) ProtoMessage() {}
 
 func (x *DownNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[30]
+	mi := &file_node_api_v1_api_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2292,7 +2888,7 @@ func (x *DownNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownNode.ProtoReflect.Descriptor instead.
 func (*DownNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{30}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DownNode) GetNode() string {
@@ -2325,7 +2921,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[31]
+	mi := &file_node_api_v1_api_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2337,7 +2933,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[31]
+	mi := &file_node_api_v1_api_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2350,7 +2946,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{31}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RevokeRequest) GetNode() string {
@@ -2370,7 +2966,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[32]
+	mi := &file_node_api_v1_api_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2382,7 +2978,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[32]
+	mi := &file_node_api_v1_api_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2395,7 +2991,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{32}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RevokeResponse) GetNode() string {
@@ -2421,7 +3017,7 @@ type ReadmitRequest struct {
 
 func (x *ReadmitRequest) Reset() {
 	*x = ReadmitRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[33]
+	mi := &file_node_api_v1_api_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2433,7 +3029,7 @@ func (x *ReadmitRequest) String() string {
 func (*ReadmitRequest) ProtoMessage() {}
 
 func (x *ReadmitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[33]
+	mi := &file_node_api_v1_api_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2446,7 +3042,7 @@ func (x *ReadmitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadmitRequest.ProtoReflect.Descriptor instead.
 func (*ReadmitRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{33}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ReadmitRequest) GetNode() string {
@@ -2467,7 +3063,7 @@ type ReadmitResponse struct {
 
 func (x *ReadmitResponse) Reset() {
 	*x = ReadmitResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[34]
+	mi := &file_node_api_v1_api_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2479,7 +3075,7 @@ func (x *ReadmitResponse) String() string {
 func (*ReadmitResponse) ProtoMessage() {}
 
 func (x *ReadmitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[34]
+	mi := &file_node_api_v1_api_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2492,7 +3088,7 @@ func (x *ReadmitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadmitResponse.ProtoReflect.Descriptor instead.
 func (*ReadmitResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{34}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReadmitResponse) GetNode() string {
@@ -2529,7 +3125,7 @@ type RegistryPushRequest struct {
 
 func (x *RegistryPushRequest) Reset() {
 	*x = RegistryPushRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[35]
+	mi := &file_node_api_v1_api_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2541,7 +3137,7 @@ func (x *RegistryPushRequest) String() string {
 func (*RegistryPushRequest) ProtoMessage() {}
 
 func (x *RegistryPushRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[35]
+	mi := &file_node_api_v1_api_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2554,7 +3150,7 @@ func (x *RegistryPushRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushRequest.ProtoReflect.Descriptor instead.
 func (*RegistryPushRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{35}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RegistryPushRequest) GetPart() isRegistryPushRequest_Part {
@@ -2609,7 +3205,7 @@ type RegistryPushHeader struct {
 
 func (x *RegistryPushHeader) Reset() {
 	*x = RegistryPushHeader{}
-	mi := &file_node_api_v1_api_proto_msgTypes[36]
+	mi := &file_node_api_v1_api_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2621,7 +3217,7 @@ func (x *RegistryPushHeader) String() string {
 func (*RegistryPushHeader) ProtoMessage() {}
 
 func (x *RegistryPushHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[36]
+	mi := &file_node_api_v1_api_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2634,7 +3230,7 @@ func (x *RegistryPushHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushHeader.ProtoReflect.Descriptor instead.
 func (*RegistryPushHeader) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{36}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RegistryPushHeader) GetName() string {
@@ -2669,7 +3265,7 @@ type RegistryPushFile struct {
 
 func (x *RegistryPushFile) Reset() {
 	*x = RegistryPushFile{}
-	mi := &file_node_api_v1_api_proto_msgTypes[37]
+	mi := &file_node_api_v1_api_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2681,7 +3277,7 @@ func (x *RegistryPushFile) String() string {
 func (*RegistryPushFile) ProtoMessage() {}
 
 func (x *RegistryPushFile) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[37]
+	mi := &file_node_api_v1_api_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2694,7 +3290,7 @@ func (x *RegistryPushFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushFile.ProtoReflect.Descriptor instead.
 func (*RegistryPushFile) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{37}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RegistryPushFile) GetName() string {
@@ -2728,7 +3324,7 @@ type RegistryPushChunk struct {
 
 func (x *RegistryPushChunk) Reset() {
 	*x = RegistryPushChunk{}
-	mi := &file_node_api_v1_api_proto_msgTypes[38]
+	mi := &file_node_api_v1_api_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2740,7 +3336,7 @@ func (x *RegistryPushChunk) String() string {
 func (*RegistryPushChunk) ProtoMessage() {}
 
 func (x *RegistryPushChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[38]
+	mi := &file_node_api_v1_api_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2753,7 +3349,7 @@ func (x *RegistryPushChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushChunk.ProtoReflect.Descriptor instead.
 func (*RegistryPushChunk) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{38}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RegistryPushChunk) GetFile() uint32 {
@@ -2787,7 +3383,7 @@ type RegistryPushResponse struct {
 
 func (x *RegistryPushResponse) Reset() {
 	*x = RegistryPushResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[39]
+	mi := &file_node_api_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +3395,7 @@ func (x *RegistryPushResponse) String() string {
 func (*RegistryPushResponse) ProtoMessage() {}
 
 func (x *RegistryPushResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[39]
+	mi := &file_node_api_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +3408,7 @@ func (x *RegistryPushResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushResponse.ProtoReflect.Descriptor instead.
 func (*RegistryPushResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{39}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RegistryPushResponse) GetName() string {
@@ -2886,7 +3482,7 @@ type RegistryListRequest struct {
 
 func (x *RegistryListRequest) Reset() {
 	*x = RegistryListRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[40]
+	mi := &file_node_api_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2898,7 +3494,7 @@ func (x *RegistryListRequest) String() string {
 func (*RegistryListRequest) ProtoMessage() {}
 
 func (x *RegistryListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[40]
+	mi := &file_node_api_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2911,7 +3507,7 @@ func (x *RegistryListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryListRequest.ProtoReflect.Descriptor instead.
 func (*RegistryListRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{40}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 type RegistryListResponse struct {
@@ -2923,7 +3519,7 @@ type RegistryListResponse struct {
 
 func (x *RegistryListResponse) Reset() {
 	*x = RegistryListResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[41]
+	mi := &file_node_api_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2935,7 +3531,7 @@ func (x *RegistryListResponse) String() string {
 func (*RegistryListResponse) ProtoMessage() {}
 
 func (x *RegistryListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[41]
+	mi := &file_node_api_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2948,7 +3544,7 @@ func (x *RegistryListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryListResponse.ProtoReflect.Descriptor instead.
 func (*RegistryListResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{41}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RegistryListResponse) GetArtifacts() []*Artifact {
@@ -2967,7 +3563,7 @@ type RegistryShowRequest struct {
 
 func (x *RegistryShowRequest) Reset() {
 	*x = RegistryShowRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[42]
+	mi := &file_node_api_v1_api_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2979,7 +3575,7 @@ func (x *RegistryShowRequest) String() string {
 func (*RegistryShowRequest) ProtoMessage() {}
 
 func (x *RegistryShowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[42]
+	mi := &file_node_api_v1_api_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2992,7 +3588,7 @@ func (x *RegistryShowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryShowRequest.ProtoReflect.Descriptor instead.
 func (*RegistryShowRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{42}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RegistryShowRequest) GetArtifact() string {
@@ -3011,7 +3607,7 @@ type RegistryShowResponse struct {
 
 func (x *RegistryShowResponse) Reset() {
 	*x = RegistryShowResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[43]
+	mi := &file_node_api_v1_api_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3023,7 +3619,7 @@ func (x *RegistryShowResponse) String() string {
 func (*RegistryShowResponse) ProtoMessage() {}
 
 func (x *RegistryShowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[43]
+	mi := &file_node_api_v1_api_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3036,7 +3632,7 @@ func (x *RegistryShowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryShowResponse.ProtoReflect.Descriptor instead.
 func (*RegistryShowResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{43}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RegistryShowResponse) GetArtifacts() []*Artifact {
@@ -3074,7 +3670,7 @@ type Artifact struct {
 
 func (x *Artifact) Reset() {
 	*x = Artifact{}
-	mi := &file_node_api_v1_api_proto_msgTypes[44]
+	mi := &file_node_api_v1_api_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3086,7 +3682,7 @@ func (x *Artifact) String() string {
 func (*Artifact) ProtoMessage() {}
 
 func (x *Artifact) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[44]
+	mi := &file_node_api_v1_api_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3099,7 +3695,7 @@ func (x *Artifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Artifact.ProtoReflect.Descriptor instead.
 func (*Artifact) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{44}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Artifact) GetName() string {
@@ -3255,7 +3851,7 @@ type LocalArtifact struct {
 
 func (x *LocalArtifact) Reset() {
 	*x = LocalArtifact{}
-	mi := &file_node_api_v1_api_proto_msgTypes[45]
+	mi := &file_node_api_v1_api_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3267,7 +3863,7 @@ func (x *LocalArtifact) String() string {
 func (*LocalArtifact) ProtoMessage() {}
 
 func (x *LocalArtifact) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[45]
+	mi := &file_node_api_v1_api_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3280,7 +3876,7 @@ func (x *LocalArtifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalArtifact.ProtoReflect.Descriptor instead.
 func (*LocalArtifact) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{45}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *LocalArtifact) GetPath() string {
@@ -3322,7 +3918,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[46]
+	mi := &file_node_api_v1_api_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3334,7 +3930,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[46]
+	mi := &file_node_api_v1_api_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3347,7 +3943,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{46}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PlanRequest) GetFile() string {
@@ -3386,7 +3982,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[47]
+	mi := &file_node_api_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3398,7 +3994,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[47]
+	mi := &file_node_api_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3411,7 +4007,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{47}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *PlanResponse) GetFeasible() bool {
@@ -3481,7 +4077,7 @@ type PlannedInstance struct {
 
 func (x *PlannedInstance) Reset() {
 	*x = PlannedInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[48]
+	mi := &file_node_api_v1_api_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3493,7 +4089,7 @@ func (x *PlannedInstance) String() string {
 func (*PlannedInstance) ProtoMessage() {}
 
 func (x *PlannedInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[48]
+	mi := &file_node_api_v1_api_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3506,7 +4102,7 @@ func (x *PlannedInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedInstance.ProtoReflect.Descriptor instead.
 func (*PlannedInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{48}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *PlannedInstance) GetInstance() string {
@@ -3590,7 +4186,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_node_api_v1_api_proto_msgTypes[49]
+	mi := &file_node_api_v1_api_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3602,7 +4198,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[49]
+	mi := &file_node_api_v1_api_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3615,7 +4211,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Refusal) GetNode() string {
@@ -3652,7 +4248,7 @@ type DeployRequest struct {
 
 func (x *DeployRequest) Reset() {
 	*x = DeployRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[50]
+	mi := &file_node_api_v1_api_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3664,7 +4260,7 @@ func (x *DeployRequest) String() string {
 func (*DeployRequest) ProtoMessage() {}
 
 func (x *DeployRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[50]
+	mi := &file_node_api_v1_api_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3677,7 +4273,7 @@ func (x *DeployRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployRequest.ProtoReflect.Descriptor instead.
 func (*DeployRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *DeployRequest) GetFile() string {
@@ -3728,7 +4324,7 @@ type DeployUpdate struct {
 
 func (x *DeployUpdate) Reset() {
 	*x = DeployUpdate{}
-	mi := &file_node_api_v1_api_proto_msgTypes[51]
+	mi := &file_node_api_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3740,7 +4336,7 @@ func (x *DeployUpdate) String() string {
 func (*DeployUpdate) ProtoMessage() {}
 
 func (x *DeployUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[51]
+	mi := &file_node_api_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3753,7 +4349,7 @@ func (x *DeployUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployUpdate.ProtoReflect.Descriptor instead.
 func (*DeployUpdate) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{51}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *DeployUpdate) GetApplications() []*DeployedApplication {
@@ -3803,7 +4399,7 @@ type DeployedApplication struct {
 
 func (x *DeployedApplication) Reset() {
 	*x = DeployedApplication{}
-	mi := &file_node_api_v1_api_proto_msgTypes[52]
+	mi := &file_node_api_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3815,7 +4411,7 @@ func (x *DeployedApplication) String() string {
 func (*DeployedApplication) ProtoMessage() {}
 
 func (x *DeployedApplication) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[52]
+	mi := &file_node_api_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3828,7 +4424,7 @@ func (x *DeployedApplication) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployedApplication.ProtoReflect.Descriptor instead.
 func (*DeployedApplication) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{52}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *DeployedApplication) GetApplication() string {
@@ -3873,7 +4469,7 @@ type DeployedComponent struct {
 
 func (x *DeployedComponent) Reset() {
 	*x = DeployedComponent{}
-	mi := &file_node_api_v1_api_proto_msgTypes[53]
+	mi := &file_node_api_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3885,7 +4481,7 @@ func (x *DeployedComponent) String() string {
 func (*DeployedComponent) ProtoMessage() {}
 
 func (x *DeployedComponent) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[53]
+	mi := &file_node_api_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3898,7 +4494,7 @@ func (x *DeployedComponent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployedComponent.ProtoReflect.Descriptor instead.
 func (*DeployedComponent) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{53}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *DeployedComponent) GetComponent() string {
@@ -3955,7 +4551,7 @@ type Waiting struct {
 
 func (x *Waiting) Reset() {
 	*x = Waiting{}
-	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	mi := &file_node_api_v1_api_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3967,7 +4563,7 @@ func (x *Waiting) String() string {
 func (*Waiting) ProtoMessage() {}
 
 func (x *Waiting) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	mi := &file_node_api_v1_api_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3980,7 +4576,7 @@ func (x *Waiting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Waiting.ProtoReflect.Descriptor instead.
 func (*Waiting) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{54}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Waiting) GetInstance() string {
@@ -4022,7 +4618,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	mi := &file_node_api_v1_api_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4034,7 +4630,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	mi := &file_node_api_v1_api_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4047,7 +4643,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{55}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *RemoveRequest) GetApplication() string {
@@ -4083,7 +4679,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[56]
+	mi := &file_node_api_v1_api_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4095,7 +4691,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[56]
+	mi := &file_node_api_v1_api_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4108,7 +4704,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{56}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RemoveResponse) GetApplication() string {
@@ -4147,7 +4743,7 @@ type AppsRequest struct {
 
 func (x *AppsRequest) Reset() {
 	*x = AppsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[57]
+	mi := &file_node_api_v1_api_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4159,7 +4755,7 @@ func (x *AppsRequest) String() string {
 func (*AppsRequest) ProtoMessage() {}
 
 func (x *AppsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[57]
+	mi := &file_node_api_v1_api_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4172,7 +4768,7 @@ func (x *AppsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppsRequest.ProtoReflect.Descriptor instead.
 func (*AppsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{57}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{62}
 }
 
 type AppsResponse struct {
@@ -4184,7 +4780,7 @@ type AppsResponse struct {
 
 func (x *AppsResponse) Reset() {
 	*x = AppsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[58]
+	mi := &file_node_api_v1_api_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4196,7 +4792,7 @@ func (x *AppsResponse) String() string {
 func (*AppsResponse) ProtoMessage() {}
 
 func (x *AppsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[58]
+	mi := &file_node_api_v1_api_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4209,7 +4805,7 @@ func (x *AppsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppsResponse.ProtoReflect.Descriptor instead.
 func (*AppsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *AppsResponse) GetApps() []*App {
@@ -4235,7 +4831,7 @@ type App struct {
 
 func (x *App) Reset() {
 	*x = App{}
-	mi := &file_node_api_v1_api_proto_msgTypes[59]
+	mi := &file_node_api_v1_api_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4247,7 +4843,7 @@ func (x *App) String() string {
 func (*App) ProtoMessage() {}
 
 func (x *App) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[59]
+	mi := &file_node_api_v1_api_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4260,7 +4856,7 @@ func (x *App) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use App.ProtoReflect.Descriptor instead.
 func (*App) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *App) GetApplication() string {
@@ -4328,7 +4924,7 @@ type PsRequest struct {
 
 func (x *PsRequest) Reset() {
 	*x = PsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[60]
+	mi := &file_node_api_v1_api_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4340,7 +4936,7 @@ func (x *PsRequest) String() string {
 func (*PsRequest) ProtoMessage() {}
 
 func (x *PsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[60]
+	mi := &file_node_api_v1_api_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4353,7 +4949,7 @@ func (x *PsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsRequest.ProtoReflect.Descriptor instead.
 func (*PsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *PsRequest) GetApplication() string {
@@ -4372,7 +4968,7 @@ type PsResponse struct {
 
 func (x *PsResponse) Reset() {
 	*x = PsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[61]
+	mi := &file_node_api_v1_api_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4384,7 +4980,7 @@ func (x *PsResponse) String() string {
 func (*PsResponse) ProtoMessage() {}
 
 func (x *PsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[61]
+	mi := &file_node_api_v1_api_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4397,7 +4993,7 @@ func (x *PsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsResponse.ProtoReflect.Descriptor instead.
 func (*PsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{61}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *PsResponse) GetInstances() []*Instance {
@@ -4437,7 +5033,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[62]
+	mi := &file_node_api_v1_api_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4449,7 +5045,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[62]
+	mi := &file_node_api_v1_api_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4462,7 +5058,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{62}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Instance) GetApplication() string {
@@ -4628,7 +5224,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[63]
+	mi := &file_node_api_v1_api_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4640,7 +5236,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[63]
+	mi := &file_node_api_v1_api_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4653,7 +5249,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{63}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *InspectRequest) GetComponent() string {
@@ -4691,7 +5287,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[64]
+	mi := &file_node_api_v1_api_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4703,7 +5299,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[64]
+	mi := &file_node_api_v1_api_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4716,7 +5312,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{64}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *InspectResponse) GetComponent() string {
@@ -4885,7 +5481,7 @@ type InspectInstance struct {
 
 func (x *InspectInstance) Reset() {
 	*x = InspectInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[65]
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4897,7 +5493,7 @@ func (x *InspectInstance) String() string {
 func (*InspectInstance) ProtoMessage() {}
 
 func (x *InspectInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[65]
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4910,7 +5506,7 @@ func (x *InspectInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectInstance.ProtoReflect.Descriptor instead.
 func (*InspectInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{65}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *InspectInstance) GetInstance() string {
@@ -5054,7 +5650,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_node_api_v1_api_proto_msgTypes[66]
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5066,7 +5662,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[66]
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5079,7 +5675,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{66}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *Interface) GetName() string {
@@ -5145,7 +5741,7 @@ type Method struct {
 
 func (x *Method) Reset() {
 	*x = Method{}
-	mi := &file_node_api_v1_api_proto_msgTypes[67]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5157,7 +5753,7 @@ func (x *Method) String() string {
 func (*Method) ProtoMessage() {}
 
 func (x *Method) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[67]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5170,7 +5766,7 @@ func (x *Method) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Method.ProtoReflect.Descriptor instead.
 func (*Method) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{67}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *Method) GetName() string {
@@ -5230,7 +5826,7 @@ type AttributeInfo struct {
 
 func (x *AttributeInfo) Reset() {
 	*x = AttributeInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[68]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5242,7 +5838,7 @@ func (x *AttributeInfo) String() string {
 func (*AttributeInfo) ProtoMessage() {}
 
 func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[68]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5255,7 +5851,7 @@ func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttributeInfo.ProtoReflect.Descriptor instead.
 func (*AttributeInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{68}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *AttributeInfo) GetName() string {
@@ -5322,7 +5918,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_node_api_v1_api_proto_msgTypes[69]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5334,7 +5930,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[69]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5347,7 +5943,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{69}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *Binding) GetInterface() string {
@@ -5415,7 +6011,7 @@ type CallStats struct {
 
 func (x *CallStats) Reset() {
 	*x = CallStats{}
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5427,7 +6023,7 @@ func (x *CallStats) String() string {
 func (*CallStats) ProtoMessage() {}
 
 func (x *CallStats) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5440,7 +6036,7 @@ func (x *CallStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallStats.ProtoReflect.Descriptor instead.
 func (*CallStats) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *CallStats) GetTotal() uint64 {
@@ -5513,7 +6109,7 @@ type CheckpointInfo struct {
 
 func (x *CheckpointInfo) Reset() {
 	*x = CheckpointInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5525,7 +6121,7 @@ func (x *CheckpointInfo) String() string {
 func (*CheckpointInfo) ProtoMessage() {}
 
 func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5538,7 +6134,7 @@ func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointInfo.ProtoReflect.Descriptor instead.
 func (*CheckpointInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *CheckpointInfo) GetSeq() uint64 {
@@ -5598,7 +6194,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5610,7 +6206,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5623,7 +6219,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *Overlay) GetVersion() string {
@@ -5686,7 +6282,7 @@ type AttrRequest struct {
 
 func (x *AttrRequest) Reset() {
 	*x = AttrRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5698,7 +6294,7 @@ func (x *AttrRequest) String() string {
 func (*AttrRequest) ProtoMessage() {}
 
 func (x *AttrRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5711,7 +6307,7 @@ func (x *AttrRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrRequest.ProtoReflect.Descriptor instead.
 func (*AttrRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *AttrRequest) GetComponent() string {
@@ -5748,7 +6344,7 @@ type AttrResponse struct {
 
 func (x *AttrResponse) Reset() {
 	*x = AttrResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5760,7 +6356,7 @@ func (x *AttrResponse) String() string {
 func (*AttrResponse) ProtoMessage() {}
 
 func (x *AttrResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5773,7 +6369,7 @@ func (x *AttrResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrResponse.ProtoReflect.Descriptor instead.
 func (*AttrResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *AttrResponse) GetComponent() string {
@@ -5822,7 +6418,7 @@ type BindRequest struct {
 
 func (x *BindRequest) Reset() {
 	*x = BindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5834,7 +6430,7 @@ func (x *BindRequest) String() string {
 func (*BindRequest) ProtoMessage() {}
 
 func (x *BindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5847,7 +6443,7 @@ func (x *BindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindRequest.ProtoReflect.Descriptor instead.
 func (*BindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *BindRequest) GetComponent() string {
@@ -5881,7 +6477,7 @@ type UnbindRequest struct {
 
 func (x *UnbindRequest) Reset() {
 	*x = UnbindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5893,7 +6489,7 @@ func (x *UnbindRequest) String() string {
 func (*UnbindRequest) ProtoMessage() {}
 
 func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5906,7 +6502,7 @@ func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbindRequest.ProtoReflect.Descriptor instead.
 func (*UnbindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *UnbindRequest) GetComponent() string {
@@ -5933,7 +6529,7 @@ type BindResponse struct {
 
 func (x *BindResponse) Reset() {
 	*x = BindResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5945,7 +6541,7 @@ func (x *BindResponse) String() string {
 func (*BindResponse) ProtoMessage() {}
 
 func (x *BindResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5958,7 +6554,7 @@ func (x *BindResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindResponse.ProtoReflect.Descriptor instead.
 func (*BindResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *BindResponse) GetComponent() string {
@@ -5985,7 +6581,7 @@ type LifecycleRequest struct {
 
 func (x *LifecycleRequest) Reset() {
 	*x = LifecycleRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5997,7 +6593,7 @@ func (x *LifecycleRequest) String() string {
 func (*LifecycleRequest) ProtoMessage() {}
 
 func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6010,7 +6606,7 @@ func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleRequest.ProtoReflect.Descriptor instead.
 func (*LifecycleRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *LifecycleRequest) GetComponent() string {
@@ -6039,7 +6635,7 @@ type LifecycleResponse struct {
 
 func (x *LifecycleResponse) Reset() {
 	*x = LifecycleResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6051,7 +6647,7 @@ func (x *LifecycleResponse) String() string {
 func (*LifecycleResponse) ProtoMessage() {}
 
 func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6064,7 +6660,7 @@ func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleResponse.ProtoReflect.Descriptor instead.
 func (*LifecycleResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *LifecycleResponse) GetComponent() string {
@@ -6106,7 +6702,7 @@ type SwapRequest struct {
 
 func (x *SwapRequest) Reset() {
 	*x = SwapRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6118,7 +6714,7 @@ func (x *SwapRequest) String() string {
 func (*SwapRequest) ProtoMessage() {}
 
 func (x *SwapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6131,7 +6727,7 @@ func (x *SwapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapRequest.ProtoReflect.Descriptor instead.
 func (*SwapRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *SwapRequest) GetComponent() string {
@@ -6165,7 +6761,7 @@ type UndoRequest struct {
 
 func (x *UndoRequest) Reset() {
 	*x = UndoRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6177,7 +6773,7 @@ func (x *UndoRequest) String() string {
 func (*UndoRequest) ProtoMessage() {}
 
 func (x *UndoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6190,7 +6786,7 @@ func (x *UndoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoRequest.ProtoReflect.Descriptor instead.
 func (*UndoRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *UndoRequest) GetComponent() string {
@@ -6218,7 +6814,7 @@ type MoveRequest struct {
 
 func (x *MoveRequest) Reset() {
 	*x = MoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6230,7 +6826,7 @@ func (x *MoveRequest) String() string {
 func (*MoveRequest) ProtoMessage() {}
 
 func (x *MoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6243,7 +6839,7 @@ func (x *MoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRequest.ProtoReflect.Descriptor instead.
 func (*MoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *MoveRequest) GetComponent() string {
@@ -6283,7 +6879,7 @@ type ReplaceResponse struct {
 
 func (x *ReplaceResponse) Reset() {
 	*x = ReplaceResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6295,7 +6891,7 @@ func (x *ReplaceResponse) String() string {
 func (*ReplaceResponse) ProtoMessage() {}
 
 func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6308,7 +6904,7 @@ func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ReplaceResponse) GetComponent() string {
@@ -6376,7 +6972,7 @@ type UnpinRequest struct {
 
 func (x *UnpinRequest) Reset() {
 	*x = UnpinRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6388,7 +6984,7 @@ func (x *UnpinRequest) String() string {
 func (*UnpinRequest) ProtoMessage() {}
 
 func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6401,7 +6997,7 @@ func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinRequest.ProtoReflect.Descriptor instead.
 func (*UnpinRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *UnpinRequest) GetComponent() string {
@@ -6421,7 +7017,7 @@ type UnpinResponse struct {
 
 func (x *UnpinResponse) Reset() {
 	*x = UnpinResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6433,7 +7029,7 @@ func (x *UnpinResponse) String() string {
 func (*UnpinResponse) ProtoMessage() {}
 
 func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6446,7 +7042,7 @@ func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinResponse.ProtoReflect.Descriptor instead.
 func (*UnpinResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *UnpinResponse) GetComponent() string {
@@ -6473,7 +7069,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6485,7 +7081,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6498,7 +7094,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *CheckpointRequest) GetComponent() string {
@@ -6528,7 +7124,7 @@ type CheckpointResponse struct {
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6540,7 +7136,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6553,7 +7149,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *CheckpointResponse) GetComponent() string {
@@ -6605,7 +7201,7 @@ type CallRequest struct {
 
 func (x *CallRequest) Reset() {
 	*x = CallRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6617,7 +7213,7 @@ func (x *CallRequest) String() string {
 func (*CallRequest) ProtoMessage() {}
 
 func (x *CallRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6630,7 +7226,7 @@ func (x *CallRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallRequest.ProtoReflect.Descriptor instead.
 func (*CallRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *CallRequest) GetComponent() string {
@@ -6687,7 +7283,7 @@ type CallResponse struct {
 
 func (x *CallResponse) Reset() {
 	*x = CallResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6699,7 +7295,7 @@ func (x *CallResponse) String() string {
 func (*CallResponse) ProtoMessage() {}
 
 func (x *CallResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6712,7 +7308,7 @@ func (x *CallResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallResponse.ProtoReflect.Descriptor instead.
 func (*CallResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *CallResponse) GetJson() string {
@@ -6752,7 +7348,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6764,7 +7360,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6777,7 +7373,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *WhyRequest) GetComponent() string {
@@ -6797,7 +7393,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6809,7 +7405,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6822,7 +7418,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *WhyResponse) GetComponent() string {
@@ -6863,7 +7459,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6875,7 +7471,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6888,7 +7484,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *Decision) GetInstance() string {
@@ -7015,7 +7611,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7027,7 +7623,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7040,7 +7636,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *LogsRequest) GetComponent() string {
@@ -7085,7 +7681,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7097,7 +7693,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7110,7 +7706,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *LogLine) GetTime() *timestamppb.Timestamp {
@@ -7167,7 +7763,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7179,7 +7775,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7192,7 +7788,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *EventsRequest) GetChannel() string {
@@ -7240,7 +7836,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7252,7 +7848,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7265,7 +7861,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *Event) GetId() string {
@@ -7343,7 +7939,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7355,7 +7951,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7368,7 +7964,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *QueryRequest) GetSql() string {
@@ -7414,7 +8010,7 @@ type QueryResponse struct {
 
 func (x *QueryResponse) Reset() {
 	*x = QueryResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7426,7 +8022,7 @@ func (x *QueryResponse) String() string {
 func (*QueryResponse) ProtoMessage() {}
 
 func (x *QueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7439,7 +8035,7 @@ func (x *QueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryResponse.ProtoReflect.Descriptor instead.
 func (*QueryResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *QueryResponse) GetColumns() []string {
@@ -7500,7 +8096,7 @@ type Row struct {
 
 func (x *Row) Reset() {
 	*x = Row{}
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7512,7 +8108,7 @@ func (x *Row) String() string {
 func (*Row) ProtoMessage() {}
 
 func (x *Row) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7525,7 +8121,7 @@ func (x *Row) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Row.ProtoReflect.Descriptor instead.
 func (*Row) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *Row) GetValues() []*Value {
@@ -7551,7 +8147,7 @@ type Value struct {
 
 func (x *Value) Reset() {
 	*x = Value{}
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7563,7 +8159,7 @@ func (x *Value) String() string {
 func (*Value) ProtoMessage() {}
 
 func (x *Value) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7576,7 +8172,7 @@ func (x *Value) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Value.ProtoReflect.Descriptor instead.
 func (*Value) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *Value) GetKind() isValue_Kind {
@@ -7675,7 +8271,7 @@ type DhtClosestRequest struct {
 
 func (x *DhtClosestRequest) Reset() {
 	*x = DhtClosestRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7687,7 +8283,7 @@ func (x *DhtClosestRequest) String() string {
 func (*DhtClosestRequest) ProtoMessage() {}
 
 func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7700,7 +8296,7 @@ func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestRequest.ProtoReflect.Descriptor instead.
 func (*DhtClosestRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *DhtClosestRequest) GetKey() string {
@@ -7728,7 +8324,7 @@ type DhtClosestResponse struct {
 
 func (x *DhtClosestResponse) Reset() {
 	*x = DhtClosestResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7740,7 +8336,7 @@ func (x *DhtClosestResponse) String() string {
 func (*DhtClosestResponse) ProtoMessage() {}
 
 func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7753,7 +8349,7 @@ func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestResponse.ProtoReflect.Descriptor instead.
 func (*DhtClosestResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *DhtClosestResponse) GetKey() string {
@@ -7793,7 +8389,7 @@ type DhtNode struct {
 
 func (x *DhtNode) Reset() {
 	*x = DhtNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7805,7 +8401,7 @@ func (x *DhtNode) String() string {
 func (*DhtNode) ProtoMessage() {}
 
 func (x *DhtNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7818,7 +8414,7 @@ func (x *DhtNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtNode.ProtoReflect.Descriptor instead.
 func (*DhtNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *DhtNode) GetRank() uint32 {
@@ -7886,7 +8482,7 @@ type DhtGetRequest struct {
 
 func (x *DhtGetRequest) Reset() {
 	*x = DhtGetRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7898,7 +8494,7 @@ func (x *DhtGetRequest) String() string {
 func (*DhtGetRequest) ProtoMessage() {}
 
 func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7911,7 +8507,7 @@ func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetRequest.ProtoReflect.Descriptor instead.
 func (*DhtGetRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *DhtGetRequest) GetKey() string {
@@ -7945,7 +8541,7 @@ type DhtGetResponse struct {
 
 func (x *DhtGetResponse) Reset() {
 	*x = DhtGetResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7957,7 +8553,7 @@ func (x *DhtGetResponse) String() string {
 func (*DhtGetResponse) ProtoMessage() {}
 
 func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7970,7 +8566,7 @@ func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetResponse.ProtoReflect.Descriptor instead.
 func (*DhtGetResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *DhtGetResponse) GetKey() string {
@@ -8224,7 +8820,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x04from\x18\x01 \x01(\tR\x04from\x12\x16\n" +
 	"\x06really\x18\x02 \x01(\bR\x06really\x12\x1d\n" +
 	"\n" +
-	"keep_older\x18\x03 \x01(\bR\tkeepOlder\"\xda\x02\n" +
+	"keep_older\x18\x03 \x01(\bR\tkeepOlder\"\xa7\x03\n" +
 	"\x0fRecoverResponse\x12\x1a\n" +
 	"\bpossible\x18\x01 \x01(\bR\bpossible\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
@@ -8236,7 +8832,19 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x04done\x18\b \x01(\bR\x04done\x12 \n" +
 	"\vincarnation\x18\t \x01(\x04R\vincarnation\x12\x17\n" +
 	"\atook_ms\x18\n" +
-	" \x01(\x01R\x06tookMs\"\xb5\x02\n" +
+	" \x01(\x01R\x06tookMs\x12\x18\n" +
+	"\arebuild\x18\v \x01(\bR\arebuild\x121\n" +
+	"\arebuilt\x18\f \x01(\v2\x17.coppice.api.v1.RebuiltR\arebuilt\"\x8b\x02\n" +
+	"\aRebuilt\x12\x1c\n" +
+	"\tregisters\x18\x01 \x01(\x04R\tregisters\x12\"\n" +
+	"\fapplications\x18\x02 \x01(\rR\fapplications\x12\x1c\n" +
+	"\tinstances\x18\x03 \x01(\rR\tinstances\x12\x1c\n" +
+	"\tartifacts\x18\x04 \x01(\rR\tartifacts\x12\x18\n" +
+	"\amembers\x18\x05 \x01(\rR\amembers\x12\x1b\n" +
+	"\tfrom_view\x18\x06 \x01(\x04R\bfromView\x12\x19\n" +
+	"\bfrom_dht\x18\a \x01(\x04R\afromDht\x12\x14\n" +
+	"\x05asked\x18\b \x01(\rR\x05asked\x12\x1a\n" +
+	"\banswered\x18\t \x01(\rR\banswered\"\xac\x03\n" +
 	"\bSurvivor\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
@@ -8251,7 +8859,11 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x06voters\x18\n" +
 	" \x03(\tR\x06voters\x12\x16\n" +
 	"\x06leader\x18\v \x01(\tR\x06leader\x12\x16\n" +
-	"\x06halted\x18\f \x01(\tR\x06halted\"u\n" +
+	"\x06halted\x18\f \x01(\tR\x06halted\x12+\n" +
+	"\x11shown_incarnation\x18\r \x01(\x04R\x10shownIncarnation\x12\x1f\n" +
+	"\vshown_index\x18\x0e \x01(\x04R\n" +
+	"shownIndex\x12'\n" +
+	"\x0fshown_registers\x18\x0f \x01(\x04R\x0eshownRegisters\"u\n" +
 	"\aMissing\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
@@ -8262,7 +8874,47 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\fregister_seq\x18\x02 \x01(\x04R\vregisterSeq\x12\x10\n" +
 	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x18\n" +
 	"\aholders\x18\x04 \x03(\tR\aholders\x12\x16\n" +
-	"\x06reason\x18\x05 \x01(\tR\x06reason\"\x0f\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\")\n" +
+	"\rBackupRequest\x12\x18\n" +
+	"\apartial\x18\x01 \x01(\bR\apartial\"x\n" +
+	"\vBackupChunk\x12\x16\n" +
+	"\x05state\x18\x01 \x01(\tH\x00R\x05state\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x123\n" +
+	"\x04done\x18\x03 \x01(\v2\x1d.coppice.api.v1.BackupSummaryH\x00R\x04doneB\x06\n" +
+	"\x04kind\"\x9e\x03\n" +
+	"\rBackupSummary\x12\x12\n" +
+	"\x04file\x18\x01 \x01(\tR\x04file\x12\x18\n" +
+	"\acluster\x18\x02 \x01(\tR\acluster\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\x12 \n" +
+	"\vincarnation\x18\x04 \x01(\x04R\vincarnation\x12\x14\n" +
+	"\x05index\x18\x05 \x01(\x04R\x05index\x120\n" +
+	"\x05taken\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05taken\x12\x1c\n" +
+	"\tregisters\x18\a \x01(\x04R\tregisters\x12\"\n" +
+	"\fapplications\x18\b \x01(\rR\fapplications\x12\x1c\n" +
+	"\tartifacts\x18\t \x01(\rR\tartifacts\x12 \n" +
+	"\vcheckpoints\x18\n" +
+	" \x01(\rR\vcheckpoints\x12\x14\n" +
+	"\x05bytes\x18\v \x01(\x04R\x05bytes\x12\x16\n" +
+	"\x06sha256\x18\f \x01(\tR\x06sha256\x12\x18\n" +
+	"\aomitted\x18\r \x03(\tR\aomitted\x12\x17\n" +
+	"\atook_ms\x18\x0e \x01(\x01R\x06tookMs\"\xcf\x03\n" +
+	"\x0eRestoreSummary\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\tR\x04data\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x12\x18\n" +
+	"\acluster\x18\x04 \x01(\tR\acluster\x12 \n" +
+	"\vincarnation\x18\x05 \x01(\x04R\vincarnation\x12!\n" +
+	"\ffrom_cluster\x18\x06 \x01(\tR\vfromCluster\x12)\n" +
+	"\x10from_incarnation\x18\a \x01(\x04R\x0ffromIncarnation\x120\n" +
+	"\x05taken\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05taken\x12\x1c\n" +
+	"\tregisters\x18\t \x01(\x04R\tregisters\x12\"\n" +
+	"\fapplications\x18\n" +
+	" \x01(\rR\fapplications\x12\x1c\n" +
+	"\tartifacts\x18\v \x01(\rR\tartifacts\x12 \n" +
+	"\vcheckpoints\x18\f \x01(\rR\vcheckpoints\x12\x14\n" +
+	"\x05bytes\x18\r \x01(\x04R\x05bytes\x12\x18\n" +
+	"\aomitted\x18\x0e \x03(\tR\aomitted\x12\x17\n" +
+	"\atook_ms\x18\x0f \x01(\x01R\x06tookMs\"\x0f\n" +
 	"\rDoctorRequest\"_\n" +
 	"\x0eDoctorResponse\x12\x18\n" +
 	"\ahealthy\x18\x01 \x01(\bR\ahealthy\x123\n" +
@@ -8824,7 +9476,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x06signed\x18\r \x01(\bR\x06signed\x121\n" +
 	"\aholders\x18\x0e \x03(\v2\x17.coppice.api.v1.DhtNodeR\aholders\x12\x17\n" +
 	"\atook_ms\x18\x0f \x01(\x01R\x06tookMs\x12\x17\n" +
-	"\akad_key\x18\x10 \x01(\tR\x06kadKey2\xce\x17\n" +
+	"\akad_key\x18\x10 \x01(\tR\x06kadKey2\x96\x18\n" +
 	"\aControl\x12D\n" +
 	"\x05Token\x12\x1c.coppice.api.v1.TokenRequest\x1a\x1d.coppice.api.v1.TokenResponse\x12V\n" +
 	"\vRevokeToken\x12\".coppice.api.v1.RevokeTokenRequest\x1a#.coppice.api.v1.RevokeTokenResponse\x12I\n" +
@@ -8837,7 +9489,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x06Revoke\x12\x1d.coppice.api.v1.RevokeRequest\x1a\x1e.coppice.api.v1.RevokeResponse\x12J\n" +
 	"\aReadmit\x12\x1e.coppice.api.v1.ReadmitRequest\x1a\x1f.coppice.api.v1.ReadmitResponse\x12D\n" +
 	"\x05Drill\x12\x1c.coppice.api.v1.DrillRequest\x1a\x1b.coppice.api.v1.DrillUpdate0\x01\x12J\n" +
-	"\aRecover\x12\x1e.coppice.api.v1.RecoverRequest\x1a\x1f.coppice.api.v1.RecoverResponse\x12[\n" +
+	"\aRecover\x12\x1e.coppice.api.v1.RecoverRequest\x1a\x1f.coppice.api.v1.RecoverResponse\x12F\n" +
+	"\x06Backup\x12\x1d.coppice.api.v1.BackupRequest\x1a\x1b.coppice.api.v1.BackupChunk0\x01\x12[\n" +
 	"\fRegistryPush\x12#.coppice.api.v1.RegistryPushRequest\x1a$.coppice.api.v1.RegistryPushResponse(\x01\x12^\n" +
 	"\fRegistryList\x12#.coppice.api.v1.RegistryListRequest\x1a$.coppice.api.v1.RegistryListResponse\"\x03\x90\x02\x01\x12^\n" +
 	"\fRegistryShow\x12#.coppice.api.v1.RegistryShowRequest\x1a$.coppice.api.v1.RegistryShowResponse\"\x03\x90\x02\x01\x12F\n" +
@@ -8881,7 +9534,7 @@ func file_node_api_v1_api_proto_rawDescGZIP() []byte {
 	return file_node_api_v1_api_proto_rawDescData
 }
 
-var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 112)
+var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 117)
 var file_node_api_v1_api_proto_goTypes = []any{
 	(*Problem)(nil),               // 0: coppice.api.v1.Problem
 	(*TokenRequest)(nil),          // 1: coppice.api.v1.TokenRequest
@@ -8902,251 +9555,262 @@ var file_node_api_v1_api_proto_goTypes = []any{
 	(*Unsafe)(nil),                // 16: coppice.api.v1.Unsafe
 	(*RecoverRequest)(nil),        // 17: coppice.api.v1.RecoverRequest
 	(*RecoverResponse)(nil),       // 18: coppice.api.v1.RecoverResponse
-	(*Survivor)(nil),              // 19: coppice.api.v1.Survivor
-	(*Missing)(nil),               // 20: coppice.api.v1.Missing
-	(*Adopted)(nil),               // 21: coppice.api.v1.Adopted
-	(*DoctorRequest)(nil),         // 22: coppice.api.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 23: coppice.api.v1.DoctorResponse
-	(*Finding)(nil),               // 24: coppice.api.v1.Finding
-	(*DrainRequest)(nil),          // 25: coppice.api.v1.DrainRequest
-	(*LeaveRequest)(nil),          // 26: coppice.api.v1.LeaveRequest
-	(*DrainUpdate)(nil),           // 27: coppice.api.v1.DrainUpdate
-	(*DownRequest)(nil),           // 28: coppice.api.v1.DownRequest
-	(*DownResponse)(nil),          // 29: coppice.api.v1.DownResponse
-	(*DownNode)(nil),              // 30: coppice.api.v1.DownNode
-	(*RevokeRequest)(nil),         // 31: coppice.api.v1.RevokeRequest
-	(*RevokeResponse)(nil),        // 32: coppice.api.v1.RevokeResponse
-	(*ReadmitRequest)(nil),        // 33: coppice.api.v1.ReadmitRequest
-	(*ReadmitResponse)(nil),       // 34: coppice.api.v1.ReadmitResponse
-	(*RegistryPushRequest)(nil),   // 35: coppice.api.v1.RegistryPushRequest
-	(*RegistryPushHeader)(nil),    // 36: coppice.api.v1.RegistryPushHeader
-	(*RegistryPushFile)(nil),      // 37: coppice.api.v1.RegistryPushFile
-	(*RegistryPushChunk)(nil),     // 38: coppice.api.v1.RegistryPushChunk
-	(*RegistryPushResponse)(nil),  // 39: coppice.api.v1.RegistryPushResponse
-	(*RegistryListRequest)(nil),   // 40: coppice.api.v1.RegistryListRequest
-	(*RegistryListResponse)(nil),  // 41: coppice.api.v1.RegistryListResponse
-	(*RegistryShowRequest)(nil),   // 42: coppice.api.v1.RegistryShowRequest
-	(*RegistryShowResponse)(nil),  // 43: coppice.api.v1.RegistryShowResponse
-	(*Artifact)(nil),              // 44: coppice.api.v1.Artifact
-	(*LocalArtifact)(nil),         // 45: coppice.api.v1.LocalArtifact
-	(*PlanRequest)(nil),           // 46: coppice.api.v1.PlanRequest
-	(*PlanResponse)(nil),          // 47: coppice.api.v1.PlanResponse
-	(*PlannedInstance)(nil),       // 48: coppice.api.v1.PlannedInstance
-	(*Refusal)(nil),               // 49: coppice.api.v1.Refusal
-	(*DeployRequest)(nil),         // 50: coppice.api.v1.DeployRequest
-	(*DeployUpdate)(nil),          // 51: coppice.api.v1.DeployUpdate
-	(*DeployedApplication)(nil),   // 52: coppice.api.v1.DeployedApplication
-	(*DeployedComponent)(nil),     // 53: coppice.api.v1.DeployedComponent
-	(*Waiting)(nil),               // 54: coppice.api.v1.Waiting
-	(*RemoveRequest)(nil),         // 55: coppice.api.v1.RemoveRequest
-	(*RemoveResponse)(nil),        // 56: coppice.api.v1.RemoveResponse
-	(*AppsRequest)(nil),           // 57: coppice.api.v1.AppsRequest
-	(*AppsResponse)(nil),          // 58: coppice.api.v1.AppsResponse
-	(*App)(nil),                   // 59: coppice.api.v1.App
-	(*PsRequest)(nil),             // 60: coppice.api.v1.PsRequest
-	(*PsResponse)(nil),            // 61: coppice.api.v1.PsResponse
-	(*Instance)(nil),              // 62: coppice.api.v1.Instance
-	(*InspectRequest)(nil),        // 63: coppice.api.v1.InspectRequest
-	(*InspectResponse)(nil),       // 64: coppice.api.v1.InspectResponse
-	(*InspectInstance)(nil),       // 65: coppice.api.v1.InspectInstance
-	(*Interface)(nil),             // 66: coppice.api.v1.Interface
-	(*Method)(nil),                // 67: coppice.api.v1.Method
-	(*AttributeInfo)(nil),         // 68: coppice.api.v1.AttributeInfo
-	(*Binding)(nil),               // 69: coppice.api.v1.Binding
-	(*CallStats)(nil),             // 70: coppice.api.v1.CallStats
-	(*CheckpointInfo)(nil),        // 71: coppice.api.v1.CheckpointInfo
-	(*Overlay)(nil),               // 72: coppice.api.v1.Overlay
-	(*AttrRequest)(nil),           // 73: coppice.api.v1.AttrRequest
-	(*AttrResponse)(nil),          // 74: coppice.api.v1.AttrResponse
-	(*BindRequest)(nil),           // 75: coppice.api.v1.BindRequest
-	(*UnbindRequest)(nil),         // 76: coppice.api.v1.UnbindRequest
-	(*BindResponse)(nil),          // 77: coppice.api.v1.BindResponse
-	(*LifecycleRequest)(nil),      // 78: coppice.api.v1.LifecycleRequest
-	(*LifecycleResponse)(nil),     // 79: coppice.api.v1.LifecycleResponse
-	(*SwapRequest)(nil),           // 80: coppice.api.v1.SwapRequest
-	(*UndoRequest)(nil),           // 81: coppice.api.v1.UndoRequest
-	(*MoveRequest)(nil),           // 82: coppice.api.v1.MoveRequest
-	(*ReplaceResponse)(nil),       // 83: coppice.api.v1.ReplaceResponse
-	(*UnpinRequest)(nil),          // 84: coppice.api.v1.UnpinRequest
-	(*UnpinResponse)(nil),         // 85: coppice.api.v1.UnpinResponse
-	(*CheckpointRequest)(nil),     // 86: coppice.api.v1.CheckpointRequest
-	(*CheckpointResponse)(nil),    // 87: coppice.api.v1.CheckpointResponse
-	(*CallRequest)(nil),           // 88: coppice.api.v1.CallRequest
-	(*CallResponse)(nil),          // 89: coppice.api.v1.CallResponse
-	(*WhyRequest)(nil),            // 90: coppice.api.v1.WhyRequest
-	(*WhyResponse)(nil),           // 91: coppice.api.v1.WhyResponse
-	(*Decision)(nil),              // 92: coppice.api.v1.Decision
-	(*LogsRequest)(nil),           // 93: coppice.api.v1.LogsRequest
-	(*LogLine)(nil),               // 94: coppice.api.v1.LogLine
-	(*EventsRequest)(nil),         // 95: coppice.api.v1.EventsRequest
-	(*Event)(nil),                 // 96: coppice.api.v1.Event
-	(*QueryRequest)(nil),          // 97: coppice.api.v1.QueryRequest
-	(*QueryResponse)(nil),         // 98: coppice.api.v1.QueryResponse
-	(*Row)(nil),                   // 99: coppice.api.v1.Row
-	(*Value)(nil),                 // 100: coppice.api.v1.Value
-	(*DhtClosestRequest)(nil),     // 101: coppice.api.v1.DhtClosestRequest
-	(*DhtClosestResponse)(nil),    // 102: coppice.api.v1.DhtClosestResponse
-	(*DhtNode)(nil),               // 103: coppice.api.v1.DhtNode
-	(*DhtGetRequest)(nil),         // 104: coppice.api.v1.DhtGetRequest
-	(*DhtGetResponse)(nil),        // 105: coppice.api.v1.DhtGetResponse
-	nil,                           // 106: coppice.api.v1.Node.LabelsEntry
-	nil,                           // 107: coppice.api.v1.Overlay.NodesEntry
-	nil,                           // 108: coppice.api.v1.Overlay.AttributesEntry
-	nil,                           // 109: coppice.api.v1.Overlay.BindingsEntry
-	nil,                           // 110: coppice.api.v1.AttrRequest.SetEntry
-	nil,                           // 111: coppice.api.v1.Event.FieldsEntry
-	(*timestamppb.Timestamp)(nil), // 112: google.protobuf.Timestamp
+	(*Rebuilt)(nil),               // 19: coppice.api.v1.Rebuilt
+	(*Survivor)(nil),              // 20: coppice.api.v1.Survivor
+	(*Missing)(nil),               // 21: coppice.api.v1.Missing
+	(*Adopted)(nil),               // 22: coppice.api.v1.Adopted
+	(*BackupRequest)(nil),         // 23: coppice.api.v1.BackupRequest
+	(*BackupChunk)(nil),           // 24: coppice.api.v1.BackupChunk
+	(*BackupSummary)(nil),         // 25: coppice.api.v1.BackupSummary
+	(*RestoreSummary)(nil),        // 26: coppice.api.v1.RestoreSummary
+	(*DoctorRequest)(nil),         // 27: coppice.api.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 28: coppice.api.v1.DoctorResponse
+	(*Finding)(nil),               // 29: coppice.api.v1.Finding
+	(*DrainRequest)(nil),          // 30: coppice.api.v1.DrainRequest
+	(*LeaveRequest)(nil),          // 31: coppice.api.v1.LeaveRequest
+	(*DrainUpdate)(nil),           // 32: coppice.api.v1.DrainUpdate
+	(*DownRequest)(nil),           // 33: coppice.api.v1.DownRequest
+	(*DownResponse)(nil),          // 34: coppice.api.v1.DownResponse
+	(*DownNode)(nil),              // 35: coppice.api.v1.DownNode
+	(*RevokeRequest)(nil),         // 36: coppice.api.v1.RevokeRequest
+	(*RevokeResponse)(nil),        // 37: coppice.api.v1.RevokeResponse
+	(*ReadmitRequest)(nil),        // 38: coppice.api.v1.ReadmitRequest
+	(*ReadmitResponse)(nil),       // 39: coppice.api.v1.ReadmitResponse
+	(*RegistryPushRequest)(nil),   // 40: coppice.api.v1.RegistryPushRequest
+	(*RegistryPushHeader)(nil),    // 41: coppice.api.v1.RegistryPushHeader
+	(*RegistryPushFile)(nil),      // 42: coppice.api.v1.RegistryPushFile
+	(*RegistryPushChunk)(nil),     // 43: coppice.api.v1.RegistryPushChunk
+	(*RegistryPushResponse)(nil),  // 44: coppice.api.v1.RegistryPushResponse
+	(*RegistryListRequest)(nil),   // 45: coppice.api.v1.RegistryListRequest
+	(*RegistryListResponse)(nil),  // 46: coppice.api.v1.RegistryListResponse
+	(*RegistryShowRequest)(nil),   // 47: coppice.api.v1.RegistryShowRequest
+	(*RegistryShowResponse)(nil),  // 48: coppice.api.v1.RegistryShowResponse
+	(*Artifact)(nil),              // 49: coppice.api.v1.Artifact
+	(*LocalArtifact)(nil),         // 50: coppice.api.v1.LocalArtifact
+	(*PlanRequest)(nil),           // 51: coppice.api.v1.PlanRequest
+	(*PlanResponse)(nil),          // 52: coppice.api.v1.PlanResponse
+	(*PlannedInstance)(nil),       // 53: coppice.api.v1.PlannedInstance
+	(*Refusal)(nil),               // 54: coppice.api.v1.Refusal
+	(*DeployRequest)(nil),         // 55: coppice.api.v1.DeployRequest
+	(*DeployUpdate)(nil),          // 56: coppice.api.v1.DeployUpdate
+	(*DeployedApplication)(nil),   // 57: coppice.api.v1.DeployedApplication
+	(*DeployedComponent)(nil),     // 58: coppice.api.v1.DeployedComponent
+	(*Waiting)(nil),               // 59: coppice.api.v1.Waiting
+	(*RemoveRequest)(nil),         // 60: coppice.api.v1.RemoveRequest
+	(*RemoveResponse)(nil),        // 61: coppice.api.v1.RemoveResponse
+	(*AppsRequest)(nil),           // 62: coppice.api.v1.AppsRequest
+	(*AppsResponse)(nil),          // 63: coppice.api.v1.AppsResponse
+	(*App)(nil),                   // 64: coppice.api.v1.App
+	(*PsRequest)(nil),             // 65: coppice.api.v1.PsRequest
+	(*PsResponse)(nil),            // 66: coppice.api.v1.PsResponse
+	(*Instance)(nil),              // 67: coppice.api.v1.Instance
+	(*InspectRequest)(nil),        // 68: coppice.api.v1.InspectRequest
+	(*InspectResponse)(nil),       // 69: coppice.api.v1.InspectResponse
+	(*InspectInstance)(nil),       // 70: coppice.api.v1.InspectInstance
+	(*Interface)(nil),             // 71: coppice.api.v1.Interface
+	(*Method)(nil),                // 72: coppice.api.v1.Method
+	(*AttributeInfo)(nil),         // 73: coppice.api.v1.AttributeInfo
+	(*Binding)(nil),               // 74: coppice.api.v1.Binding
+	(*CallStats)(nil),             // 75: coppice.api.v1.CallStats
+	(*CheckpointInfo)(nil),        // 76: coppice.api.v1.CheckpointInfo
+	(*Overlay)(nil),               // 77: coppice.api.v1.Overlay
+	(*AttrRequest)(nil),           // 78: coppice.api.v1.AttrRequest
+	(*AttrResponse)(nil),          // 79: coppice.api.v1.AttrResponse
+	(*BindRequest)(nil),           // 80: coppice.api.v1.BindRequest
+	(*UnbindRequest)(nil),         // 81: coppice.api.v1.UnbindRequest
+	(*BindResponse)(nil),          // 82: coppice.api.v1.BindResponse
+	(*LifecycleRequest)(nil),      // 83: coppice.api.v1.LifecycleRequest
+	(*LifecycleResponse)(nil),     // 84: coppice.api.v1.LifecycleResponse
+	(*SwapRequest)(nil),           // 85: coppice.api.v1.SwapRequest
+	(*UndoRequest)(nil),           // 86: coppice.api.v1.UndoRequest
+	(*MoveRequest)(nil),           // 87: coppice.api.v1.MoveRequest
+	(*ReplaceResponse)(nil),       // 88: coppice.api.v1.ReplaceResponse
+	(*UnpinRequest)(nil),          // 89: coppice.api.v1.UnpinRequest
+	(*UnpinResponse)(nil),         // 90: coppice.api.v1.UnpinResponse
+	(*CheckpointRequest)(nil),     // 91: coppice.api.v1.CheckpointRequest
+	(*CheckpointResponse)(nil),    // 92: coppice.api.v1.CheckpointResponse
+	(*CallRequest)(nil),           // 93: coppice.api.v1.CallRequest
+	(*CallResponse)(nil),          // 94: coppice.api.v1.CallResponse
+	(*WhyRequest)(nil),            // 95: coppice.api.v1.WhyRequest
+	(*WhyResponse)(nil),           // 96: coppice.api.v1.WhyResponse
+	(*Decision)(nil),              // 97: coppice.api.v1.Decision
+	(*LogsRequest)(nil),           // 98: coppice.api.v1.LogsRequest
+	(*LogLine)(nil),               // 99: coppice.api.v1.LogLine
+	(*EventsRequest)(nil),         // 100: coppice.api.v1.EventsRequest
+	(*Event)(nil),                 // 101: coppice.api.v1.Event
+	(*QueryRequest)(nil),          // 102: coppice.api.v1.QueryRequest
+	(*QueryResponse)(nil),         // 103: coppice.api.v1.QueryResponse
+	(*Row)(nil),                   // 104: coppice.api.v1.Row
+	(*Value)(nil),                 // 105: coppice.api.v1.Value
+	(*DhtClosestRequest)(nil),     // 106: coppice.api.v1.DhtClosestRequest
+	(*DhtClosestResponse)(nil),    // 107: coppice.api.v1.DhtClosestResponse
+	(*DhtNode)(nil),               // 108: coppice.api.v1.DhtNode
+	(*DhtGetRequest)(nil),         // 109: coppice.api.v1.DhtGetRequest
+	(*DhtGetResponse)(nil),        // 110: coppice.api.v1.DhtGetResponse
+	nil,                           // 111: coppice.api.v1.Node.LabelsEntry
+	nil,                           // 112: coppice.api.v1.Overlay.NodesEntry
+	nil,                           // 113: coppice.api.v1.Overlay.AttributesEntry
+	nil,                           // 114: coppice.api.v1.Overlay.BindingsEntry
+	nil,                           // 115: coppice.api.v1.AttrRequest.SetEntry
+	nil,                           // 116: coppice.api.v1.Event.FieldsEntry
+	(*timestamppb.Timestamp)(nil), // 117: google.protobuf.Timestamp
 }
 var file_node_api_v1_api_proto_depIdxs = []int32{
-	112, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
+	117, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
 	7,   // 1: coppice.api.v1.DrillUpdate.instances:type_name -> coppice.api.v1.DrillInstance
 	10,  // 2: coppice.api.v1.NodesResponse.nodes:type_name -> coppice.api.v1.Node
-	106, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
-	112, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
-	112, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
+	111, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
+	117, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
+	117, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
 	13,  // 6: coppice.api.v1.StatusResponse.nodes:type_name -> coppice.api.v1.NodeCounts
 	14,  // 7: coppice.api.v1.StatusResponse.arbiter:type_name -> coppice.api.v1.ArbiterStatus
 	15,  // 8: coppice.api.v1.StatusResponse.components:type_name -> coppice.api.v1.ComponentCounts
 	16,  // 9: coppice.api.v1.StatusResponse.unsafe:type_name -> coppice.api.v1.Unsafe
-	19,  // 10: coppice.api.v1.RecoverResponse.survivors:type_name -> coppice.api.v1.Survivor
-	20,  // 11: coppice.api.v1.RecoverResponse.missing:type_name -> coppice.api.v1.Missing
-	21,  // 12: coppice.api.v1.RecoverResponse.adopted:type_name -> coppice.api.v1.Adopted
-	112, // 13: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
-	24,  // 14: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
-	30,  // 15: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
-	36,  // 16: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
-	38,  // 17: coppice.api.v1.RegistryPushRequest.chunk:type_name -> coppice.api.v1.RegistryPushChunk
-	37,  // 18: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
-	44,  // 19: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	44,  // 20: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	112, // 21: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
-	66,  // 22: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
-	66,  // 23: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
-	68,  // 24: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
-	45,  // 25: coppice.api.v1.PlanRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
-	48,  // 26: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
-	49,  // 27: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
-	45,  // 28: coppice.api.v1.DeployRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
-	52,  // 29: coppice.api.v1.DeployUpdate.applications:type_name -> coppice.api.v1.DeployedApplication
-	54,  // 30: coppice.api.v1.DeployUpdate.waiting:type_name -> coppice.api.v1.Waiting
-	53,  // 31: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
-	59,  // 32: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
-	62,  // 33: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
-	66,  // 34: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
-	66,  // 35: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
-	68,  // 36: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	69,  // 37: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
-	72,  // 38: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
-	70,  // 39: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
-	65,  // 40: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
-	70,  // 41: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
-	71,  // 42: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
-	67,  // 43: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
-	107, // 44: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
-	108, // 45: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
-	109, // 46: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
-	110, // 47: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
-	68,  // 48: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	69,  // 49: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
-	54,  // 50: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
-	92,  // 51: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
-	49,  // 52: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
-	112, // 53: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
-	112, // 54: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	112, // 55: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	112, // 56: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	112, // 57: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
-	111, // 58: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
-	99,  // 59: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
-	112, // 60: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
-	100, // 61: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
-	103, // 62: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
-	103, // 63: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
-	1,   // 64: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
-	3,   // 65: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
-	8,   // 66: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
-	11,  // 67: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
-	22,  // 68: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
-	25,  // 69: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
-	26,  // 70: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
-	28,  // 71: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
-	31,  // 72: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
-	33,  // 73: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
-	5,   // 74: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
-	17,  // 75: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
-	35,  // 76: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
-	40,  // 77: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
-	42,  // 78: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
-	46,  // 79: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
-	50,  // 80: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
-	55,  // 81: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
-	57,  // 82: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
-	60,  // 83: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
-	63,  // 84: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
-	73,  // 85: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
-	75,  // 86: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
-	76,  // 87: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
-	78,  // 88: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
-	78,  // 89: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
-	78,  // 90: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
-	78,  // 91: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
-	80,  // 92: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
-	81,  // 93: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
-	82,  // 94: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
-	84,  // 95: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
-	86,  // 96: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
-	88,  // 97: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
-	90,  // 98: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
-	93,  // 99: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
-	95,  // 100: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
-	97,  // 101: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
-	101, // 102: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
-	104, // 103: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
-	2,   // 104: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
-	4,   // 105: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
-	9,   // 106: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
-	12,  // 107: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
-	23,  // 108: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
-	27,  // 109: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
-	27,  // 110: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
-	29,  // 111: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
-	32,  // 112: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
-	34,  // 113: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
-	6,   // 114: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
-	18,  // 115: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
-	39,  // 116: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
-	41,  // 117: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
-	43,  // 118: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
-	47,  // 119: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
-	51,  // 120: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
-	56,  // 121: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
-	58,  // 122: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
-	61,  // 123: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
-	64,  // 124: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
-	74,  // 125: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
-	77,  // 126: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
-	77,  // 127: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
-	79,  // 128: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
-	79,  // 129: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
-	79,  // 130: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
-	79,  // 131: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
-	83,  // 132: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
-	83,  // 133: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
-	83,  // 134: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
-	85,  // 135: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
-	87,  // 136: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
-	89,  // 137: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
-	91,  // 138: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
-	94,  // 139: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
-	96,  // 140: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
-	98,  // 141: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
-	102, // 142: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
-	105, // 143: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
-	104, // [104:144] is the sub-list for method output_type
-	64,  // [64:104] is the sub-list for method input_type
-	64,  // [64:64] is the sub-list for extension type_name
-	64,  // [64:64] is the sub-list for extension extendee
-	0,   // [0:64] is the sub-list for field type_name
+	20,  // 10: coppice.api.v1.RecoverResponse.survivors:type_name -> coppice.api.v1.Survivor
+	21,  // 11: coppice.api.v1.RecoverResponse.missing:type_name -> coppice.api.v1.Missing
+	22,  // 12: coppice.api.v1.RecoverResponse.adopted:type_name -> coppice.api.v1.Adopted
+	19,  // 13: coppice.api.v1.RecoverResponse.rebuilt:type_name -> coppice.api.v1.Rebuilt
+	117, // 14: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
+	25,  // 15: coppice.api.v1.BackupChunk.done:type_name -> coppice.api.v1.BackupSummary
+	117, // 16: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
+	117, // 17: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
+	29,  // 18: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
+	35,  // 19: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
+	41,  // 20: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
+	43,  // 21: coppice.api.v1.RegistryPushRequest.chunk:type_name -> coppice.api.v1.RegistryPushChunk
+	42,  // 22: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
+	49,  // 23: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
+	49,  // 24: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
+	117, // 25: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
+	71,  // 26: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
+	71,  // 27: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
+	73,  // 28: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
+	50,  // 29: coppice.api.v1.PlanRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
+	53,  // 30: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
+	54,  // 31: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
+	50,  // 32: coppice.api.v1.DeployRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
+	57,  // 33: coppice.api.v1.DeployUpdate.applications:type_name -> coppice.api.v1.DeployedApplication
+	59,  // 34: coppice.api.v1.DeployUpdate.waiting:type_name -> coppice.api.v1.Waiting
+	58,  // 35: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
+	64,  // 36: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
+	67,  // 37: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
+	71,  // 38: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
+	71,  // 39: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
+	73,  // 40: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	74,  // 41: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
+	77,  // 42: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
+	75,  // 43: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
+	70,  // 44: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
+	75,  // 45: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
+	76,  // 46: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
+	72,  // 47: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
+	112, // 48: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
+	113, // 49: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
+	114, // 50: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
+	115, // 51: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
+	73,  // 52: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	74,  // 53: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
+	59,  // 54: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
+	97,  // 55: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
+	54,  // 56: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
+	117, // 57: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
+	117, // 58: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	117, // 59: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	117, // 60: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	117, // 61: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
+	116, // 62: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
+	104, // 63: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
+	117, // 64: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
+	105, // 65: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
+	108, // 66: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
+	108, // 67: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
+	1,   // 68: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
+	3,   // 69: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
+	8,   // 70: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
+	11,  // 71: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
+	27,  // 72: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
+	30,  // 73: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
+	31,  // 74: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
+	33,  // 75: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
+	36,  // 76: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
+	38,  // 77: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
+	5,   // 78: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
+	17,  // 79: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
+	23,  // 80: coppice.api.v1.Control.Backup:input_type -> coppice.api.v1.BackupRequest
+	40,  // 81: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
+	45,  // 82: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
+	47,  // 83: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
+	51,  // 84: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
+	55,  // 85: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
+	60,  // 86: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
+	62,  // 87: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
+	65,  // 88: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
+	68,  // 89: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
+	78,  // 90: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
+	80,  // 91: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
+	81,  // 92: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
+	83,  // 93: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
+	83,  // 94: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
+	83,  // 95: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
+	83,  // 96: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
+	85,  // 97: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
+	86,  // 98: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
+	87,  // 99: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
+	89,  // 100: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
+	91,  // 101: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
+	93,  // 102: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
+	95,  // 103: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
+	98,  // 104: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
+	100, // 105: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
+	102, // 106: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
+	106, // 107: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
+	109, // 108: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
+	2,   // 109: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
+	4,   // 110: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
+	9,   // 111: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
+	12,  // 112: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
+	28,  // 113: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
+	32,  // 114: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
+	32,  // 115: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
+	34,  // 116: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
+	37,  // 117: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
+	39,  // 118: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
+	6,   // 119: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
+	18,  // 120: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
+	24,  // 121: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
+	44,  // 122: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
+	46,  // 123: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
+	48,  // 124: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
+	52,  // 125: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
+	56,  // 126: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
+	61,  // 127: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
+	63,  // 128: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
+	66,  // 129: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
+	69,  // 130: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
+	79,  // 131: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
+	82,  // 132: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
+	82,  // 133: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
+	84,  // 134: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
+	84,  // 135: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
+	84,  // 136: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
+	84,  // 137: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
+	88,  // 138: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
+	88,  // 139: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
+	88,  // 140: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
+	90,  // 141: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
+	92,  // 142: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
+	94,  // 143: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
+	96,  // 144: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
+	99,  // 145: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
+	101, // 146: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
+	103, // 147: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
+	107, // 148: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
+	110, // 149: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
+	109, // [109:150] is the sub-list for method output_type
+	68,  // [68:109] is the sub-list for method input_type
+	68,  // [68:68] is the sub-list for extension type_name
+	68,  // [68:68] is the sub-list for extension extendee
+	0,   // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_node_api_v1_api_proto_init() }
@@ -9157,14 +9821,19 @@ func file_node_api_v1_api_proto_init() {
 	file_node_api_v1_api_proto_msgTypes[6].OneofWrappers = []any{}
 	file_node_api_v1_api_proto_msgTypes[7].OneofWrappers = []any{}
 	file_node_api_v1_api_proto_msgTypes[10].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[35].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[24].OneofWrappers = []any{
+		(*BackupChunk_State)(nil),
+		(*BackupChunk_Data)(nil),
+		(*BackupChunk_Done)(nil),
+	}
+	file_node_api_v1_api_proto_msgTypes[40].OneofWrappers = []any{
 		(*RegistryPushRequest_Header)(nil),
 		(*RegistryPushRequest_Chunk)(nil),
 	}
-	file_node_api_v1_api_proto_msgTypes[62].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[70].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[71].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[100].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[67].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[75].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[76].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[105].OneofWrappers = []any{
 		(*Value_Integer)(nil),
 		(*Value_Real)(nil),
 		(*Value_Text)(nil),
@@ -9177,7 +9846,7 @@ func file_node_api_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_api_v1_api_proto_rawDesc), len(file_node_api_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   112,
+			NumMessages:   117,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

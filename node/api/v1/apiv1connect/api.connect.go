@@ -66,6 +66,8 @@ const (
 	ControlDrillProcedure = "/coppice.api.v1.Control/Drill"
 	// ControlRecoverProcedure is the fully-qualified name of the Control's Recover RPC.
 	ControlRecoverProcedure = "/coppice.api.v1.Control/Recover"
+	// ControlBackupProcedure is the fully-qualified name of the Control's Backup RPC.
+	ControlBackupProcedure = "/coppice.api.v1.Control/Backup"
 	// ControlRegistryPushProcedure is the fully-qualified name of the Control's RegistryPush RPC.
 	ControlRegistryPushProcedure = "/coppice.api.v1.Control/RegistryPush"
 	// ControlRegistryListProcedure is the fully-qualified name of the Control's RegistryList RPC.
@@ -145,6 +147,8 @@ type ControlClient interface {
 	Drill(context.Context, *v1.DrillRequest) (*connect.ServerStreamForClient[v1.DrillUpdate], error)
 	// Recover says what each survivor holds of the arbiter's log, and with really makes one of them the only voter of the next incarnation.
 	Recover(context.Context, *v1.RecoverRequest) (*v1.RecoverResponse, error)
+	// Backup streams the file of a backup: what it holds, its bytes in order, then what it came to.
+	Backup(context.Context, *v1.BackupRequest) (*connect.ServerStreamForClient[v1.BackupChunk], error)
 	// ---- artifacts
 	// RegistryPush: one header, then the files' bytes in order.
 	RegistryPush(context.Context) (*connect.ClientStreamForClientSimple[v1.RegistryPushRequest, v1.RegistryPushResponse], error)
@@ -268,6 +272,12 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			httpClient,
 			baseURL+ControlRecoverProcedure,
 			connect.WithSchema(controlMethods.ByName("Recover")),
+			connect.WithClientOptions(opts...),
+		),
+		backup: connect.NewClient[v1.BackupRequest, v1.BackupChunk](
+			httpClient,
+			baseURL+ControlBackupProcedure,
+			connect.WithSchema(controlMethods.ByName("Backup")),
 			connect.WithClientOptions(opts...),
 		),
 		registryPush: connect.NewClient[v1.RegistryPushRequest, v1.RegistryPushResponse](
@@ -467,6 +477,7 @@ type controlClient struct {
 	readmit      *connect.Client[v1.ReadmitRequest, v1.ReadmitResponse]
 	drill        *connect.Client[v1.DrillRequest, v1.DrillUpdate]
 	recover      *connect.Client[v1.RecoverRequest, v1.RecoverResponse]
+	backup       *connect.Client[v1.BackupRequest, v1.BackupChunk]
 	registryPush *connect.Client[v1.RegistryPushRequest, v1.RegistryPushResponse]
 	registryList *connect.Client[v1.RegistryListRequest, v1.RegistryListResponse]
 	registryShow *connect.Client[v1.RegistryShowRequest, v1.RegistryShowResponse]
@@ -591,6 +602,11 @@ func (c *controlClient) Recover(ctx context.Context, req *v1.RecoverRequest) (*v
 		return response.Msg, err
 	}
 	return nil, err
+}
+
+// Backup calls coppice.api.v1.Control.Backup.
+func (c *controlClient) Backup(ctx context.Context, req *v1.BackupRequest) (*connect.ServerStreamForClient[v1.BackupChunk], error) {
+	return c.backup.CallServerStream(ctx, connect.NewRequest(req))
 }
 
 // RegistryPush calls coppice.api.v1.Control.RegistryPush.
@@ -850,6 +866,8 @@ type ControlHandler interface {
 	Drill(context.Context, *v1.DrillRequest, *connect.ServerStream[v1.DrillUpdate]) error
 	// Recover says what each survivor holds of the arbiter's log, and with really makes one of them the only voter of the next incarnation.
 	Recover(context.Context, *v1.RecoverRequest) (*v1.RecoverResponse, error)
+	// Backup streams the file of a backup: what it holds, its bytes in order, then what it came to.
+	Backup(context.Context, *v1.BackupRequest, *connect.ServerStream[v1.BackupChunk]) error
 	// ---- artifacts
 	// RegistryPush: one header, then the files' bytes in order.
 	RegistryPush(context.Context, *connect.ClientStream[v1.RegistryPushRequest]) (*v1.RegistryPushResponse, error)
@@ -969,6 +987,12 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		ControlRecoverProcedure,
 		svc.Recover,
 		connect.WithSchema(controlMethods.ByName("Recover")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlBackupHandler := connect.NewServerStreamHandlerSimple(
+		ControlBackupProcedure,
+		svc.Backup,
+		connect.WithSchema(controlMethods.ByName("Backup")),
 		connect.WithHandlerOptions(opts...),
 	)
 	controlRegistryPushHandler := connect.NewClientStreamHandlerSimple(
@@ -1177,6 +1201,8 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlDrillHandler.ServeHTTP(w, r)
 		case ControlRecoverProcedure:
 			controlRecoverHandler.ServeHTTP(w, r)
+		case ControlBackupProcedure:
+			controlBackupHandler.ServeHTTP(w, r)
 		case ControlRegistryPushProcedure:
 			controlRegistryPushHandler.ServeHTTP(w, r)
 		case ControlRegistryListProcedure:
@@ -1288,6 +1314,10 @@ func (UnimplementedControlHandler) Drill(context.Context, *v1.DrillRequest, *con
 
 func (UnimplementedControlHandler) Recover(context.Context, *v1.RecoverRequest) (*v1.RecoverResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Recover is not implemented"))
+}
+
+func (UnimplementedControlHandler) Backup(context.Context, *v1.BackupRequest, *connect.ServerStream[v1.BackupChunk]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Backup is not implemented"))
 }
 
 func (UnimplementedControlHandler) RegistryPush(context.Context, *connect.ClientStream[v1.RegistryPushRequest]) (*v1.RegistryPushResponse, error) {
