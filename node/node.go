@@ -86,6 +86,11 @@ type Node struct {
 	stopOnce sync.Once
 	stopped  chan struct{}
 	why      string
+	broken   chan error // the database cannot go on; buffered
+
+	dutyMu    sync.Mutex // guards the rest
+	diskIsLow bool
+	noVote    string // why the arbiter has stopped here; "": it has not
 }
 
 // flapDeaths within two minutes quarantine a node. A person who restarts a node a few times must not reach it.
@@ -93,51 +98,61 @@ const flapDeaths = 6
 
 // New builds a node from its data folder, or founds or joins a cluster where the folder is empty. ctx bounds the joining only. What it
 // opened it closes again when it fails.
-func New(ctx context.Context, cfg Config) (_ *Node, err error) {
+func New(ctx context.Context, cfg Config) (*Node, error) {
 	cfg.defaults()
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
 	n := &Node{
-		cfg: cfg, log: cfg.Log, stopped: make(chan struct{}), instancesChanged: make(chan struct{}, 1), toldInstances: map[string]string{},
+		cfg: cfg, log: cfg.Log, stopped: make(chan struct{}), broken: make(chan error, 1), instancesChanged: make(chan struct{}, 1), toldInstances: map[string]string{},
 		rand: rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())), faults: newFaults(cfg.Log), failed: map[string]uint64{},
 	}
 	n.boot = n.nonce()
-	defer func() {
+	// On a goroutine of its own: a database that cannot go on ends the goroutine that uses it.
+	built := make(chan error, 1)
+	go func() {
+		err := n.build(ctx)
 		if err != nil {
 			err = errors.Join(err, n.close())
 		}
+		built <- err
 	}()
-	if err := n.openData(ctx); err != nil {
+	select {
+	case err := <-built:
+		if err != nil {
+			return nil, err
+		}
+		return n, nil
+	case err := <-n.broken:
 		return nil, err
+	}
+}
+
+// build opens all parts, one after the other.
+func (n *Node) build(ctx context.Context) error {
+	if err := n.openData(ctx); err != nil {
+		return err
 	}
 	token, err := n.membership()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := n.openOverlay(); err != nil {
-		return nil, err
-	}
-	if err := n.openPlatform(); err != nil {
-		return nil, err
-	}
-	if err := n.openControl(); err != nil {
-		return nil, err
-	}
-	if err := n.overlay.Start(); err != nil {
-		return nil, err
-	}
-	if err := n.rememberListen(); err != nil {
-		return nil, err
+	for _, open := range []func() error{n.openOverlay, n.openPlatform, n.openControl, n.overlayStart, n.rememberListen} {
+		if err := open(); err != nil {
+			return err
+		}
 	}
 	n.members.UpdateSelf(func(i *members.Info) { i.Addrs = n.overlay.Addrs() })
 	if n.state.Certificate == nil {
-		if err := n.enter(ctx, token); err != nil {
-			return nil, err
-		}
+		return n.enter(ctx, token)
 	}
-	return n, nil
+	return nil
 }
+
+func (n *Node) overlayStart() error { return n.overlay.Start() }
+
+// tryDisk is what to do about a disk that failed.
+const tryDisk = "free disk space or check the disk, then start the node again"
 
 // openData opens the data folder: identity, database, and what it says about the cluster.
 func (n *Node) openData(ctx context.Context) (err error) {
@@ -152,7 +167,7 @@ func (n *Node) openData(ctx context.Context) (err error) {
 		return err
 	}
 	if n.store, err = store.Open(fs, filepath.Join(dir, "db"), store.Options{
-		Log: n.log, OnFatal: func(err error) { n.Stop("the database failed: " + err.Error()) },
+		Log: n.log, OnFatal: func(err error) { n.broken <- fmt.Errorf("the database failed: %w; %s", err, tryDisk) },
 		Disk: store.Disk{OnLow: n.diskLow},
 	}); err != nil {
 		return err
@@ -221,9 +236,10 @@ func (n *Node) openOverlay() (err error) {
 		return err
 	}
 	n.arbiter, err = arbiter.New(arbiter.Config{
-		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.cfg.FS, Dir: filepath.Join(n.cfg.Data, "raft"),
+		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.store.FS(), Dir: filepath.Join(n.cfg.Data, "raft"),
 		Leased:  components.LeasedBody,
 		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror, Turned: n.turned,
+		Halted: n.votesNoMore, Format: n.cfg.Format,
 	})
 	if err != nil {
 		return err
@@ -259,7 +275,7 @@ func (n *Node) openMembers(p *peers.Libp2p) error {
 		Self: members.Info{
 			ID: n.id, Name: n.cfg.Name, Zone: n.cfg.Zone, Role: n.cfg.Role, Labels: n.cfg.Labels, Boot: n.boot, StartedUnixMs: time.Now().UnixMilli(),
 			CPUMillis: or(n.cfg.Capacity.CPUMillis, uint64(st.CPUs)*1000), MemoryBytes: or(n.cfg.Capacity.MemoryBytes, st.MemoryBytes),
-			DiskBytes: or(n.cfg.Capacity.DiskBytes, st.DiskBytes), Version: n.cfg.Version, Platform: runtime.GOOS + "/" + runtime.GOARCH, MaxFormat: 1,
+			DiskBytes: or(n.cfg.Capacity.DiskBytes, st.DiskBytes), Version: n.cfg.Version, Platform: runtime.GOOS + "/" + runtime.GOARCH, MaxFormat: n.cfg.Format,
 		},
 		Profile: profile, Peers: p, Links: p, BootTime: n.cfg.BootTime, Log: n.log,
 		Book: members.FileBook(n.cfg.FS, filepath.Join(n.cfg.Data, "members")), Connection: n.connection, FlapDeaths: flapDeaths,
@@ -317,21 +333,6 @@ func (n *Node) turned(incarnation uint64, file, why string) {
 		ev.Type, ev.Message, ev.Fields["file"] = "superseded", fmt.Sprintf("%s follows incarnation %d; what it held of a lower one is in %s", n.cfg.Name, incarnation, file), file
 	}
 	n.events.Publish(ev)
-}
-
-// diskLow takes the node out of the voters and holders while its disk is nearly full, and back.
-func (n *Node) diskLow(low bool) {
-	if n.members == nil {
-		return
-	}
-	n.members.UpdateSelf(func(i *members.Info) { i.NoVoter, i.NoHolder = low, low })
-	if n.events != nil {
-		ev := events.Event{Channel: "/nodes/" + n.cfg.Name, Type: "disk-low", Message: n.cfg.Name + " is no holder and no voter: its disk is nearly full"}
-		if !low {
-			ev.Type, ev.Message = "disk-ok", n.cfg.Name+" is holder and voter again"
-		}
-		n.events.Publish(ev)
-	}
 }
 
 // enter makes the node a member: by the token of another, or as the first.

@@ -203,9 +203,28 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 		case <-n.stopped:
 		case err = <-failed:
 			n.log.Error("a part of the node failed: the node ends", "error", err)
+		case err = <-n.broken:
+			return n.abandon(err, cancel)
 		}
 	}
 	return errors.Join(err, n.shutdown(cancel))
+}
+
+// abandonWithin bounds the end of a node whose database failed. Others take over what it ran as soon as its connections are gone.
+const abandonWithin = 2 * time.Second
+
+// abandon ends a node whose database failed. Whatever waits for the database waits for ever, so it is not waited for: the process is to end.
+func (n *Node) abandon(why error, cancel context.CancelFunc) error {
+	n.log.Error("the node ends", "error", why)
+	n.Stop("the database failed")
+	ended := make(chan error, 1)
+	go func() { ended <- n.shutdown(cancel) }()
+	select {
+	case err := <-ended:
+		return errors.Join(why, err)
+	case <-time.After(abandonWithin):
+		return errors.Join(why, n.overlay.Close())
+	}
 }
 
 // serve opens the doors and says that they are open. It gives up when the node is told to stop.

@@ -97,6 +97,7 @@ func New(cfg Config) (*Arbiter, error) {
 		return a.base.Load()
 	}
 	a.fsm = &fsm{m: newMachine(), view: a.view, halt: a.halt, onApply: a.onApply}
+	d.guard.onFailure(a.halt)
 	a.trans.Store(a.newTransport())
 	a.two = newTwo(a)
 	a.follow = &follower{a: a}
@@ -231,6 +232,7 @@ func (a *Arbiter) halt(err error) {
 		r.Shutdown() // without waiting: this may be raft's own goroutine
 		_ = a.trans.Load().Close()
 	}
+	a.cfg.Halted(err)
 }
 
 // onApply is told the last entry of an applied batch.

@@ -138,6 +138,7 @@ func (a *Arbiter) startRaft() (*raft.Raft, error) {
 		}
 		return 0
 	})
+	a.disk.guard.raft.Store(true)
 	x, err := raft.NewRaft(a.raftConfig(), a.fsm, a.disk, a.disk, a.disk, trans)
 	if err != nil {
 		return nil, fmt.Errorf("start raft on %s: %w", a.cfg.Dir, err)
