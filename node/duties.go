@@ -7,11 +7,7 @@ import (
 
 // diskLow takes the node out of the voters and holders while its disk is nearly full, and back.
 func (n *Node) diskLow(low bool) {
-	if n.members == nil {
-		return // openMembers asks the store
-	}
-	n.duties(func() { n.diskIsLow = low })
-	if n.events == nil {
+	if !n.duties(func() { n.diskIsLow = low }) || n.events == nil {
 		return
 	}
 	ev := events.Event{Channel: "/nodes/" + n.cfg.Name, Type: "disk-low", Message: n.cfg.Name + " is no holder and no voter: its disk is nearly full"}
@@ -29,11 +25,14 @@ func (n *Node) votesNoMore(err error) {
 	}
 }
 
-// duties changes why this node may not vote or hold, and tells the others.
-func (n *Node) duties(change func()) {
+// duties changes why this node may not vote or hold, and tells the others. false: there is nobody to be told yet.
+func (n *Node) duties(change func()) bool {
 	n.dutyMu.Lock()
 	defer n.dutyMu.Unlock()
 	change()
-	low, halted := n.diskIsLow, n.noVote != ""
-	n.members.UpdateSelf(func(i *members.Info) { i.NoVoter, i.NoHolder = low || halted, low })
+	if n.telling {
+		low, halted := n.diskIsLow, n.noVote != ""
+		n.members.UpdateSelf(func(i *members.Info) { i.NoVoter, i.NoHolder = low || halted, low })
+	}
+	return n.telling
 }

@@ -89,6 +89,7 @@ type Node struct {
 	broken   chan error // the database cannot go on; buffered
 
 	dutyMu    sync.Mutex // guards the rest
+	telling   bool       // members are there to be told
 	diskIsLow bool
 	noVote    string // why the arbiter has stopped here; "": it has not
 }
@@ -235,6 +236,7 @@ func (n *Node) openOverlay() (err error) {
 	if err := n.openMembers(p); err != nil {
 		return err
 	}
+	n.duties(func() { n.telling, n.diskIsLow = true, n.store.Low() }) // the store has looked at the disk already
 	n.arbiter, err = arbiter.New(arbiter.Config{
 		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.store.FS(), Dir: filepath.Join(n.cfg.Data, "raft"),
 		Leased:  components.LeasedBody,

@@ -182,6 +182,18 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 	// The parts go on until shutdown ends them: what runs is saved first, and the others are told, for which they are needed.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
+	// On a goroutine of its own, as New: the database may end it.
+	ended := make(chan error, 1)
+	go func() { ended <- n.run(ctx, told, cancel, ready) }()
+	select {
+	case err := <-ended:
+		return err
+	case err := <-n.broken:
+		return n.abandon(err, cancel)
+	}
+}
+
+func (n *Node) run(ctx, told context.Context, cancel context.CancelFunc, ready func(Ready) error) error {
 	parts := map[string]func(context.Context) error{
 		"members": n.members.Run, "arbiter": n.arbiter.Run, "blobs": n.blobs.Run, "records": n.records.Run, "events": n.events.Run,
 		"registry": n.registry.Run, "artifact copies": n.registry.Repair, "supervisor": n.sup.Run, "placement": n.coord.Run, "coordinator": n.followOffice, "reports": n.report, "checkpoint index": n.indexCheckpoints,
@@ -203,8 +215,6 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 		case <-n.stopped:
 		case err = <-failed:
 			n.log.Error("a part of the node failed: the node ends", "error", err)
-		case err = <-n.broken:
-			return n.abandon(err, cancel)
 		}
 	}
 	return errors.Join(err, n.shutdown(cancel))
@@ -216,14 +226,14 @@ const abandonWithin = 2 * time.Second
 // abandon ends a node whose database failed. Whatever waits for the database waits for ever, so it is not waited for: the process is to end.
 func (n *Node) abandon(why error, cancel context.CancelFunc) error {
 	n.log.Error("the node ends", "error", why)
-	n.Stop("the database failed")
+	cancel()
 	ended := make(chan error, 1)
-	go func() { ended <- n.shutdown(cancel) }()
+	go func() { ended <- n.overlay.Close() }() // first of all: the others see it gone
 	select {
 	case err := <-ended:
 		return errors.Join(why, err)
 	case <-time.After(abandonWithin):
-		return errors.Join(why, n.overlay.Close())
+		return why
 	}
 }
 
