@@ -252,7 +252,7 @@ func (n *Node) openOverlay() (err error) {
 		}
 	}
 	if n.blobs, err = blobs.Open(blobs.Config{
-		Self: n.id, DB: n.store.DB(), Peers: p, Low: n.store.Low, Alive: n.isAlive, Holders: n.aliveIDs, Log: n.log,
+		Self: n.id, DB: n.store.DB(), Peers: p, Low: n.store.Low, Alive: n.isAlive, Holders: n.aliveIDs, Failed: n.store.Fail, Log: n.log,
 	}); err != nil {
 		return err
 	}

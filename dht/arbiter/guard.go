@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2"
 )
 
 // errDiskFailed is wrapped by what is written after the database has failed. It was not carried out, or nobody can say that it was.
@@ -84,6 +86,15 @@ func (g *guard) promise(write func() error) error {
 		runtime.Goexit()
 	}
 	return err
+}
+
+// walCreated is told by Pebble, which panics next when it could not make a log to go on with: with locks in its hands that not even a recovered
+// panic gives back. Its goroutine stays here until the process ends; nobody waits for it.
+func (g *guard) walCreated(i pebble.WALCreateInfo) {
+	if i.Err != nil {
+		g.fail(fmt.Sprintf("create WAL: %v", i.Err))
+		select {}
+	}
 }
 
 // Infof, Errorf and Fatalf implement pebble.Logger.

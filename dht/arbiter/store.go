@@ -69,7 +69,7 @@ func openDisk(fs vfs.FS, dir string, log *slog.Logger) (*disk, error) {
 	if err := d.guard.do(func() (err error) {
 		d.db, err = pebble.Open(dir, &pebble.Options{
 			FS: fs, Cache: cache, MemTableSize: 2 << 20, FormatMajorVersion: pebble.FormatColumnarBlocks, MaxOpenFiles: 64,
-			Logger: d.guard,
+			Logger: d.guard, EventListener: &pebble.EventListener{WALCreated: d.guard.walCreated},
 		})
 		return err
 	}); err != nil {

@@ -176,7 +176,15 @@ func (s *Store) listener() *pebble.EventListener {
 			failed("flush", i.Err)
 		},
 		CompactionEnd:   func(i pebble.CompactionInfo) { failed("compaction", i.Err) },
-		WALCreated:      func(i pebble.WALCreateInfo) { failed("create WAL", i.Err) },
+		WALCreated: func(i pebble.WALCreateInfo) {
+			if i.Err == nil {
+				return
+			}
+			// Pebble panics next, with locks in its hands that not even a recovered panic gives back. Nobody may write any more, so this
+			// goroutine stays here until the process ends.
+			s.Fail(fmt.Errorf("create WAL: %w", i.Err))
+			select {}
+		},
 		ManifestCreated: func(i pebble.ManifestCreateInfo) { failed("create manifest", i.Err) },
 		WriteStallBegin: func(i pebble.WriteStallBeginInfo) {
 			s.stalls.Add(1)
@@ -285,6 +293,13 @@ func (s *Store) reportSlow(last uint64) uint64 {
 
 // die never returns: the write that led here must not be acknowledged.
 func (s *Store) die(err error) {
+	s.Fail(err)
+	runtime.Goexit()
+}
+
+// Fail has the database end as it does when Pebble itself cannot go on. It is for who writes through DB() and learns of a failed fsync: Pebble
+// returns that of an asynchronous write to its caller and goes on.
+func (s *Store) Fail(err error) {
 	s.lastErr.Store(&err)
 	s.fatalOnce.Do(func() {
 		close(s.dead)
@@ -294,7 +309,6 @@ func (s *Store) die(err error) {
 		}
 		s.fatal(err)
 	})
-	runtime.Goexit()
 }
 
 // pebbleLog carries Pebble's log to slog.
