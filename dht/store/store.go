@@ -175,7 +175,7 @@ func (s *Store) listener() *pebble.EventListener {
 			}
 			failed("flush", i.Err)
 		},
-		CompactionEnd:   func(i pebble.CompactionInfo) { failed("compaction", i.Err) },
+		CompactionEnd: func(i pebble.CompactionInfo) { failed("compaction", i.Err) },
 		WALCreated: func(i pebble.WALCreateInfo) {
 			if i.Err == nil {
 				return
