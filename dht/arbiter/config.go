@@ -24,6 +24,8 @@ type Member struct {
 	Role     string        // full (or ""), voter, worker
 	NoVoter  bool
 	Draining bool
+	Left     bool   // it said goodbye; it is Dead, too
+	Format   uint32 // highest format of entries that it knows; 0: as old as can be
 }
 
 // Members is the view of the cluster.
@@ -175,6 +177,9 @@ func (c Config) complete() (Config, error) {
 	}
 	if c.LostFound == "" {
 		c.LostFound = filepath.Join(filepath.Dir(c.Dir), "lost+found")
+	}
+	if c.Format == 0 {
+		c.Format = MaxFormat
 	}
 	if c.MaxVoters == 0 {
 		c.MaxVoters = 5

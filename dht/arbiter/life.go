@@ -192,12 +192,12 @@ func (a *Arbiter) renew(t *turn) error {
 		return fmt.Errorf("read the raft database: %w", err)
 	}
 	next := incarnation{seen.number + 1, a.nonce()}
-	f := &renewal{m: newMachine(), next: next, begun: last, self: a.cfg.Self, former: votersOf(conf), adopt: t.adopt}
+	f := &renewal{m: newMachine(), next: next, begun: last, self: a.cfg.Self, former: votersOf(conf), adopt: t.adopt, format: a.cfg.Format}
 	me := a.address()
 	only := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(me), Address: me}}}
 	err = raft.RecoverCluster(a.raftConfig(), f, a.disk, a.disk, a.disk, a.trans.Load(), only)
 	// Its snapshot counts once it is there, whatever failed after that.
-	if m, merr := a.disk.machine(); merr != nil {
+	if m, merr := a.disk.machine(a.cfg.Format); merr != nil {
 		return errors.Join(fmt.Errorf("begin incarnation %d: %w", next.number, err), merr)
 	} else if m.meta.incarnation() != next {
 		return fmt.Errorf("begin incarnation %d: %w", next.number, err)
@@ -254,13 +254,14 @@ type renewal struct {
 	self   peer.ID
 	former []peer.ID
 	adopt  []Adoption
+	format uint32
 	failed error // an entry that this build does not know
 }
 
 // Apply implements raft.FSM.
 func (f *renewal) Apply(l *raft.Log) any {
 	if f.failed == nil {
-		scratch := &fsm{m: f.m}
+		scratch := &fsm{m: f.m, format: f.format}
 		_, _, err := scratch.one(l)
 		if err != nil {
 			f.failed = fmt.Errorf("entry %d: %w; start a newer version of this program", l.Index, err)

@@ -232,9 +232,13 @@ func failingLog(ctx context.Context, b *bed) (string, error) {
 	return "the raft log of " + n.Name + " could not be synced: it voted no more until it was started again", b.eligible(ctx, n)
 }
 
-// failingDisk has a node's fsync of its database fail: it ends by itself, and not in silence.
+// failingDisk has the fsync of an owner's database fail, where its pages are: it ends by itself, and not in silence. (A node that promises
+// nothing syncs nothing, and notices nothing.)
 func failingDisk(ctx context.Context, b *bed) (string, error) {
-	n := b.any()
+	n, _, err := b.owner(ctx)
+	if err != nil {
+		return "", err
+	}
 	if err := n.Harm(harm.Orders{Fail: []string{"/db/", "/raft/"}[:1+b.rng.IntN(2)]}); err != nil {
 		return "", err
 	}
