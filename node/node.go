@@ -81,7 +81,8 @@ type Node struct {
 
 	randMu sync.Mutex // guards rand
 	rand   *rand.Rand
-	clock  atomic.Int64 // the latest wall clock seen, ms: expiry never goes back in time
+
+	clock *clusterClock
 
 	stopOnce sync.Once
 	stopped  chan struct{}
@@ -108,7 +109,7 @@ func New(ctx context.Context, cfg Config) (*Node, error) {
 		cfg: cfg, log: cfg.Log, stopped: make(chan struct{}), broken: make(chan error, 1), instancesChanged: make(chan struct{}, 1), toldInstances: map[string]string{},
 		rand: rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())), faults: newFaults(cfg.Log), failed: map[string]uint64{},
 	}
-	n.boot = n.nonce()
+	n.boot, n.clock = n.nonce(), newClusterClock(cfg.BootTime)
 	// On a goroutine of its own: a database that cannot go on ends the goroutine that uses it.
 	built := make(chan error, 1)
 	go func() {
@@ -391,20 +392,6 @@ func (n *Node) nonce() uint64 {
 	for {
 		if x := n.rand.Uint64(); x != 0 {
 			return x
-		}
-	}
-}
-
-// clusterNow is the wall clock, never behind what this node has seen before (DESIGN.md §9, Time).
-func (n *Node) clusterNow() time.Time {
-	now := time.Now().UnixMilli()
-	for {
-		seen := n.clock.Load()
-		if now <= seen {
-			return time.UnixMilli(seen)
-		}
-		if n.clock.CompareAndSwap(seen, now) {
-			return time.UnixMilli(now)
 		}
 	}
 }

@@ -68,7 +68,7 @@ func (n *Node) openPlatform() (err error) {
 	n.sup = supervisor.New(supervisor.Config{
 		Self: n.id, Name: n.cfg.Name, Boot: n.boot, Arbiter: n.arbiter, Members: n.members, Blobs: n.blobs, Artifacts: n.registry, Runner: n.runner, Peers: p, Caller: n.caller,
 		Events: n.events, Shell: n.newShell, RunDir: n.runDir(), LogDir: n.logDir(), DataDir: filepath.Join(n.cfg.Data, "components"), Log: n.log,
-		BootTime: n.cfg.BootTime, Touch: n.arbiter.HeardLeader, Changed: n.changedInstances,
+		Now: n.clusterNow, BootTime: n.cfg.BootTime, Touch: n.arbiter.HeardLeader, Changed: n.changedInstances,
 		Adopted: func(reg arbiter.Register) {
 			if name := components.InstanceOfKey(reg.Key); name != "" {
 				n.direct.tell(componentOf(name))

@@ -209,7 +209,7 @@ func (s *Supervisor) hosts(id peer.ID) bool {
 func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, d death) (arbiter.Register, error) {
 	next := components.Takeover(body, components.OwnerDeath{
 		Node: d.node.String(), Name: d.name, Boot: d.boot, Reboot: d.reboot, Evidence: d.evidence,
-		Trigger: "neighbour", To: s.cfg.Self.String(), Now: time.Now(),
+		Trigger: "neighbour", To: s.cfg.Self.String(), Now: s.cfg.Now(),
 	})
 	data, err := proto.Marshal(next)
 	if err != nil {

@@ -151,7 +151,7 @@ func TestAnOldNodeIsRefusedByANewerGroup(t *testing.T) {
 			t.Fatal(err)
 		}
 		// By the newer version it is what it was.
-		back.fs = back.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100})
+		back.fs = back.fs.CrashClone(vfs.CrashCloneCfg{})
 		back.format = 2
 		c.up(back, false)
 		c.settled(15*time.Second, 3, 0)

@@ -353,10 +353,17 @@ func (b *bed) asNew(ctx context.Context, n, by *cluster.Node) error {
 		return err
 	}
 	var token string
-	if err := cluster.WaitFor(ctx, back, "a token", func(ctx context.Context) (bool, error) {
+	if err := cluster.WaitFor(ctx, back, "a token that others take, too", func(ctx context.Context) (bool, error) {
 		res, err := c.Token(ctx, &apiv1.TokenRequest{})
+		if err != nil {
+			return false, err
+		}
 		token = res.GetToken()
-		return err == nil, err
+		// An hour from now, by the cluster's clock, whatever that of the node says.
+		if left := time.Until(res.GetExpires().AsTime()); left < 30*time.Minute || left > 90*time.Minute {
+			return false, fmt.Errorf("%s makes one that expires in %s", by.Name, left.Round(time.Second))
+		}
+		return true, nil
 	}); err != nil {
 		return err
 	}
