@@ -158,6 +158,16 @@ func fullDisk(ctx context.Context, b *bed) (string, error) {
 	if err := b.relieved(ctx, n, true); err != nil {
 		return "", err
 	}
+	// A node that starts on such a disk has its duties no more than one that ran into it.
+	if _, err := b.terminate(ctx, n); err != nil {
+		return "", err
+	}
+	if err := b.warned(ctx, n, "disk"); err != nil {
+		return "", err
+	}
+	if err := b.relieved(ctx, n, false); err != nil {
+		return "", err
+	}
 	held := b.between(time.Second, min(b.longest, 10*time.Second))
 	for end := time.Now().Add(held); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(20 * time.Millisecond) {
 		if err := unix.Fallocate(int(filler.Fd()), 0, size, 64<<10); err == nil {
