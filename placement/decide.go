@@ -159,7 +159,7 @@ func (d *decider) placeAfter(spec components.InstanceSpec, r Register, a *placem
 		evidence = "it came back as another process"
 	}
 	body := components.Takeover(r.Body, components.OwnerDeath{
-		Node: r.Owner, Name: owner.GetName(), Boot: r.Boot, Reboot: reboot, Evidence: evidence, Trigger: "placement", To: a.GetNode(), Now: d.date,
+		Node: r.Owner, Name: owner.GetName(), Boot: r.Boot, Reboot: reboot, Planned: owner.GetState() == "left", Evidence: evidence, Trigger: "placement", To: a.GetNode(), Now: d.date,
 	})
 	if !body.GetQuarantined() {
 		body.Successors = a.GetSuccessors()
