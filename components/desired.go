@@ -129,6 +129,7 @@ type OwnerDeath struct {
 	Name     string
 	Boot     uint64
 	Reboot   bool // the node is back with another boot: its end says nothing about the instance
+	Planned  bool // it said goodbye, or was expelled: nobody has died of anything
 	Evidence string
 	Trigger  string // neighbour | placement: who claims
 	To       string // id of the node that claims
@@ -150,9 +151,11 @@ func Takeover(body *componentsv1.InstanceBody, d OwnerDeath) *componentsv1.Insta
 	}
 	next.Fallback, next.Settled = nil, false
 	age := now - int64(body.GetClaimedUnixMs())
-	if !d.Reboot && !body.GetSettled() && age < DeathWindow.Milliseconds() {
+	switch {
+	case d.Planned && !body.GetSettled(): // it tells nothing, for or against; nodes are stopped one after the other for an upgrade
+	case !d.Reboot && !body.GetSettled() && age < DeathWindow.Milliseconds():
 		next.Deaths = append(next.Deaths, &componentsv1.Death{Node: d.Node, Boot: d.Boot, UnixMs: next.ClaimedUnixMs})
-	} else {
+	default:
 		next.Deaths = nil
 	}
 	// The cluster's own components are not given up: without placement nothing else would be placed any more.

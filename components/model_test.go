@@ -305,6 +305,12 @@ func TestTakeover(t *testing.T) {
 	if second := Takeover(next, again); second.GetQuarantined() || len(second.GetDeaths()) != 0 {
 		t.Errorf("a death long after the start counts: %v", second)
 	}
+	planned := again
+	planned.Now, planned.Planned = now.Add(time.Second), true
+	stopped := Takeover(next, planned)
+	if stopped.GetQuarantined() || len(stopped.GetDeaths()) != 1 {
+		t.Errorf("a node that said goodbye counts for or against: %v", stopped)
+	}
 	again.Now, again.Reboot = now.Add(time.Second), true
 	if second := Takeover(next, again); second.GetQuarantined() {
 		t.Errorf("a reboot counts: %v", second)

@@ -22,10 +22,11 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	"github.com/libp2p/go-libp2p/p2p/net/upgrader"
-	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
+
+	"github.com/coppice-project/coppice/dht/peers"
 )
 
 // HostParams is what a host is made from, whatever network it runs over.
@@ -96,7 +97,7 @@ func (h *closingHost) Close() error {
 // addTCP lets the network dial and listen over TCP.
 func addTCP(net *swarm.Swarm, p HostParams) error {
 	muxers := []upgrader.StreamMuxer{{ID: yamux.ID, Muxer: p.Muxer}}
-	tls, err := libp2ptls.New(libp2ptls.ID, p.Identity, muxers)
+	tls, err := peers.NewTLS(p.Identity, muxers)
 	if err != nil {
 		return err
 	}

@@ -148,6 +148,9 @@ func (n *Node) judge(req *dht.JoinRequest, token, known arbiter.Register, have b
 			return nil, nil, fmt.Errorf("member record: %w", err)
 		}
 	}
+	if err := n.tooOld(req); err != nil {
+		return nil, nil, err
+	}
 	switch {
 	case was.GetRevoked():
 		return nil, nil, &dht.Refusal{Reason: dht.Revoked, Message: was.GetRevokedWhy()}
@@ -168,6 +171,23 @@ func (n *Node) judge(req *dht.JoinRequest, token, known arbiter.Register, have b
 		Format: admissionFormat, Id: []byte(req.ID), Info: req.Info, Client: req.Client, AdmittedBy: []byte(n.id), AdmittedUnixMs: uint64(time.Now().UnixMilli()),
 	})
 	return member, next, err
+}
+
+// tooOld refuses a newcomer whose version does not know the format that the cluster has agreed on: it could read neither the arbiter's log nor,
+// in time, its records.
+func (n *Node) tooOld(req *dht.JoinRequest) error {
+	if req.Client {
+		return nil // it reads signed records, which say their own format
+	}
+	info, err := members.DecodeInfo(req.Info)
+	if err != nil {
+		return &dht.Refusal{Reason: dht.BadRequest, Message: err.Error()}
+	}
+	if format := n.arbiter.Status().Format; format > max(info.MaxFormat, 1) {
+		return &dht.Refusal{Reason: dht.BadRequest, Message: fmt.Sprintf(
+			"this cluster has agreed on format %d, and version %s of %s knows up to %d: start a newer version there", format, info.Version, info.Name, max(info.MaxFormat, 1))}
+	}
+	return nil
 }
 
 // welcome tells an admitted newcomer what it needs to begin.

@@ -16,6 +16,7 @@ import (
 	"github.com/multiformats/go-multiaddr"
 
 	"github.com/coppice-project/coppice/components/runner"
+	"github.com/coppice-project/coppice/dht/arbiter"
 )
 
 // Config is everything a node is told. The binary, the tests and the simulator fill the same fields; what they differ in stands at
@@ -42,7 +43,10 @@ type Config struct {
 	FS        vfs.FS               // default: the disk
 	BootTime  func() time.Duration // default: CLOCK_BOOTTIME
 	NewRunner func() (runner.Runner, error)
-	Stdout    io.Writer // where the ready line goes; nil: nowhere
+	// Format is the highest format of the arbiter's entries that this node knows; default arbiter.MaxFormat, another one in tests of mixed
+	// versions.
+	Format uint32
+	Stdout io.Writer // where the ready line goes; nil: nowhere
 	// Die ends the process as kill -9 does, for coppice drill --really; nil: this node cannot be drilled.
 	Die func()
 }
@@ -87,6 +91,9 @@ func (c *Config) defaults() {
 	}
 	if c.BootTime == nil {
 		c.BootTime = bootTime
+	}
+	if c.Format == 0 {
+		c.Format = arbiter.MaxFormat
 	}
 }
 

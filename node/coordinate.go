@@ -53,7 +53,7 @@ func (c coordinator) View(ctx context.Context) (placement.View, error) {
 	if st.FeedAge < 0 {
 		return placement.View{}, errors.New("this node has not heard the arbiter yet")
 	}
-	v := placement.View{Self: n.id.String(), Incarnation: st.Incarnation, Index: st.Index, Paused: n.paused()}
+	v := placement.View{Self: n.id.String(), Incarnation: st.Incarnation, Index: st.Index, Paused: n.paused(), Date: n.clusterNow()}
 	for _, a := range n.applications() {
 		v.Applications = append(v.Applications, a.Application)
 	}

@@ -83,11 +83,18 @@ type Node struct {
 
 	randMu sync.Mutex // guards rand
 	rand   *rand.Rand
-	clock  atomic.Int64 // the latest wall clock seen, ms: expiry never goes back in time
+
+	clock *clusterClock
 
 	stopOnce sync.Once
 	stopped  chan struct{}
 	why      string
+	broken   chan error // the database cannot go on; buffered
+
+	dutyMu    sync.Mutex // guards the rest
+	telling   bool       // members are there to be told
+	diskIsLow bool
+	noVote    string // why the arbiter has stopped here; "": it has not
 }
 
 // flapDeaths within two minutes quarantine a node. A person who restarts a node a few times must not reach it.
@@ -95,51 +102,61 @@ const flapDeaths = 6
 
 // New builds a node from its data folder, or founds or joins a cluster where the folder is empty. ctx bounds the joining only. What it
 // opened it closes again when it fails.
-func New(ctx context.Context, cfg Config) (_ *Node, err error) {
+func New(ctx context.Context, cfg Config) (*Node, error) {
 	cfg.defaults()
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
 	n := &Node{
-		cfg: cfg, log: cfg.Log, stopped: make(chan struct{}), instancesChanged: make(chan struct{}, 1), toldInstances: map[string]string{},
+		cfg: cfg, log: cfg.Log, stopped: make(chan struct{}), broken: make(chan error, 1), instancesChanged: make(chan struct{}, 1), toldInstances: map[string]string{},
 		rand: rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())), faults: newFaults(cfg.Log), failed: map[string]uint64{},
 	}
-	n.boot = n.nonce()
-	defer func() {
+	n.boot, n.clock = n.nonce(), newClusterClock(cfg.BootTime)
+	// On a goroutine of its own: a database that cannot go on ends the goroutine that uses it.
+	built := make(chan error, 1)
+	go func() {
+		err := n.build(ctx)
 		if err != nil {
 			err = errors.Join(err, n.close())
 		}
+		built <- err
 	}()
-	if err := n.openData(ctx); err != nil {
+	select {
+	case err := <-built:
+		if err != nil {
+			return nil, err
+		}
+		return n, nil
+	case err := <-n.broken:
 		return nil, err
+	}
+}
+
+// build opens all parts, one after the other.
+func (n *Node) build(ctx context.Context) error {
+	if err := n.openData(ctx); err != nil {
+		return err
 	}
 	token, err := n.membership()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := n.openOverlay(); err != nil {
-		return nil, err
-	}
-	if err := n.openPlatform(); err != nil {
-		return nil, err
-	}
-	if err := n.openControl(); err != nil {
-		return nil, err
-	}
-	if err := n.overlay.Start(); err != nil {
-		return nil, err
-	}
-	if err := n.rememberListen(); err != nil {
-		return nil, err
+	for _, open := range []func() error{n.openOverlay, n.openPlatform, n.openControl, n.overlayStart, n.rememberListen} {
+		if err := open(); err != nil {
+			return err
+		}
 	}
 	n.members.UpdateSelf(func(i *members.Info) { i.Addrs = n.overlay.Addrs() })
 	if n.state.Certificate == nil {
-		if err := n.enter(ctx, token); err != nil {
-			return nil, err
-		}
+		return n.enter(ctx, token)
 	}
-	return n, nil
+	return nil
 }
+
+func (n *Node) overlayStart() error { return n.overlay.Start() }
+
+// tryDisk is what to do about a disk that failed.
+const tryDisk = "free disk space or check the disk, then start the node again"
 
 // openData opens the data folder: identity, database, and what it says about the cluster.
 func (n *Node) openData(ctx context.Context) (err error) {
@@ -154,7 +171,7 @@ func (n *Node) openData(ctx context.Context) (err error) {
 		return err
 	}
 	if n.store, err = store.Open(fs, filepath.Join(dir, databaseName), store.Options{
-		Log: n.log, OnFatal: func(err error) { n.Stop("the database failed: " + err.Error()) },
+		Log: n.log, OnFatal: func(err error) { n.broken <- fmt.Errorf("the database failed: %w; %s", err, tryDisk) },
 		Disk: store.Disk{OnLow: n.diskLow},
 	}); err != nil {
 		return err
@@ -222,10 +239,12 @@ func (n *Node) openOverlay() (err error) {
 	if err := n.openMembers(p); err != nil {
 		return err
 	}
+	n.duties(func() { n.telling, n.diskIsLow = true, n.store.Low() }) // the store has looked at the disk already
 	n.arbiter, err = arbiter.New(arbiter.Config{
-		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.cfg.FS, Dir: filepath.Join(n.cfg.Data, raftName),
+		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.store.FS(), Dir: filepath.Join(n.cfg.Data, raftName),
 		Leased: components.LeasedBody, MaxVoters: n.cfg.MaxVoters,
 		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror, Turned: n.turned,
+		Halted: n.votesNoMore, Format: n.cfg.Format,
 	})
 	if err != nil {
 		return err
@@ -236,7 +255,7 @@ func (n *Node) openOverlay() (err error) {
 		}
 	}
 	if n.blobs, err = blobs.Open(blobs.Config{
-		Self: n.id, DB: n.store.DB(), Peers: p, Low: n.store.Low, Alive: n.isAlive, Holders: n.aliveIDs, Log: n.log,
+		Self: n.id, DB: n.store.DB(), Peers: p, Low: n.store.Low, Alive: n.isAlive, Holders: n.aliveIDs, Failed: n.store.Fail, Log: n.log,
 	}); err != nil {
 		return err
 	}
@@ -261,7 +280,7 @@ func (n *Node) openMembers(p *peers.Libp2p) error {
 		Self: members.Info{
 			ID: n.id, Name: n.cfg.Name, Zone: n.cfg.Zone, Role: n.cfg.Role, Labels: n.cfg.Labels, Boot: n.boot, StartedUnixMs: time.Now().UnixMilli(),
 			CPUMillis: or(n.cfg.Capacity.CPUMillis, uint64(st.CPUs)*1000), MemoryBytes: or(n.cfg.Capacity.MemoryBytes, st.MemoryBytes),
-			DiskBytes: or(n.cfg.Capacity.DiskBytes, st.DiskBytes), Version: n.cfg.Version, Platform: runtime.GOOS + "/" + runtime.GOARCH, MaxFormat: 1,
+			DiskBytes: or(n.cfg.Capacity.DiskBytes, st.DiskBytes), Version: n.cfg.Version, Platform: runtime.GOOS + "/" + runtime.GOARCH, MaxFormat: n.cfg.Format,
 		},
 		Profile: profile, Peers: p, Links: p, BootTime: n.cfg.BootTime, Log: n.log,
 		Book: members.FileBook(n.cfg.FS, filepath.Join(n.cfg.Data, "members")), Connection: n.connection, FlapDeaths: flapDeaths,
@@ -321,21 +340,6 @@ func (n *Node) turned(incarnation uint64, file, why string) {
 	n.events.Publish(ev)
 }
 
-// diskLow takes the node out of the voters and holders while its disk is nearly full, and back.
-func (n *Node) diskLow(low bool) {
-	if n.members == nil {
-		return
-	}
-	n.members.UpdateSelf(func(i *members.Info) { i.NoVoter, i.NoHolder = low, low })
-	if n.events != nil {
-		ev := events.Event{Channel: "/nodes/" + n.cfg.Name, Type: "disk-low", Message: n.cfg.Name + " is no holder and no voter: its disk is nearly full"}
-		if !low {
-			ev.Type, ev.Message = "disk-ok", n.cfg.Name+" is holder and voter again"
-		}
-		n.events.Publish(ev)
-	}
-}
-
 // enter makes the node a member: by the token of another, or as the first.
 func (n *Node) enter(ctx context.Context, token dht.Token) error {
 	n.fresh = true
@@ -390,20 +394,6 @@ func (n *Node) nonce() uint64 {
 	for {
 		if x := n.rand.Uint64(); x != 0 {
 			return x
-		}
-	}
-}
-
-// clusterNow is the wall clock, never behind what this node has seen before (DESIGN.md §9, Time).
-func (n *Node) clusterNow() time.Time {
-	now := time.Now().UnixMilli()
-	for {
-		seen := n.clock.Load()
-		if now <= seen {
-			return time.UnixMilli(seen)
-		}
-		if n.clock.CompareAndSwap(seen, now) {
-			return time.UnixMilli(now)
 		}
 	}
 }

@@ -32,6 +32,8 @@ const (
 type hostReport struct {
 	Node  string      `json:"node"`
 	Facts facts.Facts `json:"facts"`
+	// WallUnixMs is what its clock says.
+	WallUnixMs int64 `json:"wall_unix_ms,omitempty"`
 	// RTTMs is how far other nodes are from this one, by peer id.
 	RTTMs map[string]float64 `json:"rtt_ms,omitempty"`
 }
@@ -69,6 +71,7 @@ func (n *Node) report(ctx context.Context) error {
 	for {
 		f, err := n.sensor.Sample(ctx)
 		n.faults.set("facts", err)
+		n.lookAtClocks(ctx)
 		if facts.Changed(last, f) || time.Since(told) >= reportEvery {
 			n.faults.set("report", n.tellHost(ctx, f))
 			last, told = f, time.Now()
@@ -101,7 +104,7 @@ func (n *Node) report(ctx context.Context) error {
 }
 
 func (n *Node) tellHost(ctx context.Context, f facts.Facts) error {
-	h := hostReport{Node: n.cfg.Name, Facts: f, RTTMs: map[string]float64{}}
+	h := hostReport{Node: n.cfg.Name, Facts: f, WallUnixMs: time.Now().UnixMilli(), RTTMs: map[string]float64{}}
 	for _, m := range n.members.Alive() {
 		if m.RTT > 0 && len(h.RTTMs) < maxRTTs {
 			h.RTTMs[m.ID.String()] = ms(m.RTT)

@@ -68,7 +68,7 @@ func (n *Node) openPlatform() (err error) {
 	n.sup = supervisor.New(supervisor.Config{
 		Self: n.id, Name: n.cfg.Name, Boot: n.boot, Arbiter: n.arbiter, Members: n.members, Blobs: n.blobs, Artifacts: n.registry, Runner: n.runner, Peers: p, Caller: n.caller,
 		Events: n.events, Shell: n.newShell, RunDir: n.runDir(), LogDir: n.logDir(), DataDir: filepath.Join(n.cfg.Data, "components"), Log: n.log,
-		BootTime: n.cfg.BootTime, Touch: n.arbiter.HeardLeader, Changed: n.changedInstances,
+		Now: n.clusterNow, BootTime: n.cfg.BootTime, Touch: n.arbiter.HeardLeader, Changed: n.changedInstances,
 		Adopted: func(reg arbiter.Register) {
 			if name := components.InstanceOfKey(reg.Key); name != "" {
 				n.direct.tell(componentOf(name))
@@ -183,6 +183,18 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 	// The parts go on until shutdown ends them: what runs is saved first, and the others are told, for which they are needed.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
+	// On a goroutine of its own, as New: the database may end it.
+	ended := make(chan error, 1)
+	go func() { ended <- n.run(ctx, told, cancel, ready) }()
+	select {
+	case err := <-ended:
+		return err
+	case err := <-n.broken:
+		return n.abandon(err, cancel)
+	}
+}
+
+func (n *Node) run(ctx, told context.Context, cancel context.CancelFunc, ready func(Ready) error) error {
 	parts := map[string]func(context.Context) error{
 		"members": n.members.Run, "arbiter": n.arbiter.Run, "blobs": n.blobs.Run, "records": n.records.Run, "events": n.events.Run,
 		"registry": n.registry.Run, "artifact copies": n.registry.Repair, "supervisor": n.sup.Run, "placement": n.coord.Run, "coordinator": n.followOffice, "reports": n.report, "checkpoint index": n.indexCheckpoints, "mirrors": n.keepMirrors,
@@ -207,6 +219,23 @@ func (n *Node) Run(ctx context.Context, ready func(Ready) error) error {
 		}
 	}
 	return errors.Join(err, n.shutdown(cancel))
+}
+
+// abandonWithin bounds the end of a node whose database failed. Others take over what it ran as soon as its connections are gone.
+const abandonWithin = 2 * time.Second
+
+// abandon ends a node whose database failed. Whatever waits for the database waits for ever, so it is not waited for: the process is to end.
+func (n *Node) abandon(why error, cancel context.CancelFunc) error {
+	n.log.Error("the node ends", "error", why)
+	cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- n.overlay.Close() }() // first of all: the others see it gone
+	select {
+	case err := <-ended:
+		return errors.Join(why, err)
+	case <-time.After(abandonWithin):
+		return why
+	}
 }
 
 // serve opens the doors and says that they are open. It gives up when the node is told to stop.

@@ -84,7 +84,7 @@ func (v *verbs) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusResp
 	st := n.arbiter.Status()
 	out := &apiv1.StatusResponse{
 		Cluster: n.state.Cluster, Nodes: &apiv1.NodeCounts{}, Components: &apiv1.ComponentCounts{}, Node: n.cfg.Name, Version: n.cfg.Version, Paused: n.paused(),
-		Arbiter: &apiv1.ArbiterStatus{Incarnation: st.Incarnation, Index: st.Index},
+		Arbiter: &apiv1.ArbiterStatus{Incarnation: st.Incarnation, Index: st.Index, Format: st.Format},
 	}
 	if st.HasLeader {
 		out.Arbiter.Leader = n.nameOf(st.Leader)

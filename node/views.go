@@ -26,7 +26,7 @@ func (v arbiterView) Subscribe(f func(old, now arbiter.Member)) func() {
 func arbiterMember(m members.Member) arbiter.Member {
 	return arbiter.Member{
 		ID: m.ID, Alive: m.State == members.Alive, Dead: m.State == members.Dead || m.State == members.Left, For: time.Since(m.Since),
-		Zone: m.Zone, Role: m.Role, NoVoter: m.NoVoter, Draining: m.Draining,
+		Zone: m.Zone, Role: m.Role, NoVoter: m.NoVoter, Draining: m.Draining, Left: m.State == members.Left, Format: m.MaxFormat,
 	}
 }
 

@@ -49,7 +49,11 @@ type Action struct {
 // Decide compares what is with what should be: plan is the solver's (nil: only what needs none, the components of the application
 // system and what nobody wants any more). It is pure. next is after how long something that is waited for is due, 0: nothing is.
 func Decide(v View, expected map[string]components.InstanceSpec, plan *placementv1.Plan, now time.Time) (actions []Action, next time.Duration) {
-	d := &decider{view: v, now: now, nodes: map[string]Node{}, registers: map[string]Register{}}
+	date := v.Date
+	if date.IsZero() {
+		date = now
+	}
+	d := &decider{view: v, now: now, date: date, nodes: map[string]Node{}, registers: map[string]Register{}}
 	for _, n := range v.Nodes {
 		d.nodes[n.GetId()] = n
 	}
@@ -76,7 +80,8 @@ var urgency = map[Kind]int{Place: 0, Retire: 1, Forget: 2, Successors: 3, Move: 
 
 type decider struct {
 	view      View
-	now       time.Time
+	now       time.Time // for ages
+	date      time.Time // for what is written down
 	nodes     map[string]Node
 	registers map[string]Register
 	actions   []Action
@@ -130,10 +135,10 @@ func (d *decider) assignment(spec components.InstanceSpec, a *placementv1.Assign
 }
 
 func (d *decider) placeFirst(spec components.InstanceSpec, r Register, a *placementv1.Assignment) {
-	body := components.FirstBody(spec, d.now)
+	body := components.FirstBody(spec, d.date)
 	if r.Body.GetDigest() != "" { // it ran before and was released: in the version it ran
 		body = proto.CloneOf(r.Body)
-		body.Trigger, body.Cause, body.ClaimedUnixMs = "placement", "it had no owner", uint64(max(d.now.UnixMilli(), 0))
+		body.Trigger, body.Cause, body.ClaimedUnixMs = "placement", "it had no owner", uint64(max(d.date.UnixMilli(), 0))
 	}
 	body.Successors = a.GetSuccessors()
 	d.place(spec, r, a, body)
@@ -154,7 +159,7 @@ func (d *decider) placeAfter(spec components.InstanceSpec, r Register, a *placem
 		evidence = "it came back as another process"
 	}
 	body := components.Takeover(r.Body, components.OwnerDeath{
-		Node: r.Owner, Name: owner.GetName(), Boot: r.Boot, Reboot: reboot, Evidence: evidence, Trigger: "placement", To: a.GetNode(), Now: d.now,
+		Node: r.Owner, Name: owner.GetName(), Boot: r.Boot, Reboot: reboot, Planned: owner.GetState() == "left", Evidence: evidence, Trigger: "placement", To: a.GetNode(), Now: d.date,
 	})
 	if !body.GetQuarantined() {
 		body.Successors = a.GetSuccessors()

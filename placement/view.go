@@ -10,10 +10,11 @@ import (
 
 // View is everything a round looks at, read at one moment. Slices may come in any order. The loop changes nothing in it.
 type View struct {
-	Self         string // id of this node
-	Incarnation  uint64 // of the arbiter
-	Index        uint64 // the arbiter's index the committed parts were read at
-	Paused       bool   // the cluster was put down as a whole: nothing is placed
+	Self         string    // id of this node
+	Incarnation  uint64    // of the arbiter
+	Index        uint64    // the arbiter's index the committed parts were read at
+	Paused       bool      // the cluster was put down as a whole: nothing is placed
+	Date         time.Time // what time it is in the cluster, for dates that other nodes compare with theirs; zero: what this machine's clock says
 	Applications []*componentsv1.Application
 	Instances    []Register
 	Nodes        []Node

@@ -7,7 +7,11 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
+
 	"github.com/coppice-project/coppice/components/runner"
+	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/internal/harm"
 	"github.com/coppice-project/coppice/node"
 	"github.com/coppice-project/coppice/plugins/placement/component"
 )
@@ -20,6 +24,7 @@ func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(ready
 		Data: cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
 		Labels: cfg.Labels, Capacity: node.Capacity{CPUMillis: cfg.CPUMillis, MemoryBytes: cfg.MemoryBytes, DiskBytes: cfg.DiskBytes}, Plugins: cfg.Plugins,
 		Profile: cfg.Profile, MaxVoters: cfg.Voters, Version: cfg.Version, Log: log, Die: die,
+		FS: harm.FS(vfs.Default), Format: harm.Format(arbiter.MaxFormat),
 	}
 	if err := nc.Validate(); err != nil {
 		return &usageError{why: err.Error()}

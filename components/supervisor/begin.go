@@ -306,7 +306,7 @@ func (i *instance) failed(ctx context.Context, reg arbiter.Register, body *compo
 		next := proto.CloneOf(body)
 		next.Digest, next.ArtifactName, next.Version = eff.Digest, eff.ArtifactName, eff.Version
 		next.Trigger, next.Cause, next.Settled, next.Fallback, next.ReturnedFrom = "operator", "another version is deployed", false, nil, ""
-		next.ClaimedUnixMs = uint64(time.Now().UnixMilli())
+		next.ClaimedUnixMs = i.sup.date()
 		if err := i.claim(ctx, reg, next, arbiter.ClaimRequest{}); err == nil {
 			i.notUntil = time.Time{}
 			return time.Millisecond

@@ -173,7 +173,7 @@ func (i *instance) openBranch() *componentsv1.Branch {
 
 // branched makes a checkpoint durable that the arbiter cannot be told of: it is the branch's newest. before is what was acknowledged last.
 func (i *instance) branched(g *generation, head *chainHead, before Saved) error {
-	t, now := g.token, uint64(time.Now().UnixMilli())
+	t, now := g.token, i.sup.date()
 	b := i.sup.branch(i.name, t)
 	first := b == nil
 	if first {
@@ -348,7 +348,7 @@ func (i *instance) tryRejoin(ctx context.Context, reg arbiter.Register, body *co
 		return fmt.Errorf("copy the branch of %s to its holders: %w", i.name, err)
 	}
 	next := proto.CloneOf(body)
-	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", "the arbiter is in touch again: its branch goes on", uint64(time.Now().UnixMilli())
+	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", "the arbiter is in touch again: its branch goes on", i.sup.date()
 	data, err := proto.Marshal(next)
 	if err != nil {
 		return err

@@ -210,7 +210,7 @@ func (i *instance) retreat(ctx context.Context, reg arbiter.Register, body *comp
 	fb := body.GetFallback()
 	next := proto.CloneOf(body)
 	next.Digest, next.ArtifactName, next.Version = fb.GetDigest(), fb.GetArtifactName(), fb.GetVersion()
-	next.Trigger, next.Cause, next.ClaimedUnixMs = "crash", fmt.Sprintf("%s was never healthy: %s", body.GetVersion(), why), uint64(time.Now().UnixMilli())
+	next.Trigger, next.Cause, next.ClaimedUnixMs = "crash", fmt.Sprintf("%s was never healthy: %s", body.GetVersion(), why), i.sup.date()
 	next.Settled, next.Fallback, next.Previous, next.ReturnedFrom = false, nil, nil, body.GetDigest()
 	claim := i.sup.fallbackRoot(ctx, reg, body)
 	if err := i.claim(ctx, reg, next, claim); err != nil {

@@ -50,7 +50,7 @@ func (s *Supervisor) onMember(c members.Change) {
 	case gone && was, reboot:
 		s.deaths[c.New.ID] = death{
 			node: c.New.ID, name: c.New.Name, boot: boot, reboot: reboot && !gone, evidence: c.New.Evidence, at: time.Now(),
-			silent: gone && c.Trigger != "refused" && c.Trigger != "goodbye",
+			silent: gone && c.Trigger != "refused" && c.Trigger != "goodbye", planned: c.New.State == members.Left,
 		}
 	case dead && c.New.State.Running() && c.New.Boot == d.boot:
 		delete(s.deaths, c.New.ID) // it was alive all the time
@@ -64,6 +64,7 @@ type death struct {
 	boot     uint64
 	reboot   bool
 	silent   bool // nothing proves it
+	planned  bool // it said goodbye
 	evidence string
 	at       time.Time
 }
@@ -208,8 +209,8 @@ func (s *Supervisor) hosts(id peer.ID) bool {
 
 func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, d death) (arbiter.Register, error) {
 	next := components.Takeover(body, components.OwnerDeath{
-		Node: d.node.String(), Name: d.name, Boot: d.boot, Reboot: d.reboot, Evidence: d.evidence,
-		Trigger: "neighbour", To: s.cfg.Self.String(), Now: time.Now(),
+		Node: d.node.String(), Name: d.name, Boot: d.boot, Reboot: d.reboot, Planned: d.planned, Evidence: d.evidence,
+		Trigger: "neighbour", To: s.cfg.Self.String(), Now: s.cfg.Now(),
 	})
 	data, err := proto.Marshal(next)
 	if err != nil {

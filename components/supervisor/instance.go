@@ -280,7 +280,7 @@ func (i *instance) reclaim(ctx context.Context, reg arbiter.Register, body *comp
 		return 0
 	}
 	next := proto.CloneOf(body)
-	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", "its node was restarted", uint64(time.Now().UnixMilli())
+	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", "its node was restarted", i.sup.date()
 	claim := arbiter.ClaimRequest{}
 	if fb := body.GetFallback(); fb != nil && !body.GetSettled() {
 		next.Digest, next.ArtifactName, next.Version = fb.GetDigest(), fb.GetArtifactName(), fb.GetVersion()

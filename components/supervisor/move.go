@@ -103,7 +103,7 @@ func (i *instance) handOver(ctx context.Context, reg arbiter.Register, body *com
 	}
 	saved, _ := i.gen.saver.Saved()
 	b := proto.CloneOf(body)
-	b.Trigger, b.Cause, b.ClaimedUnixMs, b.Settled = p.trigger, p.cause, uint64(time.Now().UnixMilli()), false
+	b.Trigger, b.Cause, b.ClaimedUnixMs, b.Settled = p.trigger, p.cause, i.sup.date(), false
 	b.Successors = withoutID(b.GetSuccessors(), to.String())
 	b.Successors = append([]string{i.sup.cfg.Self.String()}, b.Successors...)
 	data, err := proto.Marshal(b)

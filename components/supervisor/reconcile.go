@@ -362,7 +362,7 @@ func (r *reconciling) newest(ctx context.Context, rule string) error {
 	ours := &componentsv1.Branch{
 		Format: 1, Instance: i.name, Node: i.sup.cfg.Self.String(), NodeName: i.sup.cfg.Name, Incarnation: r.reg.Incarnation, Epoch: r.reg.Epoch, Ended: true,
 		BaseSeq: r.branch.GetBaseSeq(), BaseRoot: r.branch.GetBaseRoot(), Root: rootBytes(saved.Root), Commits: saved.Seq - min(saved.Seq, r.branch.GetBaseSeq()),
-		Mark: saved.Mark, Digest: i.gen.digest, Version: i.gen.version, UntilUnixMs: uint64(time.Now().UnixMilli()),
+		Mark: saved.Mark, Digest: i.gen.digest, Version: i.gen.version, UntilUnixMs: i.sup.date(),
 		Outcome: outcomeKept, Reason: fmt.Sprintf("the branch of %s has more checkpoints", r.branch.GetNodeName()),
 	}
 	ours.Number = i.sup.freeNumber(ours)
@@ -427,7 +427,7 @@ func (r *reconciling) take(ctx context.Context, root blobs.Hash, outcome, why st
 		return fmt.Errorf("copy the reconciled state of %s to its holders: %w", i.name, err)
 	}
 	next := proto.CloneOf(r.body)
-	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", fmt.Sprintf("the branch of %s: %s", r.branch.GetNodeName(), outcome), uint64(time.Now().UnixMilli())
+	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", fmt.Sprintf("the branch of %s: %s", r.branch.GetNodeName(), outcome), r.i.sup.date()
 	next.Settled, next.Fallback = false, nil
 	body, err := proto.Marshal(next)
 	if err != nil {

@@ -288,7 +288,7 @@ func (i *instance) cutOver(ctx context.Context, reg arbiter.Register, body *comp
 func (i *instance) claimSwap(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, old, next *generation, saved Saved, p swapPlan) (arbiter.Register, error) {
 	b := proto.CloneOf(body)
 	b.Digest, b.ArtifactName, b.Version = next.digest, next.artifact, next.version
-	b.Trigger, b.Cause, b.ClaimedUnixMs, b.Settled, b.ReturnedFrom = p.trigger, p.cause, uint64(time.Now().UnixMilli()), false, ""
+	b.Trigger, b.Cause, b.ClaimedUnixMs, b.Settled, b.ReturnedFrom = p.trigger, p.cause, i.sup.date(), false, ""
 	b.Fallback = &componentsv1.Fallback{Digest: old.digest, ArtifactName: old.artifact, Version: old.version, Root: rootBytes(saved.Root), Seq: saved.Seq}
 	b.Previous = &componentsv1.Previous{Digest: old.digest, ArtifactName: old.artifact, Version: old.version, Root: rootBytes(saved.Root)}
 	if p.undo {

@@ -350,7 +350,7 @@ const regradeAgain = time.Second
 func (i *instance) regrade(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, leased bool) time.Duration {
 	next := proto.CloneOf(body)
 	next.Leased, next.Trigger, next.Cause = leased, "operator", "another takeover is deployed"
-	next.ClaimedUnixMs = uint64(time.Now().UnixMilli())
+	next.ClaimedUnixMs = i.sup.date()
 	if err := i.claim(ctx, reg, next, arbiter.ClaimRequest{}); err != nil {
 		i.regradeAt = time.Now().Add(regradeAgain)
 		i.sup.cfg.Log.Warn("the takeover could not be changed; it is tried again", "instance", i.name, "error", err)

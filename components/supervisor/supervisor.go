@@ -90,6 +90,8 @@ type Config struct {
 	Settle    time.Duration // an epoch that has answered and held so long is settled; default 5 s
 	Rand      *rand.Rand    // default: seeded by the system
 	Log       *slog.Logger
+	// Now is what time it is in the cluster, for dates that other nodes compare with theirs. Default: this machine's clock.
+	Now func() time.Time
 	// BootTime is CLOCK_BOOTTIME; Touch says how long ago the arbiter was last heard of (negative: never).
 	BootTime func() time.Duration
 	Touch    func() time.Duration
@@ -131,10 +133,16 @@ type Supervisor struct {
 	closed   bool // Run has ended: nothing is started any more
 }
 
+// date is now, as records have it.
+func (s *Supervisor) date() uint64 { return uint64(max(s.cfg.Now().UnixMilli(), 0)) }
+
 // New returns a supervisor that does nothing before Run.
 func New(cfg Config) *Supervisor {
 	if cfg.Settle == 0 {
 		cfg.Settle = defaultSettle
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
 	}
 	if cfg.Rand == nil {
 		cfg.Rand = rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))

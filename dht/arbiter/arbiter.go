@@ -54,8 +54,9 @@ type Arbiter struct {
 	halted  atomic.Bool // stopped for good
 	lagging atomic.Bool // commits to be noticed
 
-	outranked pulse     // a higher incarnation was met
-	turns     chan turn // wishes to go on in the next incarnation
+	outranked pulse      // a higher incarnation was met
+	turns     chan turn  // wishes to go on in the next incarnation
+	outdated  chan error // the group went on to a format that this build does not know; buffered
 
 	ids      idCache
 	failures failures
@@ -75,14 +76,14 @@ func New(cfg Config) (*Arbiter, error) {
 	}
 	a := &Arbiter{
 		cfg: cfg, t: cfg.Timings, log: cfg.Log, disk: d, view: newView(), where: &whereabouts{}, closing: make(chan struct{}),
-		caller: peers.NewCaller(cfg.Peers), seen: newSightings(), turns: make(chan turn),
+		caller: peers.NewCaller(cfg.Peers), seen: newSightings(), turns: make(chan turn), outdated: make(chan error, 1),
 	}
 	if err := a.label(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	m, err := d.machine()
+	m, err := d.machine(cfg.Format)
 	if err == nil {
-		err = d.settle(m)
+		err = errors.Join(m.known(cfg.Format), d.settle(m))
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("raft database %s: %w", cfg.Dir, err), d.Close())
@@ -96,7 +97,8 @@ func New(cfg Config) (*Arbiter, error) {
 		}
 		return a.base.Load()
 	}
-	a.fsm = &fsm{m: newMachine(), view: a.view, halt: a.halt, onApply: a.onApply}
+	a.fsm = &fsm{m: newMachine(), format: cfg.Format, view: a.view, halt: a.halt, onApply: a.onApply}
+	d.guard.onFailure(a.halt)
 	a.trans.Store(a.newTransport())
 	a.two = newTwo(a)
 	a.follow = &follower{a: a}
@@ -213,6 +215,8 @@ func (a *Arbiter) Run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 	case err = <-refused:
+	case err = <-a.outdated:
+		a.halt(err)
 	}
 	cancel()
 	unsubscribe()
@@ -231,6 +235,7 @@ func (a *Arbiter) halt(err error) {
 		r.Shutdown() // without waiting: this may be raft's own goroutine
 		_ = a.trans.Load().Close()
 	}
+	a.cfg.Halted(err)
 }
 
 // onApply is told the last entry of an applied batch.

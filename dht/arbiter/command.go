@@ -15,7 +15,7 @@ import (
 
 const (
 	// MaxFormat is the highest entry format that this build applies. The group's Meta.format rises to it by a committed entry only
-	// when all voters and learners announce it.
+	// when all members announce it.
 	MaxFormat = 1
 
 	maxEntry    = 4 << 20 // bytes of an entry that a leader takes
@@ -28,15 +28,15 @@ var errUnknown = errors.New("the entry is of a newer version")
 // errInvalid is wrapped when an entry breaks a limit or a rule of form.
 var errInvalid = errors.New("invalid")
 
-// decodeEntry decodes an entry strictly: a format, shard, command, field or enum value that this build does not know is an error that
+// decodeEntry decodes an entry of a format up to most strictly: a higher format, shard, command, field or enum value that this build does not know is an error that
 // wraps errUnknown, whatever protobuf would have made of it.
-func decodeEntry(data []byte) (*wirev1.ArbiterEntry, error) {
+func decodeEntry(data []byte, most uint32) (*wirev1.ArbiterEntry, error) {
 	e := new(wirev1.ArbiterEntry)
 	if err := proto.Unmarshal(data, e); err != nil {
 		return nil, fmt.Errorf("%w: %w", errUnknown, err)
 	}
-	if f := e.GetFormat(); f == 0 || f > MaxFormat {
-		return nil, fmt.Errorf("%w: format %d, this build knows up to %d", errUnknown, f, MaxFormat)
+	if f := e.GetFormat(); f == 0 || f > most {
+		return nil, fmt.Errorf("%w: format %d, this build knows up to %d", errUnknown, f, most)
 	}
 	if e.GetShard() != 0 {
 		return nil, fmt.Errorf("%w: shard %d", errUnknown, e.GetShard())

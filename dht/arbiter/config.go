@@ -24,6 +24,8 @@ type Member struct {
 	Role     string        // full (or ""), voter, worker
 	NoVoter  bool
 	Draining bool
+	Left     bool   // it said goodbye; it is Dead, too
+	Format   uint32 // highest format of entries that it knows; 0: as old as can be
 }
 
 // Members is the view of the cluster.
@@ -56,11 +58,16 @@ type Config struct {
 	// Leased says whether the owner of a register runs under a lease (Lease), by the register's key and body; it may change from epoch to epoch
 	// only. Default: none is.
 	Leased func(key string, body []byte) bool
+	// Format is the highest format of entries that this node knows. Default: MaxFormat; another one in tests of mixed versions.
+	Format uint32
 	// MaxVoters is 1, 3, 5 (default) or 7.
 	MaxVoters int
 	// Turned is told after this node has gone on in the next incarnation, alone (file ""), or has given up what it held of a lower one, which
 	// is in file now. It must not block.
 	Turned func(incarnation uint64, file, why string)
+	// Halted is told when this node has stopped applying and voting for good: its database failed, or it met what it does not know. The members
+	// should hear of it (NoVoter), so that another one votes in its place. It must not block.
+	Halted func(error)
 	// LostFound is the folder into which a node writes what it held of an incarnation that a higher one superseded. Default: lost+found
 	// beside Dir.
 	LostFound string
@@ -165,8 +172,14 @@ func (c Config) complete() (Config, error) {
 	if c.Turned == nil {
 		c.Turned = func(uint64, string, string) {}
 	}
+	if c.Halted == nil {
+		c.Halted = func(error) {}
+	}
 	if c.LostFound == "" {
 		c.LostFound = filepath.Join(filepath.Dir(c.Dir), "lost+found")
+	}
+	if c.Format == 0 {
+		c.Format = MaxFormat
 	}
 	if c.MaxVoters == 0 {
 		c.MaxVoters = 5

@@ -18,6 +18,7 @@ var errHalted = errors.New("this node has stopped applying")
 // snapshot is made, and the node leaves the group's votes to others until a build that knows the entry is started.
 type fsm struct {
 	m         *machine // used by raft's own goroutine only
+	format    uint32   // highest that is known
 	view      *view
 	halt      func(error)         // told once, must not block
 	onApply   func(log *raft.Log) // told after each batch with its last entry, must not block
@@ -97,12 +98,12 @@ func (f *fsm) reset() {
 func (f *fsm) one(l *raft.Log) (any, []change, error) {
 	switch l.Type {
 	case raft.LogCommand:
-		e, err := decodeEntry(l.Data)
+		e, err := decodeEntry(l.Data, f.format)
 		if err != nil {
 			return nil, nil, err
 		}
 		res, changes := f.m.apply(l.Index, e)
-		return res, changes, nil
+		return res, changes, f.m.known(f.format)
 	case raft.LogConfiguration:
 		conf, err := decodeConfiguration(l.Data)
 		if err != nil {
@@ -184,7 +185,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 
 // machine builds the state that is known to be committed: the newest snapshot and the entries after it, as far as they are marked.
 // It is what the node shows until raft has met a leader; raft itself starts from the snapshot.
-func (d *disk) machine() (*machine, error) {
+func (d *disk) machine(format uint32) (*machine, error) {
 	m := newMachine()
 	snaps, err := d.List()
 	if err != nil {
@@ -205,7 +206,7 @@ func (d *disk) machine() (*machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &fsm{m: m}
+	f := &fsm{m: m, format: format}
 	for i := max(from+1, d.first); i <= to; i++ {
 		var l raft.Log
 		if err := d.GetLog(i, &l); err != nil {

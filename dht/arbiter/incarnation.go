@@ -117,6 +117,7 @@ func (a *Arbiter) superseded() bool {
 // hear takes another node's word about the group.
 func (a *Arbiter) hear(w *wirev1.ArbiterWhere) {
 	a.meet(incarnation{w.GetIncarnation(), w.GetLineage()})
+	a.heedFormat(w.GetMeta().GetFormat())
 	a.where.hint(w)
 }
 

@@ -122,6 +122,7 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	s.voters, s.learners = a.configuration(r)
 	if st := a.fsm.shown.Load(); st != nil {
 		s.coordinator = st.meta.Coordinator
+		s.format = st.meta.Format
 		s.primary = k.primary(st)
 	}
 	list := a.cfg.Members.List()
@@ -148,6 +149,7 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	}
 	s.maySwap = young || time.Since(k.swapped) >= a.t.Swap && time.Since(k.since) >= a.t.Swap
 	s.mayHand = young || time.Since(k.since) < 2*a.t.Keeper+a.t.RPC || time.Since(k.since) >= a.t.Transfer
+	s.known = lowestFormat(a.cfg.Format, list)
 	s.ready = func(id peer.ID) bool { return k.caughtUp(ctx, r, id) }
 	return s
 }
@@ -231,6 +233,8 @@ func (k *keeper) do(ctx context.Context, r *raft.Raft, st step) error {
 		return k.setMeta(ctx, &wirev1.ArbiterSetMeta{TwoNode: []byte(st.id)})
 	case stepUnpair:
 		return k.setMeta(ctx, &wirev1.ArbiterSetMeta{TwoNode: []byte{}})
+	case stepRaise:
+		return k.raise(ctx)
 	case stepNone, stepWait:
 	}
 	return nil

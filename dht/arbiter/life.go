@@ -145,6 +145,7 @@ func (a *Arbiter) startRaft() (*raft.Raft, error) {
 		}
 		return 0
 	})
+	a.disk.guard.raft.Store(true)
 	x, err := raft.NewRaft(a.raftConfig(), a.fsm, a.disk, a.disk, a.disk, trans)
 	if err != nil {
 		return nil, fmt.Errorf("start raft on %s: %w", a.cfg.Dir, err)
@@ -206,12 +207,14 @@ func (a *Arbiter) renew(t *turn) error {
 	} else if more {
 		return a.regrow(t, next, last)
 	}
-	f := &renewal{m: newMachine(), next: next, begun: last, self: a.cfg.Self, former: votersOf(conf), known: t.recovery.Known, adopt: t.recovery.Adopt}
+	f := &renewal{
+		m: newMachine(), next: next, begun: last, self: a.cfg.Self, former: votersOf(conf), known: t.recovery.Known, adopt: t.recovery.Adopt, format: a.cfg.Format,
+	}
 	me := a.address()
 	only := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(me), Address: me}}}
 	err = raft.RecoverCluster(a.raftConfig(), f, a.disk, a.disk, a.disk, a.trans.Load(), only)
 	// Its snapshot counts once it is there, whatever failed after that.
-	if m, merr := a.disk.machine(); merr != nil {
+	if m, merr := a.disk.machine(a.cfg.Format); merr != nil {
 		return errors.Join(fmt.Errorf("begin incarnation %d: %w", next.number, err), merr)
 	} else if m.meta.incarnation() != next {
 		return fmt.Errorf("begin incarnation %d: %w", next.number, err)
@@ -306,13 +309,14 @@ type renewal struct {
 	former []peer.ID
 	known  []Register
 	adopt  []Adoption
+	format uint32
 	failed error // an entry that this build does not know
 }
 
 // Apply implements raft.FSM.
 func (f *renewal) Apply(l *raft.Log) any {
 	if f.failed == nil {
-		scratch := &fsm{m: f.m}
+		scratch := &fsm{m: f.m, format: f.format}
 		_, _, err := scratch.one(l)
 		if err != nil {
 			f.failed = fmt.Errorf("entry %d: %w; start a newer version of this program", l.Index, err)

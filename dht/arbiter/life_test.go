@@ -89,7 +89,7 @@ func TestCutOffRenewalIsFinished(t *testing.T) {
 			me := raft.ServerAddress(a.id.String())
 			rc := raft.DefaultConfig()
 			rc.LocalID = raft.ServerID(me)
-			f := &renewal{m: newMachine(), next: next, begun: last, self: a.id, former: votersOf(conf)}
+			f := &renewal{m: newMachine(), next: next, begun: last, self: a.id, former: votersOf(conf), format: MaxFormat}
 			only := raft.Configuration{Servers: []raft.Server{{ID: raft.ServerID(me), Address: me}}}
 			if err := raft.RecoverCluster(rc, f, stubborn{d}, d, d, nil, only); err == nil {
 				t.Fatal("nothing was cut off: the test shows nothing")

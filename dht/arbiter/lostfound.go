@@ -119,7 +119,7 @@ func (a *Arbiter) lostOf(group, higher incarnation) (*lost, error) {
 	if out.Term, err = d.GetUint64(keyTerm); err != nil && !errors.Is(err, errNoKey) {
 		return nil, err
 	}
-	f := &fsm{m: m}
+	f := &fsm{m: m, format: a.cfg.Format}
 	for i := max(from+1, d.first); i <= d.last && d.last > 0; i++ {
 		var l raft.Log
 		if err := d.GetLog(i, &l); err != nil {

@@ -33,7 +33,7 @@ func (l *lab) do(cmds ...*wirev1.ArbiterCommand) []*wirev1.ArbiterResult {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	e, err := decodeEntry(b)
+	e, err := decodeEntry(b, MaxFormat)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -425,7 +425,7 @@ func FuzzDecodeEntry(f *testing.F) {
 	f.Add([]byte{})
 	f.Add([]byte{8, 2})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		e, err := decodeEntry(b)
+		e, err := decodeEntry(b, MaxFormat)
 		if err != nil {
 			return
 		}

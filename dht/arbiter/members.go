@@ -39,6 +39,6 @@ func fromMember(m members.Member) Member {
 	return Member{
 		ID: m.ID, Boot: m.Boot, Alive: m.State == members.Alive || m.State == members.Quarantined,
 		Dead: m.State == members.Dead || m.State == members.Left, For: time.Since(m.Since), Zone: m.Zone, Role: m.Role,
-		NoVoter: m.NoVoter || m.State == members.Quarantined, Draining: m.Draining,
+		NoVoter: m.NoVoter || m.State == members.Quarantined, Draining: m.Draining, Left: m.State == members.Left, Format: m.MaxFormat,
 	}
 }

@@ -30,7 +30,7 @@ func (a *Arbiter) Status() Status {
 	last, halted := a.failures.get()
 	s := Status{
 		Cluster: st.meta.Cluster, HasLeader: leader != "", Leader: leader, Coordinator: st.meta.Coordinator, Voters: slices.Clone(voters),
-		Learners: slices.Clone(learners), Incarnation: st.at.inc, Term: term, Index: st.at.index, FeedAge: a.follow.staleness(),
+		Learners: slices.Clone(learners), Incarnation: st.at.inc, Format: st.meta.Format, Term: term, Index: st.at.index, FeedAge: a.follow.staleness(),
 		Registers: st.tree.Len(), Pending: a.queue.len(), Followers: int(a.feeds.Load()), Boots: a.disk.boots(), Halted: halted,
 		LastError: last, Commits: a.fsm.entries.Load(), Elections: a.voted.Load(), Role: "unverified",
 	}

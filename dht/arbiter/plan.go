@@ -31,10 +31,11 @@ const (
 	stepHand             // hand the leadership over
 	stepPair             // commit that either of two may go on alone, and who is primary
 	stepUnpair           // commit that neither may
+	stepRaise            // commit that entries may be of a higher format
 )
 
 func (k stepKind) String() string {
-	return [...]string{"nothing", "wait for", "add as learner", "make voter", "make learner", "remove", "name as coordinator", "hand leadership to", "pair, primary", "unpair"}[k]
+	return [...]string{"nothing", "wait for", "add as learner", "make voter", "make learner", "remove", "name as coordinator", "hand leadership to", "pair, primary", "unpair", "raise the format at"}[k]
 }
 
 // situation is what the keeper decides on. Deciding is a pure function of it.
@@ -49,6 +50,8 @@ type situation struct {
 	max         int                // voters at most
 	maySwap     bool               // distance alone may change the group now
 	mayHand     bool               // a healthy leader may hand over now
+	format      uint32             // of the group's entries
+	known       uint32             // the highest format that every member says it knows
 }
 
 // standing is what is known of a member, or of a server that the view does not name.
@@ -164,7 +167,7 @@ func (s *situation) next() step {
 	if st := s.takeOut(g); planted.Bug("remove-first") && st.kind != stepNone {
 		return st
 	}
-	for _, rule := range []func(groups) step{s.fill, s.takeOut, s.shrink, s.swap, s.pair, s.learn, s.tidy, s.name, s.hand} {
+	for _, rule := range []func(groups) step{s.fill, s.takeOut, s.shrink, s.swap, s.pair, s.learn, s.tidy, s.name, s.raise, s.hand} {
 		st := rule(g)
 		if s.primary != "" && (st.kind == stepVoter || st.kind == stepDemote || st.kind == stepRemove && slices.Contains(s.voters, st.id)) {
 			return s.unpair(st)
@@ -325,6 +328,14 @@ func (s *situation) name(g groups) step {
 		return step{stepName, id, "closest to " + PlacementKey}
 	}
 	return step{}
+}
+
+// raise lets entries be of the highest format that all know, when nothing else changes. It never goes back.
+func (s *situation) raise(g groups) step {
+	if !g.healthy || len(g.bad) > 0 || s.format == 0 || s.known <= s.format {
+		return step{}
+	}
+	return step{stepRaise, s.self, fmt.Sprintf("every member knows format %d, the group has %d", s.known, s.format)}
 }
 
 func (s *situation) hand(g groups) step {

@@ -74,7 +74,7 @@ func (a *Arbiter) propose(ctx context.Context, entry []byte, since uint64) *wire
 		return notLeader()
 	}
 	defer a.serving.leave()
-	e, err := decodeEntry(entry)
+	e, err := decodeEntry(entry, a.cfg.Format)
 	if err != nil {
 		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_FORMAT, Reason: fmt.Sprintf("the leader does not know what is proposed: %v; finish the upgrade first", err)}
 	}
@@ -139,7 +139,7 @@ func (a *Arbiter) logState() *wirev1.ArbiterLog {
 	_, halted := a.failures.get()
 	group, _ := a.disk.incarnations()
 	l := &wirev1.ArbiterLog{
-		Halted: halted, MaxFormat: MaxFormat, Open: a.trans.Load().layer.isOpen(), Applied: a.fsm.applied.Load(), Group: group.wire(),
+		Halted: halted, MaxFormat: a.cfg.Format, Open: a.trans.Load().layer.isOpen(), Applied: a.fsm.applied.Load(), Group: group.wire(),
 	}
 	if st := a.fsm.shown.Load(); st != nil {
 		l.Registers = uint64(st.tree.Len())

@@ -69,7 +69,7 @@ func (s *sink) Write(p []byte) (int, error) {
 }
 
 func (s *sink) flush(p []byte) error {
-	if err := s.d.db.Set(chunkKey(s.id, s.chunks), p, pebble.NoSync); err != nil {
+	if err := s.d.guard.do(func() error { return s.d.db.Set(chunkKey(s.id, s.chunks), p, pebble.NoSync) }); err != nil {
 		return fmt.Errorf("write snapshot %s: %w", s.meta.ID, err)
 	}
 	s.chunks++
@@ -87,7 +87,9 @@ func (s *sink) Close() error {
 		}
 	}
 	s.ended = true
-	if err := s.d.db.Set(append([]byte(preMeta), s.id...), encodeMeta(&s.meta, s.chunks, s.crc), pebble.Sync); err != nil {
+	if err := s.d.guard.do(func() error {
+		return s.d.db.Set(append([]byte(preMeta), s.id...), encodeMeta(&s.meta, s.chunks, s.crc), pebble.Sync)
+	}); err != nil {
 		return fmt.Errorf("publish snapshot %s: %w", s.meta.ID, err)
 	}
 	return s.d.cleanSnapshots()
@@ -108,7 +110,9 @@ func chunkKey(id []byte, n uint64) []byte {
 
 func (d *disk) dropChunks(id []byte) error {
 	from := append([]byte(preChunk), id...)
-	return d.db.DeleteRange(from, append(slices.Clone(from), bytes.Repeat([]byte{0xff}, 9)...), pebble.NoSync)
+	return d.guard.do(func() error {
+		return d.db.DeleteRange(from, append(slices.Clone(from), bytes.Repeat([]byte{0xff}, 9)...), pebble.NoSync)
+	})
 }
 
 // List implements raft.SnapshotStore: highest index first.
@@ -189,7 +193,7 @@ func (d *disk) cleanSnapshots() error {
 			return err
 		}
 	}
-	return b.Commit(pebble.NoSync)
+	return d.guard.do(func() error { return b.Commit(pebble.NoSync) })
 }
 
 func encodeMeta(m *raft.SnapshotMeta, chunks uint64, crc uint32) []byte {

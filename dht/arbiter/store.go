@@ -39,7 +39,8 @@ var errNoKey = errors.New("not found")
 // disk is the raft database: log, stable store, snapshots and the node's label, in one small Pebble. What raft was promised is synced
 // before the call returns.
 type disk struct {
-	db *pebble.DB
+	db    *pebble.DB
+	guard *guard // every write goes through it
 	// committed tells how far the log is known to be committed; written beside entries, so that a restarted node sees its own state
 	// before it meets a leader.
 	committed func() uint64
@@ -64,16 +65,18 @@ var (
 func openDisk(fs vfs.FS, dir string, log *slog.Logger) (*disk, error) {
 	cache := pebble.NewCache(2 << 20)
 	defer cache.Unref()
-	db, err := pebble.Open(dir, &pebble.Options{
-		FS: fs, Cache: cache, MemTableSize: 2 << 20, FormatMajorVersion: pebble.FormatColumnarBlocks, MaxOpenFiles: 64,
-		Logger: pebbleLog{log},
-	})
-	if err != nil {
+	d := &disk{guard: newGuard(log), committed: func() uint64 { return 0 }}
+	if err := d.guard.do(func() (err error) {
+		d.db, err = pebble.Open(dir, &pebble.Options{
+			FS: fs, Cache: cache, MemTableSize: 2 << 20, FormatMajorVersion: pebble.FormatColumnarBlocks, MaxOpenFiles: 64,
+			Logger: d.guard, EventListener: &pebble.EventListener{WALCreated: d.guard.walCreated},
+		})
+		return err
+	}); err != nil {
 		return nil, fmt.Errorf("open the raft database %s: %w", dir, err)
 	}
-	d := &disk{db: db, committed: func() uint64 { return 0 }}
 	if err := errors.Join(d.findEnds(), d.readLabel(), d.cleanSnapshots()); err != nil {
-		return nil, errors.Join(fmt.Errorf("read the raft database %s: %w", dir, err), db.Close())
+		return nil, errors.Join(fmt.Errorf("read the raft database %s: %w", dir, err), d.guard.do(d.db.Close))
 	}
 	return d, nil
 }
@@ -91,7 +94,10 @@ func (d *disk) Close() error {
 	d.labels.Lock()
 	defer d.labels.Unlock()
 	d.closed = true
-	return d.db.Close()
+	if d.guard.failure() != nil {
+		return nil // said before; what holds its locks has ended, and it would wait for that for ever
+	}
+	return d.guard.do(d.db.Close)
 }
 
 func numbered(prefix string, ns ...uint64) []byte {
@@ -140,7 +146,7 @@ func (d *disk) writeLabel(l *wirev1.ArbiterDisk) error {
 	if err != nil {
 		return err
 	}
-	if err := d.db.Set([]byte(keyDisk), b, pebble.Sync); err != nil {
+	if err := d.guard.do(func() error { return d.db.Set([]byte(keyDisk), b, pebble.Sync) }); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -173,7 +179,7 @@ func (d *disk) wipe() error {
 	for _, pre := range []string{preStable, preLog, preMeta, preChunk} {
 		err = errors.Join(err, b.DeleteRange([]byte(pre), after(pre), nil))
 	}
-	if err = errors.Join(err, b.Commit(pebble.Sync)); err != nil {
+	if err = errors.Join(err, d.guard.do(func() error { return b.Commit(pebble.Sync) })); err != nil {
 		return fmt.Errorf("empty the raft database: %w", err)
 	}
 	d.mu.Lock()
@@ -270,7 +276,7 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 	if err := b.Set([]byte(keyCommit), numbered("", d.committed()), nil); err != nil {
 		return err
 	}
-	if err := b.Commit(promised("log-unsynced")); err != nil {
+	if err := d.guard.do(func() error { return b.Commit(promised("log-unsynced")) }); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -291,7 +297,9 @@ func (d *disk) DeleteRange(from, to uint64) error {
 	if to == math.MaxUint64 {
 		return fmt.Errorf("delete entries %d to %d: no such entry", from, to)
 	}
-	if err := d.db.DeleteRange(numbered(preLog, from), numbered(preLog, to+1), pebble.NoSync); err != nil {
+	if err := d.guard.do(func() error {
+		return d.db.DeleteRange(numbered(preLog, from), numbered(preLog, to+1), pebble.NoSync)
+	}); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -314,7 +322,7 @@ func (d *disk) DeleteRange(from, to uint64) error {
 
 // markCommitted writes how far the log is committed, unsynced: losing it costs nothing but an older view after a restart.
 func (d *disk) markCommitted(index uint64) error {
-	return d.db.Set([]byte(keyCommit), numbered("", index), pebble.NoSync)
+	return d.guard.do(func() error { return d.db.Set([]byte(keyCommit), numbered("", index), pebble.NoSync) })
 }
 
 // knownCommitted returns the highest index that is known to be committed, never beyond the log.
@@ -382,7 +390,7 @@ func decodeLog(index uint64, b []byte, out *raft.Log) error {
 
 // Set implements raft.StableStore, durable on return.
 func (d *disk) Set(key, val []byte) error {
-	return d.db.Set(append([]byte(preStable), key...), val, promised("vote-unsynced"))
+	return d.guard.promise(func() error { return d.db.Set(append([]byte(preStable), key...), val, promised("vote-unsynced")) })
 }
 
 // Get implements raft.StableStore.
@@ -407,21 +415,4 @@ func (d *disk) GetUint64(key []byte) (uint64, error) {
 		return 0, fmt.Errorf("%s on disk has %d bytes instead of 8", key, len(b))
 	}
 	return binary.BigEndian.Uint64(b), nil
-}
-
-// pebbleLog passes what Pebble has to say to slog. Pebble ends the process on a failed commit: what was promised could no longer be kept.
-type pebbleLog struct{ log *slog.Logger }
-
-func (l pebbleLog) Infof(f string, args ...any) {
-	l.log.Debug("raft database: " + fmt.Sprintf(f, args...))
-}
-
-func (l pebbleLog) Errorf(f string, args ...any) {
-	l.log.Error("raft database: " + fmt.Sprintf(f, args...))
-}
-
-func (l pebbleLog) Fatalf(f string, args ...any) {
-	msg := fmt.Sprintf(f, args...)
-	l.log.Error("the raft database cannot go on; check the disk", "err", msg)
-	panic("raft database: " + msg)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -359,7 +360,7 @@ func (d *disk) ruleChanges(behind uint64, f func(index uint64, primary peer.ID))
 		if l.Type != raft.LogCommand {
 			continue
 		}
-		e, err := decodeEntry(l.Data)
+		e, err := decodeEntry(l.Data, math.MaxUint32)
 		if err != nil {
 			return fmt.Errorf("entry %d: %w", i, err)
 		}

@@ -151,6 +151,7 @@ type Status struct {
 	Voters      []peer.ID // closest to PlacementKey first
 	Learners    []peer.ID
 	Incarnation uint64
+	Format      uint32  // of the group's entries, at most; 0 while unknown
 	Primary     peer.ID // of two voters that go by the rule of two nodes, as applied here; "": the rule does not hold
 	Paired      bool    // the rule holds and this node has had contact with the other: it could go on alone
 	Term        uint64

@@ -129,6 +129,38 @@ type wal struct {
 	mu      sync.Mutex // guards all below, and keeps the numbers in the order of the log
 	applied uint64
 	synced  uint64
+	failed  error // of an fsync; nothing is durable any more
+}
+
+// fail notes that an fsync failed, and says whether it was the first.
+func (w *wal) fail(err error) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.failed != nil {
+		return false
+	}
+	w.failed = fmt.Errorf("%w: %w", errNotDurable, err)
+	return true
+}
+
+func (w *wal) failure() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.failed
+}
+
+// errNotDurable says that nothing can be promised to be on this disk.
+var errNotDurable = errors.New("an fsync failed: check the disk, then start the node again")
+
+// notDurable ends all promises of this store, and has the node end.
+func (s *Store) notDurable(err error) error {
+	if s.wal.fail(err) {
+		s.cfg.Log.Error("blobs: nothing is acknowledged any more", "err", err)
+		if s.cfg.Failed != nil {
+			s.cfg.Failed(fmt.Errorf("pages: %w", err))
+		}
+	}
+	return s.wal.failure()
 }
 
 // apply runs f, which applies one batch without waiting for the disk, and returns its number.
@@ -167,9 +199,15 @@ func (s *Store) durable(n uint64) error {
 	if s.wal.isDone(n) || planted.Bug("ack-unsynced") {
 		return nil
 	}
+	if err := s.wal.failure(); err != nil {
+		return err
+	}
 	covers := s.wal.now()
 	if err := s.db.LogData(nil, pebble.Sync); err != nil {
-		return fmt.Errorf("sync: %w", err)
+		return s.notDurable(err)
+	}
+	if err := s.wal.failure(); err != nil {
+		return err
 	}
 	s.wal.done(covers)
 	return nil
@@ -282,10 +320,14 @@ func (st *stager) apply() (synced func() error, err error) {
 	s.stats.add(st.nodes, st.bytes)
 	return func() error {
 		err := b.SyncWait()
-		if err == nil {
-			s.wal.done(n)
+		if err != nil { // Pebble itself says no more about it
+			return errors.Join(s.notDurable(err), b.Close())
 		}
-		return errors.Join(err, b.Close())
+		if err := s.wal.failure(); err != nil {
+			return errors.Join(err, b.Close())
+		}
+		s.wal.done(n)
+		return b.Close()
 	}, nil
 }
 

@@ -29,7 +29,10 @@ type Config struct {
 	Alive func(peer.ID) bool
 	// Holders are members that may be asked for a node found corrupt here. nil: none.
 	Holders func() []peer.ID
-	Log     *slog.Logger
+	// Failed is told once when an fsync of what was applied has failed: the kernel may have dropped the pages, and a later fsync that succeeds
+	// says nothing of them. From then on nothing is acknowledged here; the node should end. It must not block. nil: nobody is told.
+	Failed func(error)
+	Log    *slog.Logger
 
 	// Stall is how long a peer may be silent while an answer is due before its stream is given up: for small pushes as it is, for
 	// bulk and fetches five times that. 1.5 s where 0.

@@ -52,6 +52,8 @@ type Info struct {
 	Draining, NoVoter, NoHolder       bool
 	MaxFormat                         uint32
 	Watchers                          []peer.ID
+
+	rest string // what a newer version says besides, as it stands in the message: it is passed on
 }
 
 func (i Info) clone() Info {

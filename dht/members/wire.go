@@ -21,15 +21,18 @@ const (
 	maxAddrs = 64
 	maxPairs = 128
 	maxPeers = 64
+	maxRest  = 4096 // bytes of fields that this version does not know
 )
 
 func infoToWire(i Info) *wirev1.MemberInfo {
-	return &wirev1.MemberInfo{
+	w := &wirev1.MemberInfo{
 		Id: []byte(i.ID), Name: i.Name, Addrs: i.Addrs, Zone: i.Zone, Role: i.Role, Labels: i.Labels, CpuMillis: i.CPUMillis,
 		MemoryBytes: i.MemoryBytes, DiskBytes: i.DiskBytes, Version: i.Version, Platform: i.Platform, Boot: i.Boot, Counter: i.Counter,
 		StartedUnixMs: i.StartedUnixMs, Draining: i.Draining, NoVoter: i.NoVoter, NoHolder: i.NoHolder, MaxFormat: i.MaxFormat,
 		Watchers: idsToWire(i.Watchers),
 	}
+	w.ProtoReflect().SetUnknown([]byte(i.rest))
+	return w
 }
 
 func infoFromWire(w *wirev1.MemberInfo) (Info, error) {
@@ -41,7 +44,8 @@ func infoFromWire(w *wirev1.MemberInfo) (Info, error) {
 	for k, v := range w.GetLabels() {
 		texts = append(texts, k, v)
 	}
-	if slices.ContainsFunc(texts, func(s string) bool { return len(s) > maxText }) ||
+	rest := w.ProtoReflect().GetUnknown()
+	if len(rest) > maxRest || slices.ContainsFunc(texts, func(s string) bool { return len(s) > maxText }) ||
 		len(w.GetAddrs()) > maxAddrs || len(w.GetLabels()) > maxPairs || len(w.GetWatchers()) > maxPeers {
 		return Info{}, fmt.Errorf("what %s says of itself is too large", id)
 	}
@@ -53,7 +57,7 @@ func infoFromWire(w *wirev1.MemberInfo) (Info, error) {
 		ID: id, Name: w.GetName(), Addrs: w.GetAddrs(), Zone: w.GetZone(), Role: w.GetRole(), Labels: w.GetLabels(),
 		CPUMillis: w.GetCpuMillis(), MemoryBytes: w.GetMemoryBytes(), DiskBytes: w.GetDiskBytes(), Version: w.GetVersion(),
 		Platform: w.GetPlatform(), Boot: w.GetBoot(), Counter: w.GetCounter(), StartedUnixMs: w.GetStartedUnixMs(),
-		Draining: w.GetDraining(), NoVoter: w.GetNoVoter(), NoHolder: w.GetNoHolder(), MaxFormat: w.GetMaxFormat(), Watchers: watchers,
+		Draining: w.GetDraining(), NoVoter: w.GetNoVoter(), NoHolder: w.GetNoHolder(), MaxFormat: w.GetMaxFormat(), Watchers: watchers, rest: string(rest),
 	}, nil
 }
 

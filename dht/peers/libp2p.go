@@ -15,7 +15,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
-	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
@@ -43,7 +42,7 @@ type Libp2p struct {
 	addrs  func(peer.ID) []ma.Multiaddr
 	log    *slog.Logger
 	bundle *network.NotifyBundle
-	tls    func() (*libp2ptls.Transport, error) // for probes; made once
+	tls    func() (*TLS, error) // for probes; made once
 
 	waiting atomic.Int32
 	refused atomic.Uint64
@@ -76,8 +75,8 @@ func NewLibp2p(h host.Host, member func(peer.ID) bool, addrs func(peer.ID) []ma.
 		h: h, member: member, addrs: addrs, log: log,
 		conns: map[peer.ID]int{}, proven: map[peer.ID]ma.Multiaddr{}, told: map[peer.ID]struct{}{},
 	}
-	l.tls = sync.OnceValues(func() (*libp2ptls.Transport, error) {
-		return libp2ptls.New(libp2ptls.ID, h.Peerstore().PrivKey(h.ID()), nil)
+	l.tls = sync.OnceValues(func() (*TLS, error) {
+		return NewTLS(h.Peerstore().PrivKey(h.ID()), nil)
 	})
 	l.bundle = &network.NotifyBundle{ConnectedF: l.connected, DisconnectedF: l.disconnected}
 	h.Network().Notify(l.bundle)

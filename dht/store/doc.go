@@ -19,13 +19,14 @@
 //
 // The watch reads the free space every Every. Below Low the store reports Low()==true and calls OnLow(true): the node leaves the
 // voters and the holders. Below Critical, or at the first ENOSPC, the ballast file is removed, which leaves Pebble room for the
-// commits and compactions of that retreat. Above Resume everything is undone, the ballast first.
+// commits and compactions of that retreat, and FS gives the same to whoever else writes to that disk. Above Resume everything is undone, the ballast first.
 //
 // # Fatal
 //
 // Pebble's commit pipeline cannot go on after a failed commit. It calls Logger.Fatalf, which must not return, since the caller would
 // take the write for done. The store logs, calls OnFatal, and ends the goroutine without acknowledging (Goexit); without an OnFatal it
-// ends the process with status 1.
+// ends the process with status 1. The locks that the goroutine held stay held: whoever needs one waits for ever, so the node must not wait for
+// everybody when it ends.
 //
 // # Goroutines
 //

@@ -34,6 +34,8 @@ type Store struct {
 	log   *slog.Logger
 	disk  *disk
 	fatal func(error)
+	fs    vfs.FS        // what Pebble writes through
+	dead  chan struct{} // closed when Pebble cannot go on
 
 	mu       sync.Mutex // guards closed and inFlight
 	idle     *sync.Cond // inFlight is 0
@@ -59,18 +61,47 @@ func Open(fs vfs.FS, dir string, opts Options) (*Store, error) {
 	if err := MkdirAll(fs, dir); err != nil {
 		return nil, fmt.Errorf("create data directory %s: %w", dir, err)
 	}
-	s := &Store{log: opts.Log, fatal: opts.OnFatal}
+	s := &Store{log: opts.Log, fatal: opts.OnFatal, dead: make(chan struct{})}
 	s.idle = sync.NewCond(&s.mu)
 	s.disk = newDisk(fs, dir, opts.Disk, opts.Log)
 	// Pebble writes through a file system that drops the ballast at the first ENOSPC and tries again once.
-	db, err := pebble.Open(dir, s.pebbleOptions(vfs.OnDiskFull(fs, s.disk.full), fs, opts))
-	if err != nil {
-		return nil, fmt.Errorf("open database %s: %w (is another node running with this data directory?)", dir, err)
+	s.fs = vfs.OnDiskFull(fs, s.disk.full)
+	if err := s.open(dir, fs, opts); err != nil {
+		return nil, err
 	}
-	s.db = db
 	s.disk.start(s.reportSlow)
 	return s, nil
 }
+
+// open opens Pebble on a goroutine of its own: when it cannot go on in the middle of that, its goroutine ends, and the caller's must not.
+func (s *Store) open(dir string, fs vfs.FS, opts Options) error {
+	type opened struct {
+		db  *pebble.DB
+		err error
+	}
+	done := make(chan opened, 1)
+	go func() {
+		db, err := pebble.Open(dir, s.pebbleOptions(s.fs, fs, opts))
+		done <- opened{db, err}
+	}()
+	select {
+	case o := <-done:
+		if o.err != nil {
+			return fmt.Errorf("open database %s: %w (is another node running with this data directory?)", dir, o.err)
+		}
+		s.db = o.db
+		return nil
+	case <-s.dead:
+		return fmt.Errorf("open database %s: %w; free disk space or check the disk, then start the node again", dir, s.Status().LastError)
+	}
+}
+
+// FS is the file system as this store uses it: at the first ENOSPC the ballast is given up, and the write tried again. What else the node writes
+// to the same disk should go through it.
+func (s *Store) FS() vfs.FS { return s.fs }
+
+// ErrFailed is wrapped by Close after Pebble could not go on.
+var ErrFailed = errors.New("the database failed")
 
 // MkdirAll creates dir (0700) and makes its entry, and those of the parents made on the way, durable: without that a power loss may
 // take a new directory away together with the synced files in it.
@@ -117,7 +148,7 @@ func (s *Store) pebbleOptions(fs, root vfs.FS, opts Options) *pebble.Options {
 	for i := range o.Levels {
 		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 	}
-	if root == vfs.Default {
+	if vfs.Root(root) == vfs.Default {
 		o.WithFSDefaults() // reports writes that take seconds; needs real time, so not in simulations
 	}
 	return o
@@ -144,8 +175,16 @@ func (s *Store) listener() *pebble.EventListener {
 			}
 			failed("flush", i.Err)
 		},
-		CompactionEnd:   func(i pebble.CompactionInfo) { failed("compaction", i.Err) },
-		WALCreated:      func(i pebble.WALCreateInfo) { failed("create WAL", i.Err) },
+		CompactionEnd: func(i pebble.CompactionInfo) { failed("compaction", i.Err) },
+		WALCreated: func(i pebble.WALCreateInfo) {
+			if i.Err == nil {
+				return
+			}
+			// Pebble panics next, with locks in its hands that not even a recovered panic gives back. Nobody may write any more, so this
+			// goroutine stays here until the process ends.
+			s.Fail(fmt.Errorf("create WAL: %w", i.Err))
+			select {}
+		},
 		ManifestCreated: func(i pebble.ManifestCreateInfo) { failed("create manifest", i.Err) },
 		WriteStallBegin: func(i pebble.WriteStallBeginInfo) {
 			s.stalls.Add(1)
@@ -201,6 +240,13 @@ func (s *Store) Close() error {
 		return nil
 	}
 	s.closed = true
+	select {
+	case <-s.dead: // who held its locks has ended: it would wait for that for ever
+		s.mu.Unlock()
+		s.disk.stop()
+		return fmt.Errorf("close database: %w before: %w", ErrFailed, s.Status().LastError)
+	default:
+	}
 	for s.inFlight > 0 {
 		s.idle.Wait()
 	}
@@ -247,15 +293,22 @@ func (s *Store) reportSlow(last uint64) uint64 {
 
 // die never returns: the write that led here must not be acknowledged.
 func (s *Store) die(err error) {
+	s.Fail(err)
+	runtime.Goexit()
+}
+
+// Fail has the database end as it does when Pebble itself cannot go on. It is for who writes through DB() and learns of a failed fsync: Pebble
+// returns that of an asynchronous write to its caller and goes on.
+func (s *Store) Fail(err error) {
 	s.lastErr.Store(&err)
 	s.fatalOnce.Do(func() {
+		close(s.dead)
 		s.log.Error("database cannot go on", "err", err, "try", "free disk space or check the disk, then start the node again")
 		if s.fatal == nil {
 			os.Exit(1)
 		}
 		s.fatal(err)
 	})
-	runtime.Goexit()
 }
 
 // pebbleLog carries Pebble's log to slog.

@@ -23,6 +23,8 @@ type Config struct {
 	Nodes   int
 	// Args of node i beyond those of the network: labels, capacity.
 	Args func(i int) []string
+	// Harm says that the binary was built with the tag "harm": each node obeys the orders that Node.Harm gives.
+	Harm bool
 	// Registered says that the nodes announce themselves to the commands of this user, as any node does.
 	Registered bool
 }

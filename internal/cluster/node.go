@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/coppice-project/coppice/internal/harm"
 	"github.com/coppice-project/coppice/node/api"
 	"github.com/coppice-project/coppice/node/api/v1/apiv1connect"
 )
@@ -53,6 +54,9 @@ func (n *Node) Start(ctx context.Context, extra ...string) error {
 		args = append(args, n.cluster.Args(n.Index)...)
 	}
 	cmd := n.cluster.Command(append(args, extra...)...)
+	if n.cluster.Harm {
+		cmd.Env = append(cmd.Env, harm.Variable+"="+n.orders())
+	}
 	log, err := os.OpenFile(n.Log(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return fmt.Errorf("start %s: %w", n.Name, err)
@@ -245,6 +249,27 @@ func (n *Node) Term(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end %s: it still runs: %w", n.Name, ctx.Err())
+	}
+}
+
+// Harm orders what the node's process is harmed with, from now on and over restarts. What it was harmed with before is over.
+func (n *Node) Harm(o harm.Orders) error { return o.Write(n.orders()) }
+
+func (n *Node) orders() string { return filepath.Join(n.cluster.Dir, n.Name+".harm") }
+
+// Ended waits until the node's process has ended by itself, and returns its exit status.
+func (n *Node) Ended(ctx context.Context) (int, error) {
+	n.mu.Lock()
+	cmd, exited := n.cmd, n.exited
+	n.mu.Unlock()
+	if cmd == nil {
+		return 0, fmt.Errorf("wait for the end of %s: it was never started", n.Name)
+	}
+	select {
+	case <-exited:
+		return cmd.ProcessState.ExitCode(), nil
+	case <-ctx.Done():
+		return 0, fmt.Errorf("wait for the end of %s: it still runs: %w", n.Name, context.Cause(ctx))
 	}
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -51,6 +50,14 @@ var faults = []fault{
 	{"roll", roll},
 	{"starve", starve},
 	{"wipe", wipe},
+	{"bridge", bridge},
+	{"slow-disk", slowDisk},
+	{"failing-log", failingLog},
+	{"failing-disk", failingDisk},
+	{"full-disk", fullDisk},
+	{"roll-back", rollBack},
+	{"clocks", clocks},
+	{"boot-1970", boot1970},
 }
 
 func names(nodes []*cluster.Node) string {
@@ -257,34 +264,11 @@ func starve(ctx context.Context, b *bed) (string, error) {
 	return fmt.Sprintf("%d other processes took the CPUs for %s", hogs, held.Round(time.Millisecond)), errors.Join(errs...)
 }
 
-// wipe has a node lose its disk. It comes back as a new one: its old identity is revoked, as an operator would.
+// wipe has a node lose its disk. It comes back as a new one.
 func wipe(ctx context.Context, b *bed) (string, error) {
 	n := b.any()
-	other := b.c.Nodes[n.Index%len(b.c.Nodes)]
 	if _, err := n.Kill(); err != nil {
 		return "", err
 	}
-	c, err := other.Client()
-	if err != nil {
-		return "", err
-	}
-	old := n.ID()
-	if err := cluster.WaitFor(ctx, back, "the old "+n.Name+" to be revoked", func(ctx context.Context) (bool, error) {
-		_, err := c.Revoke(ctx, &apiv1.RevokeRequest{Node: old})
-		return err == nil, err
-	}); err != nil {
-		return "", err
-	}
-	if err := os.RemoveAll(n.Data); err != nil {
-		return "", err
-	}
-	var token string
-	if err := cluster.WaitFor(ctx, back, "a token", func(ctx context.Context) (bool, error) {
-		res, err := c.Token(ctx, &apiv1.TokenRequest{})
-		token = res.GetToken()
-		return err == nil, err
-	}); err != nil {
-		return "", err
-	}
-	return n.Name + " lost its disk and joined as a new node", n.Start(ctx, "--join", token)
+	return n.Name + " lost its disk and joined as a new node", b.asNew(ctx, n, b.other(n))
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -26,6 +27,7 @@ type bed struct {
 	seed    uint64
 	longest time.Duration // of a pause or a cut
 	owners  map[string]string
+	small   *cluster.Node // the one with a small disk; nil: none
 }
 
 const manifest = `application: %s
@@ -53,7 +55,7 @@ func newBed(t *testing.T, nodes int, longest time.Duration) *bed {
 	s := seed(t)
 	b := &bed{
 		t: t, seed: s, rng: rand.New(rand.NewPCG(s, 1)), longest: longest, owners: map[string]string{},
-		c: clustertest.New(t, clustertest.Config{Nodes: nodes, Namespaces: true}),
+		c: clustertest.New(t, clustertest.Config{Nodes: nodes, Namespaces: true, Harm: true}),
 	}
 	if b.c.Network.Kind() == cluster.Loopback {
 		if os.Getenv("CI") != "" {
@@ -61,6 +63,7 @@ func newBed(t *testing.T, nodes int, longest time.Duration) *bed {
 		}
 		t.Skip("most faults need network namespaces, and those are not permitted here")
 	}
+	b.shrink()
 	must(t, b.c.Up(t.Context()))
 	must(t, b.c.AllAlive(t.Context()))
 	bin := filepath.Dir(clustertest.Binary(t))
@@ -172,7 +175,10 @@ func TestNemesis(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it starts processes")
 	}
-	list := []string{"crash-component", "reset", "one-way", "pause-component", "kill-leader"}
+	list := []string{"crash-component", "clocks", "reset", "slow-disk", "pause-component", "failing-log", "kill-leader"}
+	if only := os.Getenv("COPPICE_FAULTS"); only != "" {
+		list = strings.Split(only, ",")
+	}
 	newBed(t, 5, 3*time.Second).run(func(n int) *fault {
 		if n == len(list) {
 			return nil

@@ -26,7 +26,10 @@ import (
 	"github.com/coppice-project/coppice/internal/cluster"
 )
 
-var built = sync.OnceValues(build)
+var (
+	built   = sync.OnceValues(build)
+	harmful = sync.OnceValues(buildHarmful)
+)
 
 // Binary is the path of coppice; its components lie beside it, in components/ and demo/.
 func Binary(t testing.TB) string {
@@ -41,8 +44,35 @@ func Binary(t testing.TB) string {
 	return bin
 }
 
-// build builds what is not up to date. Test processes of several packages take turns.
+type program struct{ out, flags, pkg, tags string }
+
+// build builds what is not up to date.
 func build() (string, error) {
+	bin, err := compile([]program{
+		{"coppice", "", "./cmd/coppice", ""},
+		{"components/counter", "1.0.0", "./plugins/counter", ""},
+		{"components/kv", "1.0.0", "./plugins/kv", ""},
+		{"components/bank", "1.0.0", "./plugins/bank", ""},
+		{"components/shop", "1.0.0", "./plugins/shop", ""},
+		{"components/shopweb", "1.0.0", "./plugins/shopweb", ""},
+		{"demo/kv-1.1.0", "1.1.0", "./plugins/kv", ""},
+		{"demo/shop-1.1.0", "1.1.0", "./plugins/shop", ""},
+		{"demo/shop-1.2.0", "1.2.0 -X main.broken=never-ready", "./plugins/shop", ""},
+	})
+	return filepath.Join(bin, "coppice"), err
+}
+
+// buildHarmful builds the binary that obeys internal/harm, and the rest.
+func buildHarmful() (string, error) {
+	if _, err := built(); err != nil {
+		return "", err
+	}
+	bin, err := compile([]program{{"harm/coppice", "", "./cmd/coppice", "harm"}})
+	return filepath.Join(bin, "harm", "coppice"), err
+}
+
+// compile builds into bin, which it returns. Test processes of several packages take turns.
+func compile(programs []program) (string, error) {
 	root, err := moduleRoot()
 	if err != nil {
 		return "", err
@@ -59,28 +89,18 @@ func build() (string, error) {
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		return "", fmt.Errorf("build: wait for another test: %w", err)
 	}
-	for _, p := range []struct{ out, flags, pkg string }{
-		{"coppice", "", "./cmd/coppice"},
-		{"components/counter", "1.0.0", "./plugins/counter"},
-		{"components/kv", "1.0.0", "./plugins/kv"},
-		{"components/bank", "1.0.0", "./plugins/bank"},
-		{"components/shop", "1.0.0", "./plugins/shop"},
-		{"components/shopweb", "1.0.0", "./plugins/shopweb"},
-		{"demo/kv-1.1.0", "1.1.0", "./plugins/kv"},
-		{"demo/shop-1.1.0", "1.1.0", "./plugins/shop"},
-		{"demo/shop-1.2.0", "1.2.0 -X main.broken=never-ready", "./plugins/shop"},
-	} {
+	for _, p := range programs {
 		flags := "-s -w"
 		if p.flags != "" {
 			flags += " -X main.version=" + p.flags
 		}
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", flags, "-o", filepath.Join(bin, p.out), p.pkg)
+		cmd := exec.Command("go", "build", "-trimpath", "-tags", p.tags, "-ldflags", flags, "-o", filepath.Join(bin, p.out), p.pkg)
 		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return "", fmt.Errorf("build %s: %w\n%s", p.pkg, err, out)
 		}
 	}
-	return filepath.Join(bin, "coppice"), nil
+	return bin, nil
 }
 
 func moduleRoot() (string, error) {
@@ -99,6 +119,8 @@ func moduleRoot() (string, error) {
 type Config struct {
 	Nodes int
 	Args  func(i int) []string // of node i; nil: none
+	// Harm asks for nodes that obey cluster.Node.Harm.
+	Harm bool
 	// Namespaces asks for network namespaces; where they are not permitted, and otherwise, it is loopback.
 	Namespaces bool
 }
@@ -107,6 +129,12 @@ type Config struct {
 func New(t testing.TB, cfg Config) *cluster.Cluster {
 	t.Helper()
 	bin := Binary(t)
+	if cfg.Harm {
+		var err error
+		if bin, err = harmful(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	dir, err := os.MkdirTemp("", "cop") // short: there are sockets in it
 	if err != nil {
 		t.Fatal(err)
@@ -122,7 +150,7 @@ func New(t testing.TB, cfg Config) *cluster.Cluster {
 			t.Logf("on loopback: %v", err)
 		}
 	}
-	c, err := cluster.New(cluster.Config{Binary: bin, Dir: dir, Network: net, Nodes: cfg.Nodes, Args: cfg.Args})
+	c, err := cluster.New(cluster.Config{Binary: bin, Dir: dir, Network: net, Nodes: cfg.Nodes, Args: cfg.Args, Harm: cfg.Harm})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1130,6 +1130,7 @@ type ArbiterStatus struct {
 	Index         uint64                 `protobuf:"varint,6,opt,name=index,proto3" json:"index,omitempty"`
 	Primary       string                 `protobuf:"bytes,7,opt,name=primary,proto3" json:"primary,omitempty"` // node name, of two voters that go by the rule of two nodes; empty: the rule does not hold
 	Paired        bool                   `protobuf:"varint,8,opt,name=paired,proto3" json:"paired,omitempty"`  // the node that answers could go on alone if the other of two died now
+	Format        uint32                 `protobuf:"varint,9,opt,name=format,proto3" json:"format,omitempty"`  // of the arbiter's entries, at most: what every member knows
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1218,6 +1219,13 @@ func (x *ArbiterStatus) GetPaired() bool {
 		return x.Paired
 	}
 	return false
+}
+
+func (x *ArbiterStatus) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
 }
 
 type ComponentCounts struct {
@@ -8800,7 +8808,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\asuspect\x18\x02 \x01(\rR\asuspect\x12\x12\n" +
 	"\x04dead\x18\x03 \x01(\rR\x04dead\x12\x12\n" +
 	"\x04left\x18\x04 \x01(\rR\x04left\x12 \n" +
-	"\vquarantined\x18\x05 \x01(\rR\vquarantined\"\xe7\x01\n" +
+	"\vquarantined\x18\x05 \x01(\rR\vquarantined\"\xff\x01\n" +
 	"\rArbiterStatus\x12\x16\n" +
 	"\x06leader\x18\x01 \x01(\tR\x06leader\x12\x16\n" +
 	"\x06voters\x18\x02 \x03(\tR\x06voters\x12 \n" +
@@ -8809,7 +8817,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vcoordinator\x18\x05 \x01(\tR\vcoordinator\x12\x14\n" +
 	"\x05index\x18\x06 \x01(\x04R\x05index\x12\x18\n" +
 	"\aprimary\x18\a \x01(\tR\aprimary\x12\x16\n" +
-	"\x06paired\x18\b \x01(\bR\x06paired\"A\n" +
+	"\x06paired\x18\b \x01(\bR\x06paired\x12\x16\n" +
+	"\x06format\x18\t \x01(\rR\x06format\"A\n" +
 	"\x0fComponentCounts\x12\x18\n" +
 	"\astarted\x18\x01 \x01(\rR\astarted\x12\x14\n" +
 	"\x05other\x18\x02 \x01(\rR\x05other\"4\n" +
