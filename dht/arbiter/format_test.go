@@ -45,7 +45,7 @@ func (c *cluster) formats() (least, most uint32) {
 func (c *cluster) upgrade(n *node, format uint32) {
 	c.kill(n)
 	time.Sleep(500 * time.Millisecond)
-	n.format = format
+	n.format.Store(format)
 	c.up(n, false)
 }
 
@@ -63,7 +63,7 @@ func TestFormatRisesWhenEveryMemberKnowsIt(t *testing.T) {
 			c.upgrade(n, 2)
 			for _, at := range c.live() {
 				if err := put(at.arb(), "mixed", n.id.String()+at.id.String(), 10*time.Second); err != nil {
-					t.Fatalf("with %d upgraded, at one of format %d: %v", i+1, at.format, err)
+					t.Fatalf("with %d upgraded, at one of format %d: %v", i+1, at.format.Load(), err)
 				}
 			}
 		}
@@ -109,7 +109,7 @@ func TestAnOldNodeIsRefusedByANewerGroup(t *testing.T) {
 		defer c.close()
 		for i := range 3 {
 			n := c.add()
-			n.format = 2
+			n.format.Store(2)
 			c.up(n, i == 0)
 			time.Sleep(50 * time.Millisecond)
 		}
@@ -123,7 +123,7 @@ func TestAnOldNodeIsRefusedByANewerGroup(t *testing.T) {
 			}
 		}
 		young := c.add()
-		young.format = 1
+		young.format.Store(1)
 		c.up(young, false)
 		select {
 		case err := <-young.done:
@@ -137,7 +137,7 @@ func TestAnOldNodeIsRefusedByANewerGroup(t *testing.T) {
 		back := c.nodes[2]
 		c.kill(back)
 		time.Sleep(time.Second)
-		back.format = 1
+		back.format.Store(1)
 		if err := back.tryStart(false); err == nil {
 			err = <-back.done
 			back.end()
@@ -152,7 +152,7 @@ func TestAnOldNodeIsRefusedByANewerGroup(t *testing.T) {
 		}
 		// By the newer version it is what it was.
 		back.fs = back.fs.CrashClone(vfs.CrashCloneCfg{})
-		back.format = 2
+		back.format.Store(2)
 		c.up(back, false)
 		c.settled(15*time.Second, 3, 0)
 	})

@@ -38,7 +38,7 @@ type node struct {
 	zone string
 	boot uint64
 	// format that its next life knows; 0: this build's
-	format uint32
+	format atomic.Uint32
 
 	cancel context.CancelFunc
 	done   chan error
@@ -124,7 +124,7 @@ func (n *node) tryStart(bootstrap bool) error {
 		Rand:     func() uint64 { mu.Lock(); defer mu.Unlock(); return r.Uint64() },
 		Log:      c.logger().With("self", n.id.String()[len(n.id.String())-4:]),
 		BootTime: func() time.Duration { return time.Since(begun) },
-		Format:   n.format,
+		Format:   n.format.Load(),
 	}
 	if c.adjust != nil {
 		c.adjust(&cfg)
@@ -349,7 +349,7 @@ func (f *fakeMembers) Subscribe(g func(old, new Member)) func() {
 }
 
 func (f *fakeMembers) set(n *node, alive bool) {
-	f.change(n.id, func(m *Member) { m.Alive, m.Dead, m.Zone, m.Format = alive, !alive, n.zone, n.format })
+	f.change(n.id, func(m *Member) { m.Alive, m.Dead, m.Zone, m.Format = alive, !alive, n.zone, n.format.Load() })
 }
 
 func (f *fakeMembers) change(id peer.ID, g func(*Member)) {

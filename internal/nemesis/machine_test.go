@@ -121,16 +121,16 @@ func (b *bed) voter(ctx context.Context) (*cluster.Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	voters := st.GetArbiter().GetVoters()
+	var voters []*cluster.Node
+	for _, n := range b.c.Nodes {
+		if slices.Contains(st.GetArbiter().GetVoters(), n.Name) { // a disk that was lost a moment ago may still have a vote, without a name
+			voters = append(voters, n)
+		}
+	}
 	if len(voters) == 0 {
-		return nil, errors.New("nobody votes")
+		return nil, fmt.Errorf("nobody here votes: %v", st.GetArbiter().GetVoters())
 	}
-	slices.Sort(voters)
-	n := b.c.Node(voters[b.rng.IntN(len(voters))])
-	if n == nil {
-		return nil, fmt.Errorf("the voters are %v", voters)
-	}
-	return n, nil
+	return voters[b.rng.IntN(len(voters))], nil
 }
 
 // fullDisk fills the small disk until its node has given up its duties, then to the last byte, and makes room again.
