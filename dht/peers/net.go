@@ -106,7 +106,7 @@ func (n *Net) Cut(a, b peer.ID, both bool) {
 }
 
 // Isolate cuts a node off from all others, present and future, until Heal: a pulled plug.
-func (n *Net) Isolate(id peer.ID) { n.change(func() { n.dark[id] = true }) }
+func (n *Net) Isolate(id peer.ID) { n.changeAt(id, func() { n.dark[id] = true }) }
 
 // Heal ends all cuts and isolations.
 func (n *Net) Heal() { n.change(func() { clear(n.cuts); clear(n.dark) }) }
@@ -136,15 +136,24 @@ func (n *Net) Close() {
 }
 
 // change applies f to the topology and what follows from it to the connections.
-func (n *Net) change(f func()) {
+func (n *Net) change(f func()) { n.changeAt("", f) }
+
+// changeAt is change where f concerns one node only; "": all.
+func (n *Net) changeAt(id peer.ID, f func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	now := time.Now()
+	var concerned []*netConn
 	for _, c := range n.conns {
+		if id == "" || c.ends[0].id == id || c.ends[1].id == id {
+			concerned = append(concerned, c)
+		}
+	}
+	for _, c := range concerned {
 		c.settle(now)
 	}
 	f()
-	for _, c := range slices.Clone(n.conns) {
+	for _, c := range concerned {
 		c.topologyChanged(now)
 	}
 	n.topo.raise()
