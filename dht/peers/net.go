@@ -3,6 +3,7 @@ package peers
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -63,7 +64,7 @@ func (n *Net) Join(id peer.ID) *Endpoint {
 	if old := n.ends[id]; old != nil {
 		n.kill(old)
 	}
-	e := &Endpoint{net: n, id: id, handlers: map[protocol.ID]Handler{}, conns: map[peer.ID][]*netConn{}}
+	e := &Endpoint{net: n, id: id, handlers: map[protocol.ID]Handler{}, conns: map[peer.ID][]*netConn{}, by: map[protocol.ID]Sent{}}
 	n.ends[id] = e
 	n.topo.raise()
 	return e
@@ -242,7 +243,11 @@ type Endpoint struct {
 	notifying bool
 
 	writes, bytes uint64
+	by            map[protocol.ID]Sent
 }
+
+// Sent is what a node handed to the streams of one protocol.
+type Sent struct{ Writes, Bytes uint64 }
 
 type netEvent struct {
 	id peer.ID
@@ -257,6 +262,13 @@ func (e *Endpoint) Sent() (writes, bytes uint64) {
 	e.net.mu.Lock()
 	defer e.net.mu.Unlock()
 	return e.writes, e.bytes
+}
+
+// SentBy returns the same by protocol.
+func (e *Endpoint) SentBy() map[protocol.ID]Sent {
+	e.net.mu.Lock()
+	defer e.net.mu.Unlock()
+	return maps.Clone(e.by)
 }
 
 // Handle implements Peers.

@@ -15,7 +15,7 @@ import (
 const (
 	trafficNodes = 25
 	// trafficAfter is how long nodes settle: newcomers may vote after a minute, and then the voters change one by one.
-	trafficAfter  = 20 * time.Second
+	trafficAfter  = 90 * time.Second
 	trafficSample = 20 * time.Second
 	// What a write costs on a quiet link besides its bytes, by count: a frame of yamux (12), a record of TLS 1.3 (5 + 16 + 1), and the headers of
 	// a segment (Ethernet 14, IPv4 20, TCP with time stamps 32).
@@ -27,7 +27,7 @@ const (
 // traffic measures what nodes send while nothing happens, by cause, in both profiles.
 func traffic(ctx context.Context, cfg Config) ([]Result, error) {
 	var out []Result
-	for _, profile := range []string{"lan"} {
+	for _, profile := range []string{"lan", "wan"} {
 		res, err := realTraffic(ctx, cfg, profile)
 		out = append(out, res...)
 		if err != nil {
@@ -105,15 +105,20 @@ func (s *stand) leaderIndex(ctx context.Context) (at int, err error) {
 // causes tells for each protocol what a node sent on average between two looks, framing by count included, the costliest first.
 func causes(what string, before, after map[string]map[string]flow, span time.Duration) []Result {
 	var out []Result
+	all := 0
+	for _, nodes := range after {
+		all = max(all, len(nodes))
+	}
 	for protocol, nodes := range after {
 		var sent []float64
 		bytes, writes := 0.0, 0.0
 		for node, f := range nodes {
 			b := before[protocol][node]
 			sent = append(sent, (f.bytes-b.bytes+(f.writes-b.writes)*perWrite)/span.Seconds())
-			bytes += (f.bytes - b.bytes) / span.Seconds() / float64(len(nodes))
-			writes += (f.writes - b.writes) / span.Seconds() / float64(len(nodes))
+			bytes += (f.bytes - b.bytes) / span.Seconds() / float64(all)
+			writes += (f.writes - b.writes) / span.Seconds() / float64(all)
 		}
+		sent = append(sent, make([]float64, all-len(nodes))...) // the others do not speak it
 		r := mean(fmt.Sprintf("%s: of that %s: %.0f B in %.2f writes a second, with framing", what, strings.TrimPrefix(protocol, "/coppice/"), bytes, writes), "B/s", sent)
 		if r.Max > 0 {
 			out = append(out, r)
