@@ -86,7 +86,9 @@ func (n *Node) report(ctx context.Context) error {
 	for {
 		f, err := n.sensor.Sample(ctx)
 		n.faults.set("facts", err)
-		if facts.Changed(last, f) || time.Since(told) >= reportTTL(n.cfg.Profile)/3 {
+		// A busy machine's numbers change all the time, which a slow link is not to carry.
+		ttl := reportTTL(n.cfg.Profile)
+		if ago := time.Since(told); ago >= ttl/6 && facts.Changed(last, f) || ago >= ttl/3 {
 			n.faults.set("report", n.tellHost(ctx, f))
 			last, told = f, time.Now()
 			n.faults.set("report instances", n.tellInstances(ctx, true))
