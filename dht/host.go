@@ -32,17 +32,18 @@ const (
 	ProfileLocal = "local" // lan's times; listens on a free port of the loopback interface
 )
 
-// timing is a profile's patience. A silent peer's connection is cut after keepAlive+writeTimeout: a backstop behind the watchers, and
-// not shorter, since a busy machine cuts healthy connections at 250/500 ms (23 % of them in a measurement).
+// timing is a profile's patience. A connection is cut when something sent over it stays unacknowledged for unheard, and when a question
+// after keepAlive without a byte is not answered within writeTimeout: backstops behind the watchers. unheard is not shorter, since a busy
+// machine cuts healthy connections at 250/500 ms (23 % of them in a measurement); keepAlive is not, since each idle connection pays for it.
 type timing struct {
-	keepAlive, writeTimeout, dial, dialLocal time.Duration
-	rpc                                      time.Duration // one kad-dht request on a warm connection
+	keepAlive, writeTimeout, unheard, dial, dialLocal time.Duration
+	rpc                                               time.Duration // one kad-dht request on a warm connection
 }
 
 var timings = map[string]timing{
-	ProfileLAN:   {time.Second, 2 * time.Second, 2 * time.Second, time.Second, 300 * time.Millisecond},
-	ProfileLocal: {time.Second, 2 * time.Second, 2 * time.Second, time.Second, 300 * time.Millisecond},
-	ProfileWAN:   {10 * time.Second, 10 * time.Second, 5 * time.Second, time.Second, 1500 * time.Millisecond},
+	ProfileLAN:   {10 * time.Second, 2 * time.Second, 3 * time.Second, 2 * time.Second, time.Second, 300 * time.Millisecond},
+	ProfileLocal: {10 * time.Second, 2 * time.Second, 3 * time.Second, 2 * time.Second, time.Second, 300 * time.Millisecond},
+	ProfileWAN:   {time.Minute, 10 * time.Second, 20 * time.Second, 5 * time.Second, time.Second, 1500 * time.Millisecond},
 }
 
 // Connection limits: the manager trims unprotected connections above the high mark down to the low one.
@@ -64,13 +65,14 @@ func newHost(cfg *Config, adv *advertiser, count *traffic) (host.Host, error) {
 	}
 	mux := *yamux.DefaultTransport
 	mux.KeepAliveInterval, mux.ConnectionWriteTimeout = t.keepAlive, t.writeTimeout
+	mux.MeasureRTTInterval = max(mux.MeasureRTTInterval, 5*time.Minute) // it sizes windows only, and is one more question on each idle connection
 	build := cfg.NewHost
 	if build == nil {
 		build = tcpHost
 	}
 	h, err := build(HostParams{
 		Identity: cfg.Identity, UserAgent: "coppice", Muxer: &mux, Limits: limits, Conns: cm, Traffic: count,
-		Announce: adv.addrs, DialTimeout: t.dial, DialTimeoutLocal: t.dialLocal,
+		Announce: adv.addrs, DialTimeout: t.dial, DialTimeoutLocal: t.dialLocal, Unheard: t.unheard,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("build host: %w", errors.Join(err, cm.Close(), limits.Close()))

@@ -43,6 +43,8 @@ type HostParams struct {
 	Announce func([]ma.Multiaddr) []ma.Multiaddr
 	// DialTimeout bounds one attempt to connect, handshakes included; DialTimeoutLocal one to an address of a private network.
 	DialTimeout, DialTimeoutLocal time.Duration
+	// Unheard is how long sent bytes may stay unacknowledged before the kernel cuts the connection.
+	Unheard time.Duration
 }
 
 // tcpHost builds a host over TCP, TLS 1.3 and yamux. It takes libp2p's parts one by one: libp2p's own constructor links every transport
@@ -105,27 +107,32 @@ func addTCP(net *swarm.Swarm, p HostParams) error {
 	if err != nil {
 		return err
 	}
-	t, err := newTCP(up, p.Limits)
+	t, err := newTCP(up, p.Limits, socketOptions{unheard: p.Unheard})
 	if err != nil {
 		return err
 	}
 	return net.AddTransport(t)
 }
 
-// tcpTransport is libp2p's TCP with a low-water mark on unsent bytes: bulk waits in the streams, where it can be overtaken, and not in
-// the kernel's buffer in front of a heartbeat.
+// socketOptions is what a member's socket is told: a low-water mark on unsent bytes, so that bulk waits in the streams, where it can be
+// overtaken, and not in the kernel's buffer in front of a heartbeat; and for how long the kernel waits for an acknowledgement. That one costs
+// no traffic, where asking each silent peer every second would cost more than all the rest that an idle node of a large cluster sends.
+type socketOptions struct{ unheard time.Duration }
+
+// tcpTransport is libp2p's TCP with these options.
 type tcpTransport struct {
 	*tcp.TcpTransport
 	upgrader transport.Upgrader
+	options  socketOptions
 }
 
-func newTCP(u transport.Upgrader, r network.ResourceManager) (*tcpTransport, error) {
-	dialer := func(ma.Multiaddr) (tcp.ContextDialer, error) { return &net.Dialer{Control: lowWater}, nil }
+func newTCP(u transport.Upgrader, r network.ResourceManager, o socketOptions) (*tcpTransport, error) {
+	dialer := func(ma.Multiaddr) (tcp.ContextDialer, error) { return &net.Dialer{Control: o.set}, nil }
 	t, err := tcp.NewTCPTransport(u, r, nil, tcp.DisableReuseport(), tcp.WithDialerForAddr(dialer))
 	if err != nil {
 		return nil, err
 	}
-	return &tcpTransport{t, u}, nil
+	return &tcpTransport{t, u, o}, nil
 }
 
 // Listen implements transport.Transport.
@@ -138,22 +145,25 @@ func (t *tcpTransport) Listen(a ma.Multiaddr) (transport.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	ml, err := manet.WrapNetListener(lowWaterListener{l})
+	ml, err := manet.WrapNetListener(markingListener{l, t.options})
 	if err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return t.upgrader.UpgradeGatedMaListener(t, t.upgrader.GateMaListener(ml)), nil
 }
 
-// lowWaterListener marks what it accepts; not every kernel hands the mark down from the listening socket.
-type lowWaterListener struct{ net.Listener }
+// markingListener marks what it accepts; not every kernel hands the options down from the listening socket.
+type markingListener struct {
+	net.Listener
+	options socketOptions
+}
 
 // Accept implements net.Listener. A connection that cannot be marked works all the same.
-func (l lowWaterListener) Accept() (net.Conn, error) {
+func (l markingListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if t, ok := c.(*net.TCPConn); ok && err == nil {
 		if raw, err := t.SyscallConn(); err == nil {
-			_ = lowWater("", "", raw) //nolint:errcheck // see above
+			_ = l.options.set("", "", raw) //nolint:errcheck // see above
 		}
 	}
 	return c, err

@@ -14,6 +14,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-libp2p/core/transport"
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	ma "github.com/multiformats/go-multiaddr"
@@ -36,7 +37,10 @@ type account struct {
 // account when libp2p is upgraded.)
 func TestHostIsAsLibp2pBuildsIt(t *testing.T) {
 	whole := func(p HostParams) (host.Host, error) {
-		return quicHost(libp2p.ChainOptions(libp2p.Transport(newTCP), libp2p.Security(libp2ptls.ID, libp2ptls.New), libp2p.Muxer(yamux.ID, p.Muxer)))(p)
+		build := func(u transport.Upgrader, r network.ResourceManager) (*tcpTransport, error) {
+			return newTCP(u, r, socketOptions{unheard: p.Unheard})
+		}
+		return quicHost(libp2p.ChainOptions(libp2p.Transport(build), libp2p.Security(libp2ptls.ID, libp2ptls.New), libp2p.Muxer(yamux.ID, p.Muxer)))(p)
 	}
 	ours, theirs := accountOf(t, nil), accountOf(t, whole)
 	if !reflect.DeepEqual(ours, theirs) {

@@ -11,7 +11,7 @@ import (
 // may stand in 1970, or jump by hours; what expires must not depend on which node is asked. It is for dates that are written down and compared on
 // another node (join tokens), and for nothing that could be measured: who owns what depends on no clock's value.
 //
-// The median is looked for every few seconds, and in between the time is counted by CLOCK_BOOTTIME: a jump of this machine's clock is not
+// The median is looked for every minute, and in between the time is counted by CLOCK_BOOTTIME: a jump of this machine's clock is not
 // followed before the others were asked.
 type clusterClock struct {
 	boot func() time.Duration
@@ -45,8 +45,9 @@ func median(list []time.Duration) time.Duration {
 	return list[len(list)/2]
 }
 
-// lookAtClocks compares this machine's clock with what others said of theirs. How long ago they said it is measured here.
-func (n *Node) lookAtClocks(ctx context.Context) {
+// lookAtClocks compares this machine's clock with what others said of theirs, and returns whether any did. How long ago they said it is
+// measured here.
+func (n *Node) lookAtClocks(ctx context.Context) bool {
 	var ahead []time.Duration
 	reports, ages := n.hostFacts(ctx)
 	now := time.Now()
@@ -56,6 +57,7 @@ func (n *Node) lookAtClocks(ctx context.Context) {
 		}
 	}
 	n.clock.look(now, ahead)
+	return len(ahead) > 0
 }
 
 // clusterNow is the time by which join tokens expire.

@@ -57,7 +57,8 @@ func (c coordinator) View(ctx context.Context) (placement.View, error) {
 	for _, a := range n.applications() {
 		v.Applications = append(v.Applications, a.Application)
 	}
-	reports := n.reports(ctx)
+	told := n.factRecords(ctx)
+	reports := n.reportsIn(told)
 	for _, reg := range n.arbiter.List(components.InstancePrefix) {
 		body, err := bodyOf(reg)
 		if err != nil {
@@ -74,9 +75,14 @@ func (c coordinator) View(ctx context.Context) (placement.View, error) {
 		}
 		v.Instances = append(v.Instances, r)
 	}
-	facts, ages := n.hostFacts(ctx)
+	facts, ages := n.hostFactsIn(told)
 	inOffice := n.inOffice()
-	for _, m := range n.members.All() {
+	all := n.members.All()
+	named := make(map[string]string, len(all))
+	for _, m := range all {
+		named[linkName(m.ID)] = m.ID.String()
+	}
+	for _, m := range all {
 		if !m.State.Running() && m.Since.Before(inOffice) {
 			// A node that was cut off called the others dead. It may be coordinator again before they could tell it better: what it held
 			// against them until then counts from now on only.
@@ -91,7 +97,9 @@ func (c coordinator) View(ctx context.Context) (placement.View, error) {
 		}
 		v.Nodes = append(v.Nodes, p)
 		for to, rtt := range facts[m.ID].RTTMs {
-			v.Links = append(v.Links, &placementv1.Link{From: m.ID.String(), To: to, RttMs: rtt})
+			if id, ok := named[to]; ok {
+				v.Links = append(v.Links, &placementv1.Link{From: m.ID.String(), To: id, RttMs: rtt})
+			}
 		}
 	}
 	return v, nil

@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -11,6 +12,8 @@ import (
 
 	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/components/supervisor"
+	"github.com/coppice-project/coppice/dht/keys"
+	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/dht/records"
 	"github.com/coppice-project/coppice/node/facts"
 )
@@ -19,14 +22,22 @@ import (
 // /kb/facts/<peer id>/inst/<instance>. They are told when they change and at least every reportTTL/3.
 const (
 	factsPrefix   = "/kb/facts/"
-	reportTTL     = 15 * time.Second
-	reportEvery   = reportTTL / 3
 	sampleEvery   = 5 * time.Second
+	clocksEvery   = time.Minute            // once another node's clock is known: each look asks all members
 	retryEvery    = 250 * time.Millisecond // of telling what could not be told
 	scatterWithin = 500 * time.Millisecond
 	// maxRTTs bounds how many distances a node tells about: those of its watchers and whom it watches.
 	maxRTTs = 32
 )
+
+// reportTTL is how long what a node told counts: each repetition goes to five holders, which over a slow link is most of what an idle node
+// sends.
+func reportTTL(profile string) time.Duration {
+	if profile == members.WAN.Name {
+		return 90 * time.Second
+	}
+	return 30 * time.Second
+}
 
 // hostReport is what a node tells about its machine.
 type hostReport struct {
@@ -34,8 +45,15 @@ type hostReport struct {
 	Facts facts.Facts `json:"facts"`
 	// WallUnixMs is what its clock says.
 	WallUnixMs int64 `json:"wall_unix_ms,omitempty"`
-	// RTTMs is how far other nodes are from this one, by peer id.
+	// RTTMs is how far other nodes are from this one, by linkName.
 	RTTMs map[string]float64 `json:"rtt_ms,omitempty"`
+}
+
+// linkName names a node within a report: half of all names in it would be peer ids of 52 letters otherwise. That two nodes share one costs a
+// wrong distance.
+func linkName(id peer.ID) string {
+	p := keys.OfPeer(id)
+	return base64.RawURLEncoding.EncodeToString(p[:6])
 }
 
 // instanceReport is what an owner tells about one instance.
@@ -65,14 +83,19 @@ type instanceReport struct {
 // report tells what this node is and runs, until ctx ends.
 func (n *Node) report(ctx context.Context) error {
 	var last facts.Facts
-	var told time.Time
+	var told, lookedAt time.Time
+	looked := false
 	tick := time.NewTicker(sampleEvery)
 	defer tick.Stop()
 	for {
 		f, err := n.sensor.Sample(ctx)
 		n.faults.set("facts", err)
-		n.lookAtClocks(ctx)
-		if facts.Changed(last, f) || time.Since(told) >= reportEvery {
+		if !looked || time.Since(lookedAt) >= clocksEvery {
+			looked, lookedAt = n.lookAtClocks(ctx), time.Now()
+		}
+		// A busy machine's numbers change all the time, which a slow link is not to carry.
+		ttl := reportTTL(n.cfg.Profile)
+		if ago := time.Since(told); ago >= ttl/6 && facts.Changed(last, f) || ago >= ttl/3 {
 			n.faults.set("report", n.tellHost(ctx, f))
 			last, told = f, time.Now()
 			n.faults.set("report instances", n.tellInstances(ctx, true))
@@ -107,7 +130,7 @@ func (n *Node) tellHost(ctx context.Context, f facts.Facts) error {
 	h := hostReport{Node: n.cfg.Name, Facts: f, WallUnixMs: time.Now().UnixMilli(), RTTMs: map[string]float64{}}
 	for _, m := range n.members.Alive() {
 		if m.RTT > 0 && len(h.RTTMs) < maxRTTs {
-			h.RTTMs[m.ID.String()] = ms(m.RTT)
+			h.RTTMs[linkName(m.ID)] = ms(m.RTT)
 		}
 	}
 	b, err := json.Marshal(h)
@@ -120,7 +143,7 @@ func (n *Node) tellHost(ctx context.Context, f facts.Facts) error {
 func (n *Node) tell(ctx context.Context, key string, value []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	if _, _, err := n.records.Put(ctx, key, value, reportTTL); err != nil {
+	if _, _, err := n.records.Put(ctx, key, value, reportTTL(n.cfg.Profile)); err != nil {
 		return fmt.Errorf("tell %s: %w", key, err)
 	}
 	return nil
@@ -174,8 +197,12 @@ func (n *Node) factRecords(ctx context.Context) []records.Record {
 
 // reports lists what the owners told about their instances, the newest for each, this node's own fresh.
 func (n *Node) reports(ctx context.Context) map[string]instanceReport {
+	return n.reportsIn(n.factRecords(ctx))
+}
+
+func (n *Node) reportsIn(recs []records.Record) map[string]instanceReport {
 	out := map[string]instanceReport{}
-	for _, rec := range n.factRecords(ctx) {
+	for _, rec := range recs {
 		rest, ok := strings.CutPrefix(rec.Key, factsPrefix)
 		if !ok || rec.Deleted {
 			continue
@@ -205,8 +232,12 @@ func (n *Node) reports(ctx context.Context) map[string]instanceReport {
 
 // hostFacts lists what is known about each node's machine.
 func (n *Node) hostFacts(ctx context.Context) (map[peer.ID]hostReport, map[peer.ID]time.Duration) {
+	return n.hostFactsIn(n.factRecords(ctx))
+}
+
+func (n *Node) hostFactsIn(recs []records.Record) (map[peer.ID]hostReport, map[peer.ID]time.Duration) {
 	out, ages := map[peer.ID]hostReport{}, map[peer.ID]time.Duration{}
-	for _, rec := range n.factRecords(ctx) {
+	for _, rec := range recs {
 		rest, ok := strings.CutPrefix(rec.Key, factsPrefix)
 		id, what, _ := strings.Cut(rest, "/")
 		if !ok || what != "host" || rec.Deleted {

@@ -172,6 +172,33 @@ func (a *Arbiter) Bootstrap(cluster string) (string, error) {
 
 func (a *Arbiter) address() raft.ServerAddress { return raft.ServerAddress(a.cfg.Self.String()) }
 
+// leaderPace is by how much a leader's raft is told a longer heartbeat time than its followers'. Raft sends heartbeats every tenth to fifth
+// of it: by itself 7 a second to each follower, for a time-out that is only the last resort behind watchers and links. Half of the followers'
+// time-out still fits between two of them.
+const leaderPace = 2.5
+
+// pace has raft send heartbeats at leaderPace while this node leads, and wait for others' for the usual time while it does not. Raft looks at
+// once whether the leader was heard when its time-out gets shorter; so one that has just stepped down, and heard nobody while it led, waits
+// until it hears the next leader, or for as long as raft would have: else it would stand against whom it handed over to. led is when this node
+// was last seen to lead.
+func (a *Arbiter) pace(r *raft.Raft, led time.Time) {
+	want := a.t.Heartbeat
+	if r.State() == raft.Leader {
+		want = time.Duration(leaderPace * float64(want))
+	}
+	c := r.ReloadableConfig()
+	if c.HeartbeatTimeout == want {
+		return
+	}
+	if want < c.HeartbeatTimeout && time.Since(r.LastContact()) >= want && time.Since(led) < want {
+		return // the next look, within a second, does it
+	}
+	c.HeartbeatTimeout, c.ElectionTimeout = want, want
+	if err := r.ReloadConfig(c); err != nil {
+		a.failures.note("set raft's pace", err)
+	}
+}
+
 func (a *Arbiter) raftConfig() *raft.Config {
 	c := raft.DefaultConfig() // TrailingLogs stays as it is: see doc.go
 	c.LocalID = raft.ServerID(a.address())

@@ -90,7 +90,12 @@ func (a *Arbiter) observe(ctx context.Context, r *raft.Raft) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	var marked uint64
+	var led time.Time
 	for {
+		if r.State() == raft.Leader {
+			led = time.Now()
+		}
+		a.pace(r, led)
 		a.refreshWhere(r)
 		select {
 		case <-events:

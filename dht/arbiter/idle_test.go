@@ -1,6 +1,7 @@
 package arbiter
 
 import (
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -10,7 +11,7 @@ import (
 
 // TestIdleIsQuiet: what an idle group sends, before TLS and TCP.
 func TestIdleIsQuiet(t *testing.T) {
-	for profile, most := range map[string]float64{"lan": 8000, "wan": 2000} {
+	for profile, most := range map[string]float64{"lan": 4000, "wan": 1000} {
 		t.Run(profile, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := newCluster(t, 31)
@@ -43,4 +44,48 @@ func TestIdleIsQuiet(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A leader's raft sends fewer heartbeats than its followers' time-out would have it; who leads no more waits as long as any follower.
+func TestOnlyTheLeaderIsSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 32)
+		defer c.close()
+		c.grow(5)
+		c.settled(2*time.Minute, 5, 0)
+		time.Sleep(5 * time.Second)
+		paced := func(leader *node) error {
+			for _, n := range c.live() {
+				a := n.arb()
+				want := a.t.Heartbeat
+				if n == leader {
+					want = time.Duration(leaderPace * float64(want))
+				}
+				if got := a.raft.Load().ReloadableConfig().HeartbeatTimeout; got != want {
+					return fmt.Errorf("%s, leading: %v: %v, want %v", n.id, n == leader, got, want)
+				}
+			}
+			return nil
+		}
+		first := c.leader()
+		if err := paced(first); err != nil {
+			t.Fatal(err)
+		}
+		term := first.arb().raft.Load().CurrentTerm()
+		if err := first.arb().raft.Load().LeadershipTransfer().Error(); err != nil {
+			t.Fatal(err)
+		}
+		for begun := time.Now(); ; time.Sleep(100 * time.Millisecond) {
+			now := c.leader() // the keeper may bring it back to the first
+			var err error
+			if now != nil && now.arb().raft.Load().CurrentTerm() > term {
+				if err = paced(now); err == nil {
+					return
+				}
+			}
+			if time.Since(begun) > 5*time.Second {
+				t.Fatal(now, err)
+			}
+		}
+	})
 }

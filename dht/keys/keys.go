@@ -6,7 +6,7 @@ package keys
 import (
 	"bytes"
 	"crypto/sha256"
-	"sort"
+	"slices"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 )
@@ -37,6 +37,17 @@ func Closer(target, a, b Point) bool {
 
 // Sort orders ids by their distance to target, closest first. It sorts in place and returns ids.
 func Sort(target Point, ids []peer.ID) []peer.ID {
-	sort.Slice(ids, func(i, j int) bool { return Closer(target, OfPeer(ids[i]), OfPeer(ids[j])) })
+	type far struct {
+		id peer.ID
+		d  Point
+	}
+	list := make([]far, len(ids)) // a point costs more than comparing two
+	for i, id := range ids {
+		list[i] = far{id, Distance(target, OfPeer(id))}
+	}
+	slices.SortFunc(list, func(a, b far) int { return bytes.Compare(a.d[:], b.d[:]) })
+	for i := range list {
+		ids[i] = list[i].id
+	}
 	return ids
 }

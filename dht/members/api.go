@@ -177,11 +177,12 @@ func (m *Members) Admit(info Info) {
 	}
 	e.unheard = false
 	e.evidence = "admitted; not heard yet"
-	if e.met {
+	if e.met { // and passed on when it was
 		e.evidence = "told of by another member"
+	} else {
+		m.dirty[e.id] = true
 	}
-	e.nextDial = time.Now().Add(m.jitter(redialUnmet))
-	m.dirty[e.id] = true
+	m.dialAt(e, time.Now().Add(m.jitter(redialUnmet)))
 	m.admitted.Store(e.id, true)
 	m.touch(e, "admitted")
 }

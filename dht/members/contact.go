@@ -12,14 +12,32 @@ func (m *Members) lostNow(e *entry) {
 	if e.verdict.kind == Left {
 		e.backoff = redialMost // it will come by itself
 	}
-	e.nextDial = time.Now().Add(e.backoff/2 + m.jitter(e.backoff/2))
+	m.dialAt(e, time.Now().Add(e.backoff/2+m.jitter(e.backoff/2)))
 	delete(m.watched, e.id)
 }
 
-// redial contacts the lost and the never met whose time has come. Locked.
+// dialAt sets when a node is contacted next, if it needs to be. Locked.
+func (m *Members) dialAt(e *entry, at time.Time) {
+	e.nextDial = at
+	if at.Before(m.nextDue) {
+		m.nextDue = at
+	}
+}
+
+// redial contacts the lost and the never met whose time has come. While nobody's has, it costs nothing. Locked.
 func (m *Members) redial(now time.Time) {
-	for id, e := range m.entries {
-		if e == m.self || !e.member() || e.dialing || now.Before(e.nextDial) || m.contacts >= maxContacts {
+	if now.Before(m.nextDue) {
+		return
+	}
+	m.nextDue = now.Add(redialMost)
+	first := 0 // contacts with nodes that were not met yet
+	for _, e := range m.order {
+		if e.dialing && !e.met {
+			first++
+		}
+	}
+	for _, e := range m.order {
+		if e == m.self || !e.member() || e.dialing {
 			continue
 		}
 		lost := e.unheard || e.verdict.covers(e.info.version())
@@ -29,9 +47,22 @@ func (m *Members) redial(now time.Time) {
 		if lost && now.Sub(e.lastSeen()) > keepLost && (!e.unheard || e.backoff == redialMost) {
 			continue // it has to come by itself
 		}
+		// One that was met tells of all the others: a newcomer need not ask each of a thousand.
+		full := m.contacts >= maxContacts || !e.met && first >= maxFirst
+		if now.Before(e.nextDial) || full {
+			if full {
+				m.nextDue = now
+			} else if e.nextDial.Before(m.nextDue) {
+				m.nextDue = e.nextDial
+			}
+			continue
+		}
+		if !e.met {
+			first++
+		}
 		e.dialing = true
 		m.contacts++
-		if !m.spawn(func() { m.contact(id, e) }) {
+		if !m.spawn(func() { m.contact(e.id, e) }) {
 			return
 		}
 	}
@@ -52,7 +83,7 @@ func (m *Members) contact(id peer.ID, e *entry) {
 	default:
 		e.backoff = min(redialMost, 2*e.backoff)
 	}
-	e.nextDial = time.Now().Add(e.backoff*3/4 + m.jitter(e.backoff/2))
+	m.dialAt(e, time.Now().Add(e.backoff*3/4+m.jitter(e.backoff/2)))
 	if err == nil && e.running() && e.met {
 		e.backoff = 0
 	}
@@ -72,6 +103,6 @@ func (m *Members) linkChanged(id peer.ID, up bool) {
 	case !up:
 		m.inquire(e, causeClosed, "connection closed")
 	case !e.met || !e.running():
-		e.nextDial = time.Time{}
+		m.dialAt(e, time.Time{})
 	}
 }

@@ -3,8 +3,10 @@
 //
 // What a node says of itself (Info) is ordered by (StartedUnixMs, Boot, Counter), which only that node raises. A Verdict (dead, left)
 // ends an Info up to a version; the node refutes a false one with a greater Counter, and a new Boot ends the old one by definition.
-// Changes are pushed: urgent ones (a birth, a death, a goodbye, a refutation) directly to up to 64 members, then everything from
-// each receiver to three random ones; an exchange of digests with one random member every 10 s carries what was lost.
+// Changes are pushed: urgent ones (a birth, a death, a goodbye, a refutation) directly to this node's partners, then everything from each
+// receiver to a few of its own, in batches. Partners are all members where there are at most 64 others; where there are more a node chooses
+// 32 at random and takes in those that chose it, up to 64, so that what it keeps up does not grow with the cluster. An exchange of digests
+// with one random member every 10 s, and soon after urgent news, carries what was lost.
 //
 // Each node pushes heartbeats to its watchers, the k members closest to it in the key space (at most half of them of one zone while
 // there are others). Evidence, strongest first: a closed connection and a refused dial (dead at once); a goodbye (left); silence,

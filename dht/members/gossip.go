@@ -22,40 +22,110 @@ type box struct {
 	done []chan<- struct{} // told when it is empty
 }
 
-// runningPeers returns the members to talk to, in random order. Locked.
+// runningPeers returns the other members that run. Locked.
 func (m *Members) runningPeers(but peer.ID) []peer.ID {
 	var out []peer.ID
-	for id, e := range m.entries {
-		if e != m.self && id != but && e.running() {
-			out = append(out, id)
+	for _, e := range m.order {
+		if e != m.self && e.id != but && e.running() {
+			out = append(out, e.id)
 		}
 	}
-	slices.Sort(out) // so that a seed means something
-	m.rng.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
 	return out
 }
 
-// announce tells up to fanOut members of a node at once, and leaves the rest to gossip. Locked.
-func (m *Members) announce(id peer.ID) {
-	to := m.runningPeers(id)
-	for _, p := range to[:min(len(to), fanOut)] {
-		m.tell(p, id)
+// company returns whom news goes to: all that run where they are few, else partners, of whom each node chooses some and takes in those who
+// chose it. So a node of a large cluster keeps up a bounded number of connections, and a newcomer is told things as soon as it has told
+// somebody. Locked.
+func (m *Members) company() []*entry {
+	alive := 0
+	for _, e := range m.order {
+		if e != m.self && e.running() {
+			if alive++; alive > fanOut {
+				break
+			}
+		}
 	}
-	if len(to) > fanOut {
+	if alive <= fanOut {
+		m.partners = m.partners[:0]
+		for _, e := range m.order {
+			if e != m.self && e.running() {
+				m.partners = append(m.partners, e)
+			}
+		}
+		return m.partners
+	}
+	m.partners = slices.DeleteFunc(m.partners, func(e *entry) bool { return !e.running() })
+	for len(m.partners) < chosen {
+		m.adopt(m.anybody())
+	}
+	return m.partners
+}
+
+// adopt makes a running node a partner while there is room. Locked.
+func (m *Members) adopt(e *entry) {
+	if e != nil && e != m.self && len(m.partners) < fanOut && e.running() && !slices.Contains(m.partners, e) {
+		m.partners = append(m.partners, e)
+	}
+}
+
+// anybody returns another node that runs, any alike; nil when there is none. Locked.
+func (m *Members) anybody() *entry {
+	for range 16 { // most of them run
+		if e := m.order[m.rng.IntN(len(m.order))]; e != m.self && e.running() {
+			return e
+		}
+	}
+	from := m.rng.IntN(len(m.order))
+	for i := range m.order {
+		if e := m.order[(from+i)%len(m.order)]; e != m.self && e.running() {
+			return e
+		}
+	}
+	return nil
+}
+
+// announce tells partners of a node at once, and leaves the rest to gossip. Locked.
+func (m *Members) announce(id peer.ID) {
+	to := m.company()
+	for _, p := range to {
+		if p.id != id {
+			m.tell(p.id, id)
+		}
+	}
+	if len(m.order) > len(to)+2 {
 		m.dirty[id] = true
 	}
 }
 
-// flushGossip passes the news on to three random members. Locked.
-func (m *Members) flushGossip() {
-	if len(m.dirty) == 0 {
+// pass notes that there is news of a node to be passed on. Locked.
+func (m *Members) pass(id peer.ID, trigger string) {
+	m.dirty[id] = true
+	if trigger == "update" || trigger == "heard" {
 		return
 	}
-	to := m.runningPeers("")
-	for _, p := range to[:min(len(to), gossipTo)] {
+	m.urgent = true
+	soon := time.Now().Add(meetAfterNews/2 + m.jitter(meetAfterNews))
+	if len(m.order) > fanOut+1 && !m.nextMeet.IsZero() && soon.Before(m.nextMeet) {
+		m.nextMeet = soon
+	}
+}
+
+// passOn tells a few partners the news, unless it was just done. Locked.
+func (m *Members) passOn(now time.Time) {
+	every, most := newsEvery, newsTo
+	if m.urgent {
+		every, most = urgentEvery, urgentTo
+	}
+	if len(m.dirty) == 0 || now.Sub(m.flushed) < every {
+		return
+	}
+	m.flushed, m.urgent = now, false
+	to := slices.Clone(m.company())
+	m.rng.Shuffle(len(to), func(i, j int) { to[i], to[j] = to[j], to[i] })
+	for _, p := range to[:min(len(to), most)] {
 		for id := range m.dirty {
-			if id != p {
-				m.tell(p, id)
+			if id != p.id {
+				m.tell(p.id, id)
 			}
 		}
 	}
@@ -135,6 +205,7 @@ func (m *Members) answer(ctx context.Context, from peer.ID, req *wirev1.ViewRequ
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.heard(from)
+	m.adopt(m.entries[from])
 	switch what := req.GetWhat().(type) {
 	case *wirev1.ViewRequest_Push:
 		m.mergeAll(from, what.Push.GetStates())
@@ -164,6 +235,7 @@ func (m *Members) mergeAll(from peer.ID, states []*wirev1.MemberState) {
 		}
 		m.merge(from, s)
 	}
+	m.passOn(time.Now())
 }
 
 func (m *Members) statesOf(ids [][]byte) *wirev1.ViewPush {
@@ -179,9 +251,9 @@ func (m *Members) statesOf(ids [][]byte) *wirev1.ViewPush {
 // digest returns a hash of each bucket. Locked.
 func (m *Members) digest() []uint64 {
 	out := make([]uint64, buckets)
-	for _, e := range m.entries {
+	for _, e := range m.order {
 		if !e.expelled {
-			out[e.bucket()] ^= e.told().hash()
+			out[e.bucket()] ^= e.hash()
 		}
 	}
 	return out
@@ -246,14 +318,21 @@ func (m *Members) answerDigest(from peer.ID, d *wirev1.ViewDigest) (*wirev1.View
 			sum.Buckets = append(sum.Buckets, uint32(i))
 		}
 	}
-	for _, e := range m.entries {
-		if differs[e.bucket()] && !e.expelled {
-			sum.Items = append(sum.Items, &wirev1.ViewSummary_Item{Id: []byte(e.id), Hash: e.told().hash()})
+	for _, e := range m.order {
+		switch {
+		case e.expelled:
+		case differs[e.bucket()]:
+			sum.Items = append(sum.Items, &wirev1.ViewSummary_Item{Id: []byte(e.id), Hash: e.hash()})
+		default:
+			m.agreed(e)
 		}
 	}
 	sum.Self = m.self.told().toWire()
 	return &wirev1.ViewReply{Summary: sum}, nil
 }
+
+// agreed: another member holds the same of a node as this one, which is as good as being told of it. Locked.
+func (m *Members) agreed(e *entry) { e.met = e.met || !e.unheard && e.info.Boot != 0 }
 
 // diff returns what the other side should get and give; nil when the views are equal. Locked.
 func (m *Members) diff(sum *wirev1.ViewSummary) *wirev1.ViewDiff {
@@ -263,7 +342,7 @@ func (m *Members) diff(sum *wirev1.ViewSummary) *wirev1.ViewDiff {
 		id := peer.ID(it.GetId())
 		theirs[id] = it.GetHash()
 		e := m.entries[id]
-		if (e == nil || (!e.expelled && e.told().hash() != it.GetHash())) && len(out.Want) < maxStates {
+		if (e == nil || (!e.expelled && e.hash() != it.GetHash())) && len(out.Want) < maxStates {
 			out.Want = append(out.Want, it.GetId())
 		}
 	}
@@ -273,8 +352,13 @@ func (m *Members) diff(sum *wirev1.ViewSummary) *wirev1.ViewDiff {
 			differs[i] = true
 		}
 	}
-	for id, e := range m.entries {
-		if h, ok := theirs[id]; differs[e.bucket()] && !e.expelled && (!ok || h != e.told().hash()) && len(out.States) < maxStates {
+	for _, e := range m.order {
+		h, ok := theirs[e.id]
+		switch same := ok && h == e.hash() || !differs[e.bucket()]; {
+		case e.expelled:
+		case same:
+			m.agreed(e)
+		case len(out.States) < maxStates:
 			out.States = append(out.States, e.told().toWire())
 		}
 	}
@@ -286,21 +370,34 @@ func (m *Members) diff(sum *wirev1.ViewSummary) *wirev1.ViewDiff {
 
 // meetSomebody exchanges views with a random member. Locked.
 func (m *Members) meetSomebody() {
-	if to := m.runningPeers(""); len(to) > 0 {
-		m.spawn(func() { _ = m.exchange(to[0]) }) // view has counted and looked into the failure
+	to := m.anybody()
+	if to == nil {
+		return
 	}
+	m.spawn(func() {
+		if m.exchange(to.id) == nil {
+			return
+		}
+		m.mu.Lock() // view has counted and looked into the failure; another one is met soon
+		defer m.mu.Unlock()
+		if soon := time.Now().Add(meetAfterNews/2 + m.jitter(meetAfterNews)); soon.Before(m.nextMeet) {
+			m.nextMeet = soon
+		}
+	})
 }
 
 // pushNow tells members of a node and waits until it is done or ctx ends.
 func (m *Members) pushNow(ctx context.Context, about peer.ID) {
 	m.mu.Lock()
-	to := m.runningPeers(about)
-	to = to[:min(len(to), fanOut)]
+	to := m.company()
 	done := make(chan struct{}, len(to))
 	waiting := 0
 	for _, p := range to {
-		m.tell(p, about)
-		if b := m.outbox[p]; b != nil {
+		if p.id == about {
+			continue
+		}
+		m.tell(p.id, about)
+		if b := m.outbox[p.id]; b != nil {
 			b.done = append(b.done, done)
 			waiting++
 		}

@@ -6,8 +6,13 @@ import (
 )
 
 const (
-	fanOut        = 64                     // members told directly of something urgent
-	gossipTo      = 3                      // members to whom news is passed on
+	fanOut        = 64                     // partners: whom a node tells of something urgent directly
+	chosen        = 32                     // so many of them, where there are more members, it chooses itself; others chose it
+	urgentTo      = 4                      // partners to whom news of deaths and the like is passed on
+	newsTo        = 2                      // the same of the rest, which exchanges may bring as well
+	urgentEvery   = 100 * time.Millisecond // at most, news of deaths and the like is passed on; what comes in between goes together
+	newsEvery     = 500 * time.Millisecond // the same of the rest
+	meetAfterNews = time.Second            // after urgent news an exchange follows soon, for gossip misses a few
 	exchangeEvery = 10 * time.Second       // anti-entropy, with one random member
 	tickEvery     = 100 * time.Millisecond // of the loop; also measures the node's own delay
 	lateAfter     = 200 * time.Millisecond
@@ -16,6 +21,7 @@ const (
 
 	maxInquiries = 32 // at once
 	maxContacts  = 32 // redials at once
+	maxFirst     = 4  // of them with nodes not met since this node started
 	maxUnknown   = 4096
 	maxStates    = 4096 // in one push
 	maxBeat      = 64 << 10
@@ -56,7 +62,7 @@ type Profile struct {
 
 // LAN confirms a silent machine within two seconds; for local it is the same.
 var LAN = Profile{
-	Name: "lan", Heartbeat: 250 * time.Millisecond, Silence: 1250 * time.Millisecond, Watchers: 5,
+	Name: "lan", Heartbeat: 350 * time.Millisecond, Silence: 1250 * time.Millisecond, Watchers: 5,
 	Probe: 250 * time.Millisecond, Ask: 400 * time.Millisecond,
 }
 

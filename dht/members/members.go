@@ -68,14 +68,21 @@ type Members struct {
 	rng       *rand.Rand
 	self      *entry
 	entries   map[peer.ID]*entry // of everybody heard of, self included
+	order     []*entry           // the same, as they came
 	unknown   int                // entries without an admission
+	partners  []*entry           // whom news goes to, where there are too many for all
 	dirty     map[peer.ID]bool   // to be passed on
+	urgent    bool               // some of dirty is
+	flushed   time.Time          // when news was passed on last
 	outbox    map[peer.ID]*box
 	watched   map[peer.ID]*watched // whom this node watches
 	watchers  map[peer.ID]*watcher // who watches this node: streams
 	contacts  int                  // redials under way
 	suspends  int                  // times this process stood still
 	refresh   bool                 // watchers and watched are to be chosen anew
+	look      []*entry             // whether to watch these is to be found out
+	lookAll   time.Time            // the same of all, not later than then; zero: no need
+	uneven    bool                 // watchers are not the closest, for the sake of zones
 	unsaved   bool
 	saving    bool
 	leaving   bool
@@ -85,6 +92,8 @@ type Members struct {
 	nextMeet  time.Time // exchange
 	nextSave  time.Time
 	nextLook  time.Time // at redials and the like
+	nextDue   time.Time // no redial is due before
+	nextFree  time.Time // no quarantine ends before; zero: there is none
 	lastSaved []byte    // of the one save that runs
 }
 
@@ -123,6 +132,7 @@ func New(cfg Config) (*Members, error) {
 	}
 	m.self = &entry{id: m.id, point: keys.OfPeer(m.id), info: info, admitted: true, since: time.Now(), evidence: "this node"}
 	m.entries[m.id] = m.self
+	m.order = append(m.order, m.self)
 	m.load()
 	m.admitted.Store(m.id, true)
 	m.touch(m.self, "admitted")
@@ -159,7 +169,7 @@ func (m *Members) Run(ctx context.Context) error {
 	m.announce(m.id)
 	for _, e := range m.entries {
 		if e != m.self && e.admitted && !e.expelled {
-			e.nextDial = time.Time{} // now
+			m.dialAt(e, time.Time{}) // now
 		}
 	}
 	m.mu.Unlock()
@@ -189,10 +199,10 @@ func (m *Members) tick(late time.Duration) {
 	if m.refresh {
 		m.refresh = false
 		m.chooseWatchers()
-		m.chooseWatched()
 	}
+	m.chooseWatched(now)
 	m.checkSilence()
-	m.flushGossip()
+	m.passOn(now)
 	if !now.Before(m.nextMeet) {
 		if !m.nextMeet.IsZero() {
 			m.meetSomebody()

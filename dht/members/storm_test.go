@@ -147,6 +147,13 @@ func TestHundredNodesConverge(t *testing.T) {
 		size = 40
 	}
 	simulate(t, seedOf(t, 100), size, func(c *cluster) {
+		for _, n := range c.nodes {
+			n.locked(func() {
+				if few := len(n.partners); size > fanOut && (few < chosen || few > fanOut) {
+					t.Errorf("%s keeps company with %d of %d", n.id, few, size)
+				}
+			})
+		}
 		for _, id := range c.ids[:20] {
 			c.kill(id)
 		}

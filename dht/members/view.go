@@ -42,6 +42,29 @@ type entry struct {
 	lonely   int       // inquiries in a row that nobody answered
 	blamed   bool      // its garbage was logged
 	shunned  time.Time // not to be chosen as watcher until then
+
+	sum   uint64 // hash of what is told, of
+	sumOf summed
+}
+
+// summed is what a hash of an entry depends on.
+type summed struct {
+	info, verdict version
+	kind          State
+	unheard       bool
+	known         bool // the hash was made
+}
+
+// hash is told().hash(), made once for each state: digests are asked for all the time, and few entries change.
+func (e *entry) hash() uint64 {
+	of := summed{info: e.info.version(), unheard: e.unheard, known: true}
+	if e.verdict.covers(of.info) {
+		of.verdict, of.kind = e.verdict.at, e.verdict.kind
+	}
+	if of != e.sumOf {
+		e.sum, e.sumOf = e.told().hash(), of
+	}
+	return e.sum
 }
 
 func (e *entry) member() bool { return e.admitted && !e.expelled }
@@ -63,7 +86,9 @@ func (e *entry) state(now time.Time) State {
 }
 
 // running reports whether the node is a member and taken to run.
-func (e *entry) running() bool { return e.member() && e.state(time.Now()).Running() }
+func (e *entry) running() bool {
+	return e.member() && !e.unheard && !e.verdict.covers(e.info.version())
+}
 
 // lastSeen returns when a lost node was last known to run: by the book, or by what this node saw itself.
 func (e *entry) lastSeen() time.Time {
@@ -122,7 +147,8 @@ func (m *Members) touch(e *entry, trigger string) {
 		e.seen = now
 	}
 	next := m.memberOf(e, s)
-	m.refresh, m.unsaved = true, true
+	m.unsaved = true
+	m.recheck(e, old, s)
 	m.snap.Store(nil)
 	e.shown = next
 	if old.ID == next.ID && old.State == next.State && old.sameFor(next.Info) && trigger != "refuted" {
@@ -165,17 +191,33 @@ func (m *Members) countDeath(e *entry, old Member, now time.Time) {
 	}
 	if m.cfg.FlapDeaths > 0 && len(e.deaths) > m.cfg.FlapDeaths {
 		e.quarantined = now.Add(min(flapMost, flapBackoff<<min(e.level, 8)))
+		m.freeAt(e.quarantined)
 		e.level++
 		m.log.Warn("node dies too often and is not used for a while", "node", m.name(e.id), "deaths", len(e.deaths), "until", e.quarantined)
 	}
 }
 
 func (m *Members) endQuarantines(now time.Time) {
-	for _, e := range m.entries {
-		if e.shown.State == Quarantined && !now.Before(e.quarantined) {
+	if m.nextFree.IsZero() || now.Before(m.nextFree) {
+		return
+	}
+	m.nextFree = time.Time{}
+	for _, e := range m.order {
+		switch {
+		case e.shown.State != Quarantined:
+		case now.Before(e.quarantined):
+			m.freeAt(e.quarantined)
+		default:
 			e.deaths = nil
 			m.touch(e, "quarantine")
 		}
+	}
+}
+
+// freeAt notes that a quarantine ends then. Locked.
+func (m *Members) freeAt(at time.Time) {
+	if m.nextFree.IsZero() || at.Before(m.nextFree) {
+		m.nextFree = at
 	}
 }
 
@@ -191,6 +233,7 @@ func (m *Members) add(id peer.ID) *entry {
 	m.unknown++
 	e := &entry{id: id, point: keys.OfPeer(id), info: Info{ID: id}, since: time.Now()}
 	m.entries[id] = e
+	m.order = append(m.order, e)
 	return e
 }
 
@@ -217,11 +260,8 @@ func (m *Members) merge(from peer.ID, s state) {
 			trigger = "refuted"
 			m.healed()
 		}
-		m.dirty[e.id] = true
 		m.touch(e, trigger)
-		if trigger != "update" {
-			m.flushGossip() // the rest can wait for the tick
-		}
+		m.pass(e.id, trigger)
 	}
 	if e.verdict.covers(e.info.version()) && !s.unheard && !s.verdict.covers(e.info.version()) {
 		m.reportedAlive(e)
@@ -231,7 +271,7 @@ func (m *Members) merge(from peer.ID, s state) {
 // mergeInfo takes over what is newer and says what that is to be called; "" for nothing new.
 func (m *Members) mergeInfo(e *entry, s state, direct bool) string {
 	c := s.info.version().compare(e.info.version())
-	e.met = e.met || (c >= 0 && !s.unheard)
+	e.met = e.met || (c >= 0 && !s.unheard && s.info.Boot != 0)
 	if c < 0 || (c == 0 && (!e.unheard || s.unheard)) {
 		return ""
 	}
@@ -256,7 +296,8 @@ func (m *Members) mergeInfo(e *entry, s state, direct bool) string {
 		e.evidence = "heard"
 	}
 	if !e.unheard {
-		e.backoff, e.nextDial = 0, time.Time{}
+		e.backoff = 0
+		m.dialAt(e, time.Time{})
 	}
 	return trigger
 }
@@ -330,7 +371,7 @@ func (m *Members) reportedAlive(e *entry) {
 	}
 	e.reported = time.Now()
 	if soon := time.Now().Add(m.jitter(min(time.Second, time.Duration(len(m.entries))*10*time.Millisecond))); soon.Before(e.nextDial) {
-		e.nextDial = soon
+		m.dialAt(e, soon)
 	}
 }
 
@@ -344,7 +385,8 @@ func (m *Members) healed() {
 	for _, e := range m.entries {
 		if e.member() && e.verdict.kind == Dead && !e.verdict.proof && e.verdict.covers(e.info.version()) {
 			if soon := now.Add(m.jitter(2 * time.Second)); soon.Before(e.nextDial) {
-				e.nextDial, e.backoff = soon, redialFirst
+				e.backoff = redialFirst
+				m.dialAt(e, soon)
 			}
 		}
 	}

@@ -2,6 +2,7 @@ package members
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"slices"
@@ -66,55 +67,92 @@ func (m *Members) chooseWatchers() {
 	}
 }
 
+// recheck notes whom a change of one node may concern: itself, as watched or as watcher, and if it runs no more those it watched. Locked.
+func (m *Members) recheck(e *entry, old Member, now State) {
+	m.look = append(m.look, e)
+	was := old.ID != "" && old.State.Running()
+	if was && !now.Running() {
+		m.lookAll = time.Now()
+	} else if !was && m.lookAll.IsZero() {
+		m.lookAll = time.Now().Add(time.Second)
+	}
+	if e == m.self || m.watchers[e.id] != nil || m.uneven || len(m.watchers) < m.cfg.Profile.Watchers {
+		m.refresh = true
+		return
+	}
+	for id := range m.watchers {
+		if w := m.entries[id]; w != nil && keys.Closer(m.self.point, e.point, w.point) {
+			m.refresh = true
+			return
+		}
+	}
+}
+
 // pickWatchers returns the closest members, at most half of them (rounded up) of one zone while there are others. Locked.
 func (m *Members) pickWatchers() []peer.ID {
 	now := time.Now()
-	var able, shunned []peer.ID
-	for id, e := range m.entries {
+	type near struct {
+		e *entry
+		d keys.Point
+	}
+	var able, shunned []near
+	for _, e := range m.order {
 		if e == m.self || !e.running() {
 			continue
 		}
+		n := near{e, keys.Distance(m.self.point, e.point)}
 		if now.Before(e.shunned) {
-			shunned = append(shunned, id)
+			shunned = append(shunned, n)
 		} else {
-			able = append(able, id)
+			able = append(able, n)
 		}
 	}
-	keys.Sort(m.self.point, able)
-	keys.Sort(m.self.point, shunned)
+	byDistance := func(a, b near) int { return bytes.Compare(a.d[:], b.d[:]) }
+	slices.SortFunc(able, byDistance)
+	slices.SortFunc(shunned, byDistance)
 	k := m.cfg.Profile.Watchers
 	most := (k + 1) / 2
 	zones := map[string]int{}
 	var out, rest []peer.ID
-	for _, id := range able {
-		if z := m.entries[id].info.Zone; len(out) < k && zones[z] < most {
+	m.uneven = len(shunned) > 0
+	mixed := slices.ContainsFunc(able, func(n near) bool { return n.e.info.Zone != able[0].e.info.Zone })
+	for _, n := range able {
+		if z := n.e.info.Zone; len(out) < k && zones[z] < most {
 			zones[z]++
-			out = append(out, id)
+			out = append(out, n.e.id)
 		} else {
-			rest = append(rest, id)
+			m.uneven = m.uneven || mixed && len(out) < k
+			rest = append(rest, n.e.id)
 		}
 	}
-	rest = append(rest, shunned...)
+	for _, n := range shunned {
+		rest = append(rest, n.e.id)
+	}
 	return append(out, rest[:max(0, min(k-len(out), len(rest)))]...)
 }
 
 // chooseWatched starts the clock for those who named this node as watcher, and for those whose watchers are all gone. Locked.
-func (m *Members) chooseWatched() {
-	now := m.boot()
-	for id, e := range m.entries {
-		w := m.watched[id]
+func (m *Members) chooseWatched(now time.Time) {
+	list := m.look
+	m.look = nil
+	if !m.lookAll.IsZero() && !now.Before(m.lookAll) {
+		m.lookAll, list = time.Time{}, m.order
+	}
+	at := m.boot()
+	for _, e := range list {
+		w := m.watched[e.id]
 		if e == m.self || !e.running() || e.unheard {
 			if w != nil && w.stream == nil {
-				delete(m.watched, id)
+				delete(m.watched, e.id)
 			}
 			continue
 		}
 		want := e.suspect != "" || slices.Contains(e.info.Watchers, m.id) || m.orphan(e)
 		switch {
 		case want && w == nil:
-			m.watched[id] = &watched{heard: now}
+			m.watched[e.id] = &watched{heard: at}
 		case !want && w != nil && w.stream == nil:
-			delete(m.watched, id)
+			delete(m.watched, e.id)
 		}
 	}
 }
@@ -128,12 +166,14 @@ func (m *Members) orphan(e *entry) bool {
 		return false
 	}
 	closer := 0
-	for _, o := range m.entries {
+	for _, o := range m.order {
 		if o != e && o != m.self && o.running() && keys.Closer(e.point, o.point, m.self.point) {
-			closer++
+			if closer++; closer == m.cfg.Profile.Watchers {
+				return false
+			}
 		}
 	}
-	return closer < m.cfg.Profile.Watchers
+	return true
 }
 
 // pushBeats keeps one watch stream to a watcher open until ctx ends.
@@ -310,7 +350,9 @@ func (m *Members) watch(from peer.ID, s peers.Stream) {
 	}
 	if unwatch {
 		_ = s.Close()
-		m.refresh = true
+		if e := m.entries[from]; e != nil {
+			m.look = append(m.look, e)
+		}
 		return
 	}
 	_ = s.Reset()

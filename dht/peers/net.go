@@ -3,6 +3,7 @@ package peers
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -63,7 +64,7 @@ func (n *Net) Join(id peer.ID) *Endpoint {
 	if old := n.ends[id]; old != nil {
 		n.kill(old)
 	}
-	e := &Endpoint{net: n, id: id, handlers: map[protocol.ID]Handler{}, conns: map[peer.ID][]*netConn{}}
+	e := &Endpoint{net: n, id: id, handlers: map[protocol.ID]Handler{}, conns: map[peer.ID][]*netConn{}, by: map[protocol.ID]Sent{}}
 	n.ends[id] = e
 	n.topo.raise()
 	return e
@@ -106,7 +107,7 @@ func (n *Net) Cut(a, b peer.ID, both bool) {
 }
 
 // Isolate cuts a node off from all others, present and future, until Heal: a pulled plug.
-func (n *Net) Isolate(id peer.ID) { n.change(func() { n.dark[id] = true }) }
+func (n *Net) Isolate(id peer.ID) { n.changeAt(id, func() { n.dark[id] = true }) }
 
 // Heal ends all cuts and isolations.
 func (n *Net) Heal() { n.change(func() { clear(n.cuts); clear(n.dark) }) }
@@ -136,15 +137,24 @@ func (n *Net) Close() {
 }
 
 // change applies f to the topology and what follows from it to the connections.
-func (n *Net) change(f func()) {
+func (n *Net) change(f func()) { n.changeAt("", f) }
+
+// changeAt is change where f concerns one node only; "": all.
+func (n *Net) changeAt(id peer.ID, f func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	now := time.Now()
+	var concerned []*netConn
 	for _, c := range n.conns {
+		if id == "" || c.ends[0].id == id || c.ends[1].id == id {
+			concerned = append(concerned, c)
+		}
+	}
+	for _, c := range concerned {
 		c.settle(now)
 	}
 	f()
-	for _, c := range slices.Clone(n.conns) {
+	for _, c := range concerned {
 		c.topologyChanged(now)
 	}
 	n.topo.raise()
@@ -233,7 +243,11 @@ type Endpoint struct {
 	notifying bool
 
 	writes, bytes uint64
+	by            map[protocol.ID]Sent
 }
+
+// Sent is what a node handed to the streams of one protocol.
+type Sent struct{ Writes, Bytes uint64 }
 
 type netEvent struct {
 	id peer.ID
@@ -248,6 +262,13 @@ func (e *Endpoint) Sent() (writes, bytes uint64) {
 	e.net.mu.Lock()
 	defer e.net.mu.Unlock()
 	return e.writes, e.bytes
+}
+
+// SentBy returns the same by protocol.
+func (e *Endpoint) SentBy() map[protocol.ID]Sent {
+	e.net.mu.Lock()
+	defer e.net.mu.Unlock()
+	return maps.Clone(e.by)
 }
 
 // Handle implements Peers.

@@ -167,7 +167,7 @@ func (c *netConn) closeSide(side int) {
 
 // openStream opens a stream. The other side's handler starts when the news arrives there.
 func (c *netConn) openStream(side int, proto protocol.ID) *netStream {
-	p := &netPair{conn: c}
+	p := &netPair{conn: c, proto: proto}
 	for i := range 2 {
 		p.half[i] = &netHalf{pair: p, from: i}
 		p.side[i] = &netStream{pair: p, at: i, broken: !c.open[i]}
@@ -182,10 +182,11 @@ func (c *netConn) openStream(side int, proto protocol.ID) *netStream {
 
 // netPair is one stream: two sides, and a half for what each side sends.
 type netPair struct {
-	conn *netConn
-	side [2]*netStream
-	half [2]*netHalf // by sender
-	sig  netSignal
+	conn  *netConn
+	proto protocol.ID
+	side  [2]*netStream
+	half  [2]*netHalf // by sender
+	sig   netSignal
 }
 
 // finish forgets the stream once both sides are done with it.
@@ -414,6 +415,8 @@ func (s *netStream) send(b []byte) {
 	c, e := s.pair.conn, s.end()
 	e.writes++
 	e.bytes += uint64(len(b))
+	by := e.by[s.pair.proto]
+	e.by[s.pair.proto] = Sent{by.Writes + 1, by.Bytes + uint64(len(b))}
 	if c.net.loss > 0 && c.net.rng.Float64() < c.net.loss && !c.lost {
 		c.settle(time.Now())
 		c.lost = true

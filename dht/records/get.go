@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
@@ -167,19 +168,34 @@ func (r *Records) readRepair(ctx context.Context, said []heard) {
 	}
 }
 
-// scanLanes is how many members a scan asks at once.
-const scanLanes = 16
+const (
+	// scanLanes is how many members a scan asks at once.
+	scanLanes = 16
+	// scanCopies of each record are asked for while the view has been quiet for scanQuiet: then the closest holders have it, and the other
+	// copies would be more than half of what a scan moves. A round of anti-entropy lies within.
+	scanCopies = 2
+	scanQuiet  = time.Minute
+)
 
 // Scan asks all alive members what they hold under a prefix and returns the newest record of each key, deletions left out, in order of
 // key, with how many members were asked and how many answered: with fewer answers than were asked, keys whose holders were all silent
-// are missing.
+// are missing. While the view is quiet only the closest holders of each key tell it.
 func (r *Records) Scan(ctx context.Context, prefix string) (recs []Record, asked, answered int) {
-	recs, asked, answered = r.ScanAll(ctx, prefix)
+	if time.Since(time.Unix(0, r.changedAt.Load())) >= scanQuiet {
+		recs, asked, answered = r.scan(ctx, prefix, scanCopies)
+	}
+	if asked == 0 || answered < asked {
+		recs, asked, answered = r.ScanAll(ctx, prefix)
+	}
 	return slices.DeleteFunc(recs, func(rec Record) bool { return rec.Deleted }), asked, answered
 }
 
-// ScanAll is Scan with the deletions that are still remembered.
+// ScanAll is Scan of every copy that anybody has, with the deletions that are still remembered.
 func (r *Records) ScanAll(ctx context.Context, prefix string) (recs []Record, asked, answered int) {
+	return r.scan(ctx, prefix, 0)
+}
+
+func (r *Records) scan(ctx context.Context, prefix string, near uint32) (recs []Record, asked, answered int) {
 	ids := r.cfg.View.Alive()
 	var mu sync.Mutex
 	found := map[string]*Record{}
@@ -189,7 +205,7 @@ func (r *Records) ScanAll(ctx context.Context, prefix string) (recs []Record, as
 		wg.Go(func() {
 			lanes <- struct{}{}
 			defer func() { <-lanes }()
-			list, err := r.scanOne(ctx, id, prefix)
+			list, err := r.scanOne(ctx, id, prefix, near)
 			mu.Lock()
 			defer mu.Unlock()
 			for _, rec := range list {
@@ -223,11 +239,11 @@ func merge(found map[string]*Record, rec *Record) {
 	}
 }
 
-func (r *Records) scanOne(ctx context.Context, id peer.ID, prefix string) ([]*Record, error) {
+func (r *Records) scanOne(ctx context.Context, id peer.ID, prefix string, near uint32) ([]*Record, error) {
 	var list []*Record
 	after := ""
 	for {
-		a, err := r.ask(ctx, id, &wirev1.RecordAsk{Scan: &wirev1.RecordScan{Prefix: prefix, After: after}})
+		a, err := r.ask(ctx, id, &wirev1.RecordAsk{Scan: &wirev1.RecordScan{Prefix: prefix, After: after, Near: near}})
 		if err != nil {
 			return list, err
 		}

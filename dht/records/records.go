@@ -106,6 +106,7 @@ type Records struct {
 	subs       *subscribers
 	changed    chan struct{} // the view
 	generation atomic.Uint64
+	changedAt  atomic.Int64 // when the view changed last; Unix nanoseconds
 	cancel     func()
 	stats      stats
 
@@ -122,6 +123,7 @@ func Open(cfg Config) (*Records, error) {
 		return nil, err
 	}
 	r := &Records{cfg: cfg, validator: NewValidator(cfg.Member), subs: newSubscribers(), changed: make(chan struct{}, 1)}
+	r.changedAt.Store(time.Now().UnixNano())
 	l, err := openLocal(cfg.Store)
 	if err != nil {
 		return nil, err
@@ -129,6 +131,7 @@ func Open(cfg Config) (*Records, error) {
 	r.local = l
 	r.cancel = cfg.View.OnChange(func() {
 		r.generation.Add(1)
+		r.changedAt.Store(time.Now().UnixNano())
 		select {
 		case r.changed <- struct{}{}:
 		default:

@@ -489,3 +489,47 @@ func TestAFullNodeRefusesNewKeysOnly(t *testing.T) {
 		}
 	}, func(c *Config) { c.Low = func() bool { return low } })
 }
+
+// While nothing changes, a scan moves two copies of each record and finds all the same; where the holders that should tell are silent, it asks
+// for all copies.
+func TestAQuietScanMovesFewCopies(t *testing.T) {
+	inGrove(t, 12, func(t *testing.T, g *grove) {
+		const keys = 60
+		for i := range keys {
+			g.nodes[0].mustPut(fmt.Sprintf("/kb/own/app/a-%d", i), "x", 0)
+		}
+		moved := func(want int) (bytes uint64, asked, answered int) {
+			t.Helper()
+			before := uint64(0)
+			for _, nd := range g.nodes {
+				_, b := nd.end.Sent()
+				before += b
+			}
+			recs, asked, answered := g.nodes[3].Scan(ctx, "/kb/own/")
+			if len(recs) != want {
+				t.Errorf("%d records, want %d", len(recs), want)
+			}
+			for _, nd := range g.nodes {
+				_, b := nd.end.Sent()
+				bytes += b
+			}
+			return bytes - before, asked, answered
+		}
+		all, _, _ := moved(keys)
+		time.Sleep(scanQuiet + time.Second)
+		few, _, _ := moved(keys)
+		t.Logf("%d B with all copies, %d B with two", all, few)
+		if few > all*6/10 {
+			t.Errorf("%d B, with all copies %d", few, all)
+		}
+		first := g.closest("/kb/own/app/a-0", 2)
+		for _, i := range first {
+			if i != 3 && i != 0 {
+				g.kill(i, false)
+			}
+		}
+		if _, asked, answered := moved(keys); asked == answered {
+			t.Errorf("%d of %d answered", answered, asked)
+		}
+	})
+}

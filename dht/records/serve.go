@@ -3,6 +3,7 @@ package records
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
@@ -137,25 +138,47 @@ func (r *Records) serveGet(ctx context.Context, wanted []string) ([]*wirev1.Reco
 }
 
 func (r *Records) serveScan(ctx context.Context, scan *wirev1.RecordScan) (*wirev1.RecordScanAnswer, error) {
-	found, more := r.local.keysUnder(scan.GetPrefix(), scan.GetAfter(), maxItems)
-	a := &wirev1.RecordScanAnswer{More: more}
-	size := 0
-	for _, key := range found {
-		envelope, age, ok, err := r.local.read(ctx, key)
-		if err != nil {
-			r.stats.missed.Add(1)
-			return nil, err
+	a := &wirev1.RecordScanAnswer{}
+	size, after := 0, scan.GetAfter()
+	for {
+		found, more := r.local.keysUnder(scan.GetPrefix(), after, maxItems)
+		for _, key := range found {
+			after = key
+			if scan.GetNear() > 0 && !r.near(key, int(scan.GetNear())) {
+				continue
+			}
+			envelope, age, ok, err := r.local.read(ctx, key)
+			if err != nil {
+				r.stats.missed.Add(1)
+				return nil, err
+			}
+			if !ok {
+				continue
+			}
+			if size += len(envelope); size > scanBytes && len(a.Items) > 0 {
+				a.More = true
+				return a, nil
+			}
+			a.Items = append(a.Items, &wirev1.RecordItem{Envelope: envelope, AgeMs: ageOut(age)})
 		}
-		if !ok {
-			continue
-		}
-		if size += len(envelope); size > scanBytes && len(a.Items) > 0 {
-			a.More = true
+		if a.More = more; !more || len(a.Items) > 0 {
 			return a, nil
 		}
-		a.Items = append(a.Items, &wirev1.RecordItem{Envelope: envelope, AgeMs: ageOut(age)})
 	}
-	return a, nil
+}
+
+// near reports whether this node is among the n closest holders of a key that it holds.
+func (r *Records) near(key string, n int) bool {
+	replicas, _ := r.replication()
+	gen := r.generation.Load()
+	r.local.mu.Lock()
+	defer r.local.mu.Unlock()
+	e := r.local.entries[key]
+	if e == nil {
+		return false
+	}
+	holders := r.holdersOf(key, e, replicas, gen)
+	return slices.Contains(holders[:min(n, len(holders))], r.cfg.Self)
 }
 
 // Local returns the records that this node holds under a prefix, deletions left out, in order of key.

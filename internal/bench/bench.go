@@ -52,6 +52,7 @@ var benchmarks = map[string]struct {
 	"scale":     {"the protocol core of 1,000 nodes in memory and in virtual time: they join, lose a quarter at once, and settle", scale},
 	"swap":      {"hot swap of a component with 1 MiB of state under 2,000 calls/s: pause, failed and lost calls", swap},
 	"node":      {"a node: start until ready, memory, CPU and traffic while idle", node},
+	"traffic":   {"what nodes send while nothing happens, by cause: 25 processes, in profiles lan and wan", traffic},
 	"call":      {"an HTTP call through the gateway and the gate, beside the same call straight to the component's socket", call},
 }
 

@@ -40,6 +40,11 @@ cost: {move: 1}
 
 // newStand starts a cluster. end must be called, whatever newStand returns.
 func newStand(ctx context.Context, cfg Config, nodes int) (*stand, error) {
+	return newStandOf(ctx, cfg, nodes, "")
+}
+
+// newStandOf is newStand with another profile than the network's own; "": that one.
+func newStandOf(ctx context.Context, cfg Config, nodes int, profile string) (*stand, error) {
 	s := &stand{cfg: cfg}
 	var err error
 	if s.dir, err = os.MkdirTemp("", "cop"); err != nil {
@@ -52,7 +57,11 @@ func newStand(ctx context.Context, cfg Config, nodes int) (*stand, error) {
 	if err != nil {
 		return s, err
 	}
-	if s.cluster, err = cluster.New(cluster.Config{Binary: cfg.Binary, Dir: s.dir, Network: net, Nodes: nodes}); err != nil {
+	args := func(int) []string { return nil }
+	if profile != "" {
+		args = func(int) []string { return []string{"--profile", profile} }
+	}
+	if s.cluster, err = cluster.New(cluster.Config{Binary: cfg.Binary, Dir: s.dir, Network: net, Nodes: nodes, Args: args}); err != nil {
 		return s, errors.Join(err, net.Close())
 	}
 	cfg.say("%d nodes on %s", nodes, net.Kind())

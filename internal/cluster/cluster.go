@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -67,7 +68,10 @@ func (c *Cluster) Node(name string) *Node {
 	return nil
 }
 
-// Up starts the first node, has it make a token, and starts the others with it at the same time. It returns when all are ready.
+// atOnce is how many nodes join at the same time; a node refuses more newcomers at once than it has room for.
+const atOnce = 8
+
+// Up starts the first node, has it make a token, and starts the others with it, some at the same time. It returns when all are ready.
 func (c *Cluster) Up(ctx context.Context) error {
 	if err := c.Nodes[0].Start(ctx); err != nil {
 		return err
@@ -83,7 +87,12 @@ func (c *Cluster) Up(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("make a token: %w", err)
 	}
-	return Each(c.Nodes[1:], func(n *Node) error { return n.Start(ctx, "--join", tok.GetToken()) })
+	for some := range slices.Chunk(c.Nodes[1:], atOnce) {
+		if err := Each(some, func(n *Node) error { return n.Start(ctx, "--join", tok.GetToken()) }); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Each does something with several nodes at the same time.

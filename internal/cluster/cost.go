@@ -7,10 +7,11 @@ import (
 
 // Cost is what a node process takes, the mean over the nodes.
 type Cost struct {
-	RSS     float64 // MiB
-	CPU     float64 // percent of a core
-	Bytes   float64 // sent per second over its link
-	Counted bool    // Bytes is known
+	RSS       float64   // MiB
+	CPU       float64   // percent of a core
+	Bytes     float64   // sent per second over its link
+	EachBytes []float64 // a second, of each node in the order of Alive
+	Counted   bool      // Bytes is known
 }
 
 // Idle measures the running nodes' processes, without their components', over a time.
@@ -52,6 +53,7 @@ func (c *Cluster) Idle(ctx context.Context, over time.Duration) (Cost, error) {
 		out.RSS += float64(p.use.RSS) / (1 << 20) / k
 		out.CPU += (p.use.CPU - b.use.CPU).Seconds() / span * 100 / k
 		out.Bytes += float64(p.sent-b.sent) / span / k
+		out.EachBytes = append(out.EachBytes, float64(p.sent-b.sent)/span)
 	}
 	return out, nil
 }

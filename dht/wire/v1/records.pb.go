@@ -583,7 +583,9 @@ type RecordScan struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Prefix string                 `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
 	// after: only keys greater than this one.
-	After         string `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`
+	After string `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`
+	// near: only keys of which the answerer is among so many closest members; 0: all that it holds.
+	Near          uint32 `protobuf:"varint,3,opt,name=near,proto3" json:"near,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -630,6 +632,13 @@ func (x *RecordScan) GetAfter() string {
 		return x.After
 	}
 	return ""
+}
+
+func (x *RecordScan) GetNear() uint32 {
+	if x != nil {
+		return x.Near
+	}
+	return 0
 }
 
 type RecordScanAnswer struct {
@@ -833,11 +842,12 @@ const file_dht_wire_v1_records_proto_rawDesc = "" +
 	"\x04FULL\x10\x05\"X\n" +
 	"\vRecordOffer\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x127\n" +
-	"\aversion\x18\x02 \x01(\v2\x1d.coppice.dht.v1.RecordVersionR\aversion\":\n" +
+	"\aversion\x18\x02 \x01(\v2\x1d.coppice.dht.v1.RecordVersionR\aversion\"N\n" +
 	"\n" +
 	"RecordScan\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x14\n" +
-	"\x05after\x18\x02 \x01(\tR\x05after\"X\n" +
+	"\x05after\x18\x02 \x01(\tR\x05after\x12\x12\n" +
+	"\x04near\x18\x03 \x01(\rR\x04near\"X\n" +
 	"\x10RecordScanAnswer\x120\n" +
 	"\x05items\x18\x01 \x03(\v2\x1a.coppice.dht.v1.RecordItemR\x05items\x12\x12\n" +
 	"\x04more\x18\x02 \x01(\bR\x04more\"\"\n" +

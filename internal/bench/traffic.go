@@ -1,0 +1,129 @@
+package bench
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coppice-project/coppice/internal/cluster"
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+const (
+	trafficNodes = 25
+	// trafficAfter is how long nodes settle: newcomers may vote after a minute, and then the voters change one by one.
+	trafficAfter  = 90 * time.Second
+	trafficSample = 20 * time.Second
+	// What a write costs on a quiet link besides its bytes, by count: a frame of yamux (12), a record of TLS 1.3 (5 + 16 + 1), and the headers of
+	// a segment (Ethernet 14, IPv4 20, TCP with time stamps 32).
+	perWrite = 12 + 22 + perSegment
+	// perSegment is also what an acknowledgement without bytes costs.
+	perSegment = 14 + 20 + 32
+)
+
+// traffic measures what nodes send while nothing happens, by cause, in both profiles.
+func traffic(ctx context.Context, cfg Config) ([]Result, error) {
+	var out []Result
+	for _, profile := range []string{"lan", "wan"} {
+		res, err := realTraffic(ctx, cfg, profile)
+		out = append(out, res...)
+		if err != nil {
+			return out, fmt.Errorf("profile %s: %w", profile, err)
+		}
+	}
+	return out, nil
+}
+
+func realTraffic(ctx context.Context, cfg Config, profile string) (_ []Result, err error) {
+	s, err := newStandOf(ctx, cfg, trafficNodes, profile)
+	defer func() { err = s.end(err) }()
+	if err != nil {
+		return nil, err
+	}
+	cfg.say("profile %s: %d nodes settle for %s", profile, trafficNodes, trafficAfter)
+	if err := cluster.Sleep(ctx, trafficAfter); err != nil {
+		return nil, err
+	}
+	before, err := s.traffic(ctx)
+	if err != nil {
+		return nil, err
+	}
+	begun := time.Now()
+	cost, err := s.cluster.Idle(ctx, trafficSample)
+	if err != nil {
+		return nil, err
+	}
+	after, err := s.traffic(ctx)
+	if err != nil {
+		return nil, err
+	}
+	what := fmt.Sprintf("%s, %d nodes", profile, trafficNodes)
+	var out []Result
+	if cost.Counted {
+		all := summary(what+": sent by a node, all framing included", "B/s", cost.EachBytes)
+		out = append(out, mean(what+": sent by a node, all framing included, mean", "B/s", cost.EachBytes), all)
+		leads, err := s.leaderIndex(ctx)
+		if err != nil {
+			return out, err
+		}
+		out = append(out, summary(what+": sent by the leader", "B/s", []float64{cost.EachBytes[leads]}))
+	}
+	out = append(out, causes(what, before, after, time.Since(begun))...)
+	return append(out, mean(what+": CPU of a node, mean", "% of a core", []float64{cost.CPU})), nil
+}
+
+// mean is a figure whose median is the mean of the samples.
+func mean(name, unit string, samples []float64) Result {
+	r := summary(name, unit, samples)
+	sum := 0.0
+	for _, x := range samples {
+		sum += x
+	}
+	if len(samples) > 0 {
+		r.Median = round(sum / float64(len(samples)))
+	}
+	return r
+}
+
+// leaderIndex is the place among the nodes of the one that leads the arbiter.
+func (s *stand) leaderIndex(ctx context.Context) (at int, err error) {
+	err = cluster.WaitFor(ctx, 30*time.Second, "a leader", func(ctx context.Context) (bool, error) {
+		c, err := s.cluster.Nodes[0].Client()
+		if err != nil {
+			return false, err
+		}
+		st, err := c.Status(ctx, &apiv1.StatusRequest{})
+		at = slices.Index(s.cluster.Nodes, s.cluster.Node(st.GetArbiter().GetLeader()))
+		return err == nil && at >= 0, err
+	})
+	return at, err
+}
+
+// causes tells for each protocol what a node sent on average between two looks, framing by count included, the costliest first.
+func causes(what string, before, after map[string]map[string]flow, span time.Duration) []Result {
+	var out []Result
+	all := 0
+	for _, nodes := range after {
+		all = max(all, len(nodes))
+	}
+	for protocol, nodes := range after {
+		var sent []float64
+		bytes, writes := 0.0, 0.0
+		for node, f := range nodes {
+			b := before[protocol][node]
+			sent = append(sent, (f.bytes-b.bytes+(f.writes-b.writes)*perWrite)/span.Seconds())
+			bytes += (f.bytes - b.bytes) / span.Seconds() / float64(all)
+			writes += (f.writes - b.writes) / span.Seconds() / float64(all)
+		}
+		sent = append(sent, make([]float64, all-len(nodes))...) // the others do not speak it
+		r := mean(fmt.Sprintf("%s: of that %s: %.0f B in %.2f writes a second, with framing", what, strings.TrimPrefix(protocol, "/coppice/"), bytes, writes), "B/s", sent)
+		if r.Max > 0 {
+			out = append(out, r)
+		}
+	}
+	slices.SortFunc(out, func(a, b Result) int { return cmp.Compare(b.Median, a.Median) })
+	return out
+}
