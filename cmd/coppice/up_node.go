@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -18,8 +19,15 @@ import (
 
 // This file is the seam to package node: everything else of the command line knows only these three functions.
 
+// gcPercent trades a little CPU for memory: a node's live heap is small, and what lies unused of it after a storm of calls is not given back
+// soon. In the demo it is 75 MiB instead of 88 (coppice demo, last step; GOGC=100 for the other).
+const gcPercent = 50
+
 // runUp runs a node until ctx ends or it is told to stop, and calls ready once when it serves.
 func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(readyInfo) error) error {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	nc := node.Config{
 		Data: cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
 		Labels: cfg.Labels, Capacity: node.Capacity{CPUMillis: cfg.CPUMillis, MemoryBytes: cfg.MemoryBytes, DiskBytes: cfg.DiskBytes}, Plugins: cfg.Plugins,
