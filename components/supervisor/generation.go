@@ -322,7 +322,8 @@ func (s *Supervisor) cutFor(eff *components.Effective) func() bool {
 // holders names the nodes that keep this instance's checkpoints.
 func (i *instance) holders() ([]peer.ID, int) { return i.sup.holdersOf(i.key) }
 
-// holdersOf names the nodes that keep an instance's checkpoints: this one, then its successors, then those closest to its key.
+// holdersOf names the nodes that keep an instance's checkpoints: this one, then its successors, then those closest to its key. Where all of
+// these are in this node's zone and another zone has a node, the last of them gives way to that: the loss of a zone must not take all copies.
 func (s *Supervisor) holdersOf(key string) ([]peer.ID, int) {
 	to := []peer.ID{s.cfg.Self}
 	add := func(id peer.ID) {
@@ -343,7 +344,25 @@ func (s *Supervisor) holdersOf(key string) ([]peer.ID, int) {
 	for _, m := range s.cfg.Members.Closest(key, 2*replicas, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
 		add(m.ID)
 	}
+	s.spread(key, to)
 	return to, len(to)/2 + 1
+}
+
+// spread has one of the holders be in another zone than this node, which is the first of them.
+func (s *Supervisor) spread(key string, to []peer.ID) {
+	self, ok := s.cfg.Members.Member(s.cfg.Self)
+	if !ok || self.Zone == "" || len(to) < replicas {
+		return
+	}
+	elsewhere := func(m members.Member) bool { return m.Zone != "" && m.Zone != self.Zone }
+	for _, id := range to[1:] {
+		if m, ok := s.cfg.Members.Member(id); ok && elsewhere(m) {
+			return
+		}
+	}
+	for _, m := range s.cfg.Members.Closest(key, 1, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder && elsewhere(m) }) {
+		to[len(to)-1] = m.ID
+	}
 }
 
 func (s *Supervisor) isAlive(id peer.ID) bool {

@@ -110,6 +110,36 @@ func TestDrillOfAZone(t *testing.T) {
 	}
 }
 
+// Three nodes are in one zone and two in another: wherever the component runs, a copy of its state is in the other zone, too, and it goes on there
+// when all nodes of its own are killed.
+func TestCopiesAreSpreadOverZones(t *testing.T) {
+	zones := map[string]string{"n1": "attic", "n2": "attic", "n3": "attic", "n4": "cellar", "n5": "cellar"}
+	g := seedIn(t, clustertest.Config{Nodes: 5, Args: func(i int) []string { return []string{"--zone", zones[fmt.Sprint("n", i)]} }})
+	must(t, g.Up(t.Context()))
+	g.waitVoters()
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, counterApp)
+	spread := func(in *apiv1.Instance) error {
+		for _, h := range in.GetReplicas() {
+			if zones[h] != zones[in.GetNode()] {
+				return nil
+			}
+		}
+		return fmt.Errorf("on %s with copies on %v", in.GetNode(), in.GetReplicas())
+	}
+	for i, node := range []string{"n1", "n4", "n2", "n5"} {
+		g.moveTo(n1, "tally/counter-0", node)
+		g.addAt(n1, fmt.Sprint("spread/", i), 1)
+		g.running(n1, "tally/counter-0", spread)
+	}
+	g.moveTo(n1, "tally/counter-0", "n5")
+	g.addAt(n1, "spread/last", 1)
+	g.running(n1, "tally/counter-0", spread)
+	must(t, cluster.Each(g.Nodes[3:], func(n *cluster.Node) error { _, err := n.Kill(); return err })) // two of five voters: the others decide
+	g.shows(n1, 5)
+}
+
 // Of two nodes the loss of the primary's power would stop writes and that of the secondary's would not; a process that is killed is survived
 // by either.
 func TestDrillOfTwoNodes(t *testing.T) {
