@@ -51,6 +51,7 @@ func (s *Supervisor) onMember(c members.Change) {
 		s.deaths[c.New.ID] = death{
 			node: c.New.ID, name: c.New.Name, boot: boot, reboot: reboot && !gone, evidence: c.New.Evidence, at: time.Now(),
 			silent: gone && c.Trigger != "refused" && c.Trigger != "goodbye", planned: c.New.State == members.Left,
+			since: s.lease.boot(),
 		}
 	case dead && c.New.State.Running() && c.New.Boot == d.boot:
 		delete(s.deaths, c.New.ID) // it was alive all the time
@@ -67,6 +68,7 @@ type death struct {
 	planned  bool // it said goodbye
 	evidence string
 	at       time.Time
+	since    time.Duration // boot time of its finding
 }
 
 // succession is the taking over of one epoch whose owner has died, as this node sees it.
@@ -143,7 +145,7 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 			wait += rebootGrace
 		}
 		left := wait - time.Since(d.at)
-		if !s.lease.holds() || d.silent && !s.lease.steady() {
+		if !s.lease.holds() || d.silent && !s.lease.steady(d.since) {
 			// Perhaps it is this node that is cut off. A claim would wait for the arbiter until the cut heals, and then take from nodes that
 			// live: the others get the time to contradict.
 			left = max(left, 20*time.Millisecond)

@@ -26,6 +26,10 @@ const (
 	// for a while again (members tell each other within a heartbeat): what it holds against others in silence counts for nothing.
 	awayFor   = 1500 * time.Millisecond
 	steadyFor = 300 * time.Millisecond
+	// strangeFor: what a node found while it was away, and held for so long without the arbiter, needs more: others that it held dead as long must
+	// first be met again (dht/members: connections, an exchange, a round of news).
+	strangeFor  = 500 * time.Millisecond
+	reunitedFor = 1500 * time.Millisecond
 )
 
 // lease is a node's right to serve what it owns, by what it heard. It is no proof: a leader that was deposed and does not know it yet, or wakes from
@@ -73,9 +77,13 @@ func (l *lease) holds() bool {
 // starved says whether this node itself ran late of late.
 func (l *lease) starved() bool { return l.boot()-time.Duration(l.late.Load()) < lateFor }
 
-// steady says whether this node has been in touch with the arbiter for a while.
-func (l *lease) steady() bool {
-	return l.holds() && l.boot()-time.Duration(l.away.Load()) > steadyFor && l.touch() < awayFor
+// steady says whether this node has been in touch with the arbiter for long enough to act on a silence that it found at a time of its boot clock.
+func (l *lease) steady(found time.Duration) bool {
+	away, wait := time.Duration(l.away.Load()), steadyFor
+	if away-found > strangeFor {
+		wait = reunitedFor
+	}
+	return l.holds() && l.boot()-away > wait && l.touch() < awayFor
 }
 
 // doubt has the ownership confirmed before anything is served again: others have given this node up.
