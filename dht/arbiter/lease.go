@@ -158,7 +158,7 @@ type leases struct {
 	keys  map[string]*leased
 	// current says that the machine has seen everything from before the term.
 	current bool
-	// flight counts the entries under way, by register, that may end an epoch.
+	// flight counts the entries under way, by leased register, that may end or begin an epoch.
 	flight map[string]int
 }
 
@@ -340,7 +340,7 @@ type admission struct {
 	term   uint64
 	waits  map[int]*wirev1.ArbiterResult // by command: not proposed
 	claims []taken                       // of the others
-	keys   map[string]bool               // of the registers of which the others may end an epoch
+	keys   map[string]bool               // of the leased registers of which the others may end or begin an epoch
 	behind bool                          // what becomes of a register is being decided
 }
 
@@ -351,7 +351,7 @@ type taken struct {
 }
 
 // admit decides which commands of an entry may be proposed now. The epochs that they end are revoked when it returns. settle is called
-// when their fate is known. Of one register one entry is decided about at a time: what is not applied yet tells nothing of whose lease
+// when their fate is known. Of one leased register one entry is decided about at a time: what is not applied yet tells nothing of whose lease
 // the next one would have to wait for.
 func (l *leases) admit(r *raft.Raft, e *wirev1.ArbiterEntry) (*admission, bool) {
 	ad := &admission{l: l, waits: map[int]*wirev1.ArbiterResult{}, keys: map[string]bool{}}
@@ -388,7 +388,11 @@ func (l *leases) admitCommand(ad *admission, st *viewState, i int, cmd *wirev1.A
 	var ends []taken
 	var longest time.Duration
 	key := ""
+	var leasable []string
 	for _, p := range parts {
+		if l.mayBeLeased(st, p) {
+			leasable = append(leasable, p.key)
+		}
 		if l.flight[p.key] > 0 {
 			ad.behind = true
 			return
@@ -421,10 +425,18 @@ func (l *leases) admitCommand(ad *admission, st *viewState, i int, cmd *wirev1.A
 	for _, t := range ends {
 		t.lease.claims++
 	}
-	for _, p := range parts {
-		ad.keys[p.key] = true
+	for _, key := range leasable {
+		ad.keys[key] = true
 	}
 	ad.claims = append(ad.claims, ends...)
+}
+
+// mayBeLeased says whether a register is leased before or after a command.
+func (l *leases) mayBeLeased(st *viewState, p ending) bool {
+	if reg := treeGet(st.tree, p.key); reg != nil && l.a.cfg.Leased(p.key, reg.Body) {
+		return true
+	}
+	return p.claim != nil && l.a.cfg.Leased(p.key, p.claim.GetBody())
 }
 
 // wait has a command not proposed now.
