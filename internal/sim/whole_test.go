@@ -44,8 +44,9 @@ const (
 	protoGate = protocol.ID("/sim/gate/1")
 	// lapse is when a component's process ends itself because its node does not grant its lease.
 	lapse = 2 * time.Second
-	// collectAfter is the collector's grace in the simulation: longer than any fault lasts, as ten minutes are longer than any real upload.
-	collectAfter = 9 * time.Second
+	// collectAfter is the collector's grace in the simulation: longer than faults that follow on each other keep a commit waiting (a split, the
+	// leader's death and flapping took 9 s: whole/120), as ten minutes are longer than any real upload.
+	collectAfter = 15 * time.Second
 	// ownedWithin is when every instance must be served again after healing: reconnected (netTimeout), found dead (1.6 s), the lease of the
 	// last owner waited for (3.1 s), and 5 s.
 	ownedWithin = netTimeout + 1600*time.Millisecond + 3100*time.Millisecond + 5*time.Second
