@@ -16,7 +16,7 @@ import (
 )
 
 func (c *cli) benchCmd() *cobra.Command {
-	var runs int
+	var runs, nodes int
 	var about strings.Builder
 	for _, n := range bench.Names() {
 		fmt.Fprintf(&about, "  %-10s %s\n", n, bench.About(n))
@@ -31,13 +31,14 @@ func (c *cli) benchCmd() *cobra.Command {
 			"coppice bench swap --runs 20 -o json", "for a script",
 			"coppice bench all", ""),
 		min: 1, max: 1, args: func(context.Context, []string) []string { return append(bench.Names(), "all") },
-		run: func(ctx context.Context, args []string) error { return c.bench(ctx, args[0], runs) },
+		run: func(ctx context.Context, args []string) error { return c.bench(ctx, args[0], runs, nodes) },
 	})
 	cmd.Flags().IntVar(&runs, "runs", 10, "samples of each figure")
+	cmd.Flags().IntVar(&nodes, "nodes", 0, "of scale (default 200, which take 2 GiB of memory; it grows with their square)")
 	return cmd
 }
 
-func (c *cli) bench(ctx context.Context, what string, runs int) error {
+func (c *cli) bench(ctx context.Context, what string, runs, nodes int) error {
 	names := []string{what}
 	if what == "all" {
 		names = slices.DeleteFunc(bench.Names(), func(n string) bool { return n == "scale" }) // which takes many minutes
@@ -47,6 +48,9 @@ func (c *cli) bench(ctx context.Context, what string, runs int) error {
 	if runs < 1 || runs > 1000 {
 		return usagef("--runs %d: want 1 to 1000", runs)
 	}
+	if nodes != 0 && (nodes < 8 || what != "scale") {
+		return usagef("--nodes %d: it is for scale, and at least 8", nodes)
+	}
 	bin, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this binary: %w", err)
@@ -54,7 +58,7 @@ func (c *cli) bench(ctx context.Context, what string, runs int) error {
 	if err := cluster.EnterUserNamespace(bin); err != nil {
 		return err
 	}
-	cfg := bench.Config{Binary: bin, Runs: runs, Progress: c.err}
+	cfg := bench.Config{Binary: bin, Runs: runs, Nodes: nodes, Progress: c.err}
 	if c.json() {
 		cfg.Progress = io.Discard
 	}

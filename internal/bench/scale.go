@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -26,8 +27,8 @@ import (
 )
 
 const (
-	scaleNodes = 1000
-	scaleLost  = 4 // one in so many is lost at once
+	scaleNodes = 200 // unless Config.Nodes says otherwise
+	scaleLost  = 4   // one in so many is lost at once
 	// joining is the time in which all nodes come, evenly.
 	joining = 20 * time.Second
 	// scaleIdle is how long traffic is counted while nothing happens.
@@ -39,7 +40,7 @@ const (
 // ScaleCommand is the command of the binary that is the process of the scale benchmark.
 const ScaleCommand = "__scale"
 
-// scale runs the protocol core of a thousand nodes in a process of its own and in virtual time: members and arbiter, the code that nodes run,
+// scale runs the protocol core of many nodes in a process of its own and in virtual time: members and arbiter, the code that nodes run,
 // over a network and disks in memory. Times are what the protocols take where a message takes 250 µs and computing takes nothing.
 func scale(ctx context.Context, cfg Config) ([]Result, error) {
 	r, w, err := os.Pipe()
@@ -47,7 +48,7 @@ func scale(ctx context.Context, cfg Config) ([]Result, error) {
 		return nil, fmt.Errorf("scale: %w", err)
 	}
 	defer r.Close()
-	cmd := exec.CommandContext(ctx, cfg.Binary, ScaleCommand)
+	cmd := exec.CommandContext(ctx, cfg.Binary, ScaleCommand, strconv.Itoa(max(cfg.Nodes, 0)))
 	cmd.Stderr, cmd.ExtraFiles = cfg.Progress, []*os.File{w}
 	err = cmd.Start()
 	if err = errors.Join(err, w.Close()); err != nil {
@@ -73,12 +74,18 @@ type scaled struct {
 
 // ServeScale is the process of the scale benchmark; it does not return. Only tests have virtual time in the standard library, so it is one.
 func ServeScale() {
+	nodes := scaleNodes
+	if len(os.Args) > 2 {
+		if n, err := strconv.Atoi(os.Args[2]); err == nil && n > 0 {
+			nodes = n
+		}
+	}
 	os.Args = os.Args[:1]
 	testing.Main(func(string, string) (bool, error) { return true, nil }, []testing.InternalTest{{Name: "scale", F: func(t *testing.T) {
 		var out scaled
 		synctest.Test(t, func(t *testing.T) {
 			var err error
-			if out.Results, err = simulate(context.Background(), Config{Progress: os.Stderr}, scaleNodes); err != nil {
+			if out.Results, err = simulate(context.Background(), Config{Progress: os.Stderr}, nodes); err != nil {
 				out.Error = err.Error()
 			}
 		})
