@@ -384,8 +384,9 @@ func (n *simNode) thaw()   { n.clock.cont(); n.w.net.Thaw(n.id) }
 
 // testShell is an instance's membrane, reachable through the node's router.
 type testShell struct {
-	n *simNode
-	m *membrane.Membrane
+	n      *simNode
+	m      *membrane.Membrane
+	router *membrane.Router // of its node's life, which may have begun another one when it is closed
 
 	mu    sync.Mutex
 	creds map[string]bool // true: allowed
@@ -394,13 +395,13 @@ type testShell struct {
 func (n *simNode) newShell(instance string, _ *components.Effective, hooks Hooks) (Shell, error) {
 	m := membrane.New(membrane.Config{Instance: instance, Serving: hooks.Serving, OnStale: func(membrane.Token) { hooks.Stale() }, OnHung: hooks.Hung})
 	n.router.Add(m)
-	return &testShell{n: n, m: m, creds: map[string]bool{}}, nil
+	return &testShell{n: n, m: m, router: n.router, creds: map[string]bool{}}, nil
 }
 
 func (s *testShell) Membrane() *membrane.Membrane     { return s.m }
 func (s *testShell) NodeSocket() string               { return "" }
 func (s *testShell) Bind(*components.Effective) error { return nil }
-func (s *testShell) Close()                           { s.n.router.Remove(s.m.Instance()) }
+func (s *testShell) Close()                           { s.router.Remove(s.m.Instance()) }
 
 func (s *testShell) Credential() string {
 	s.mu.Lock()
