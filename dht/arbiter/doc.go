@@ -32,7 +32,7 @@
 // votes of the node for good, visibly in Status (never skipped). A node whose disk was emptied, copied or rolled back is refused
 // (ErrRolledBack). Nothing of a lower incarnation is accepted once a higher one was met; that it was met is on disk first (I8). While the rule
 // of two nodes holds no vote changes (I7). Raft's TrailingLogs keeps its default: with a small one a follower can be sent an older snapshot
-// than it has, which the library installs; the transport refuses such snapshots as well.
+// than it has, which the library installs; the transport keeps such snapshots from it as well (transport.go).
 //
 // # Goroutines
 //

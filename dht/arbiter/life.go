@@ -144,6 +144,13 @@ func (a *Arbiter) startRaft() (*raft.Raft, error) {
 			return max(x.AppliedIndex(), a.fsm.applied.Load())
 		}
 		return 0
+	}, func(index uint64) bool {
+		var l raft.Log
+		err := a.disk.GetLog(index, &l)
+		if x := r.Load(); x != nil && x.LastIndex() == index {
+			return true // raft knows the term of its last entry, also when only a snapshot has it
+		}
+		return !errors.Is(err, raft.ErrLogNotFound)
 	})
 	a.disk.guard.raft.Store(true)
 	x, err := raft.NewRaft(a.raftConfig(), a.fsm, a.disk, a.disk, a.disk, trans)

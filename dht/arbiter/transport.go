@@ -2,7 +2,6 @@ package arbiter
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"sync"
 	"time"
@@ -15,8 +14,8 @@ import (
 	"github.com/coppice-project/coppice/internal/planted"
 )
 
-// transport is raft's network transport over peers with what the library leaves out: it refuses snapshots that are older than what is
-// applied (the library would go back and then panic), keeps book of what each follower acknowledged, retries a request once when a
+// transport is raft's network transport over peers with what the library leaves out: it keeps snapshots that are older than what is
+// applied from being installed (the library would go back and then panic), keeps book of what each follower acknowledged, retries a request once when a
 // pooled stream was stale, and lets the node start an election in itself.
 type transport struct {
 	*raft.NetworkTransport
@@ -24,8 +23,9 @@ type transport struct {
 	rpcs  chan raft.RPC // what raft consumes
 	stop  chan struct{}
 	done  chan struct{}
-	// applied is raft's applied index, set once raft is there.
+	// applied is raft's applied index, and inLog says whether raft's log, or its end, holds an entry; set once raft is there.
 	applied func() uint64
+	inLog   func(index uint64) bool
 	timeout time.Duration
 	ids     *idCache
 
@@ -60,9 +60,9 @@ func newTransport(p peers.Peers, self peer.ID, d door, timeout time.Duration, lo
 	return t
 }
 
-// start forwards requests to raft, but for those that the guard refuses.
-func (t *transport) start(applied func() uint64) {
-	t.applied = applied
+// start forwards requests to raft, but for those that the guard answers.
+func (t *transport) start(applied func() uint64, inLog func(index uint64) bool) {
+	t.applied, t.inLog = applied, inLog
 	go t.forward()
 }
 
@@ -71,8 +71,8 @@ func (t *transport) forward() {
 	for {
 		select {
 		case rpc := <-t.NetworkTransport.Consumer():
-			if err := t.guard(rpc); err != nil {
-				rpc.Respond(&raft.InstallSnapshotResponse{}, err)
+			if resp, err := t.guard(rpc); resp != nil || err != nil {
+				rpc.Respond(resp, err)
 				continue
 			}
 			select {
@@ -86,24 +86,53 @@ func (t *transport) forward() {
 	}
 }
 
-// guard refuses an InstallSnapshot that would take this node back, or whose configuration cannot be read.
-func (t *transport) guard(rpc raft.RPC) error {
-	req, ok := rpc.Command.(*raft.InstallSnapshotRequest)
-	if !ok {
+// guard answers in raft's stead what the library would do wrongly, and mends requests that it would refuse for ever; raft decides about
+// the rest. What is applied is committed, so that a leader's log holds the same (Ongaro & Ousterhout, "In Search of an Understandable
+// Consensus Algorithm", §5.4.3, Leader Completeness). Therefore:
+//   - a snapshot that is not newer than what is applied is acknowledged, not installed (ibid., figure 13, rule 6): the library would take
+//     the node back. Were it refused instead, a leader whose first snapshot arrived while the answer was lost would send it for ever.
+//   - entries after one that is applied and compacted away are taken without comparing it: the library refuses them, its leader steps
+//     back to the snapshot before, which is acknowledged as above, and so on.
+//   - nothing is taken as committed that the request does not reach (ibid., figure 2, AppendEntries rule 5): the library counts to the end
+//     of the node's own log, where entries of another leader may stand yet.
+func (t *transport) guard(rpc raft.RPC) (resp any, err error) {
+	switch req := rpc.Command.(type) {
+	case *raft.InstallSnapshotRequest:
+		if planted.Bug("snapshot-older") {
+			return nil, nil
+		}
+		if _, err := decodeConfiguration(req.Configuration); err != nil {
+			return &raft.InstallSnapshotResponse{RPCHeader: t.header()}, errors.Join(err, drain(rpc.Reader))
+		}
+		if req.LastLogIndex > t.applied() {
+			return nil, nil
+		}
+		// A leader of a term that is over may be told so too: its snapshot is of committed entries all the same.
+		return &raft.InstallSnapshotResponse{RPCHeader: t.header(), Term: req.Term, Success: true}, drain(rpc.Reader)
+	case *raft.AppendEntriesRequest:
+		req.LeaderCommitIndex = min(req.LeaderCommitIndex, req.PrevLogEntry+uint64(len(req.Entries)))
+		if applied := t.applied(); req.PrevLogEntry > 0 && req.PrevLogEntry <= applied && !t.inLog(req.PrevLogEntry) {
+			afterApplied(req, applied)
+		}
+	}
+	return nil, nil
+}
+
+// drain reads a snapshot to its end, or the next request on the stream would be read out of its middle.
+func drain(r io.Reader) error {
+	if r == nil {
 		return nil
 	}
-	if planted.Bug("snapshot-older") {
-		return nil
-	}
-	_, err := decodeConfiguration(req.Configuration)
-	if applied := t.applied(); err == nil && req.LastLogIndex <= applied {
-		err = fmt.Errorf("snapshot up to %d refused: applied up to %d already", req.LastLogIndex, applied)
-	}
-	if err != nil && rpc.Reader != nil {
-		_, drained := io.Copy(io.Discard, rpc.Reader) // or the next request on the stream would be read out of its middle
-		err = errors.Join(err, drained)
-	}
+	_, err := io.Copy(io.Discard, r)
 	return err
+}
+
+// afterApplied cuts from a request what is applied already, the entry before the first to compare included.
+func afterApplied(req *raft.AppendEntriesRequest, applied uint64) {
+	req.PrevLogEntry, req.PrevLogTerm = 0, 0 // raft compares nothing with entry 0
+	for len(req.Entries) > 0 && req.Entries[0].Index <= applied {
+		req.Entries = req.Entries[1:]
+	}
 }
 
 // Consumer implements raft.Transport.

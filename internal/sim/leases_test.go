@@ -210,7 +210,9 @@ func (o *owner) renew(ctx context.Context, keep, drop []arbiter.LeaseKey) {
 	if err != nil {
 		return
 	}
+	o.g.held.Lock()
 	o.g.count.Answers++
+	o.g.held.Unlock()
 	for _, k := range got.Held {
 		o.g.acting(o.l, k, got)
 	}
