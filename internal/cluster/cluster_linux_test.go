@@ -97,8 +97,8 @@ func TestNamespacesAreLinked(t *testing.T) {
 	if err != nil {
 		t.Skip(err)
 	}
-	ping := func(from int) error {
-		cmd := exec.Command(bash, "-c", "timeout 0.5 bash -c '</dev/tcp/10.77.0.2/1'")
+	ping := func(from int, wait string) error {
+		cmd := exec.Command(bash, "-c", "timeout "+wait+" bash -c '</dev/tcp/10.77.0.2/1'")
 		var out strings.Builder
 		cmd.Stderr = &out
 		if err := n.Start(from, cmd); err != nil {
@@ -111,21 +111,21 @@ func TestNamespacesAreLinked(t *testing.T) {
 	}
 	// A refusal has come from the other node's kernel: it is reached.
 	for _, from := range []int{0, 1} {
-		if err := ping(from); err == nil || !strings.Contains(err.Error(), "refused") {
+		if err := ping(from, "20"); err == nil || !strings.Contains(err.Error(), "refused") {
 			t.Errorf("from %d: %v", from, err)
 		}
 	}
 	if err := n.Cut(2); err != nil {
 		t.Fatal(err)
 	}
-	if err := ping(1); err == nil || strings.Contains(err.Error(), "refused") {
+	if err := ping(1, "0.5"); err == nil || strings.Contains(err.Error(), "refused") {
 		t.Errorf("over a cut link: %v", err)
 	}
 	if err := n.Heal(2); err != nil {
 		t.Fatal(err)
 	}
-	if err := WaitFor(t.Context(), 5*time.Second, "the link", func(context.Context) (bool, error) {
-		err := ping(1)
+	if err := WaitFor(t.Context(), 20*time.Second, "the link", func(context.Context) (bool, error) {
+		err := ping(1, "1")
 		return err != nil && strings.Contains(err.Error(), "refused"), nil
 	}); err != nil {
 		t.Error(err)
