@@ -73,6 +73,7 @@ func (g *grove) value(via *cluster.Node, component, key string) string {
 // and the components go on from the state of the backup: with all that was answered before it began, and nothing that began after it was
 // made. What is handed to the outside world is above all that was handed out before.
 func TestRestoreClusterFromABackup(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1, n2 := g.Nodes[0], g.Nodes[1]
 	g.push(n1, component(t, "counter", "1.0.0"), component(t, "kv", "1.0.0"))

@@ -44,6 +44,7 @@ func (signed) Select(_ string, values [][]byte) (int, error) {
 // A program that has nothing but kad-dht, the prefix and a client's certificate finds in the DHT who owns an instance and where its last
 // checkpoint lies.
 func TestStockKadClientFindsOwnerAndCheckpoint(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "counter", "1.0.0"))
@@ -200,7 +201,10 @@ func (g *grove) placement(ctx context.Context, n *cluster.Node) (owner, first, c
 
 // The DHT elects the coordinator: each time it is killed, system/placement runs on the first eligible node of `dht closest /system/placement`,
 // and places.
-func TestCoordinatorIsFirstOfDHTClosest(t *testing.T) { coordinators(t, 4, 3) }
+func TestCoordinatorIsFirstOfDHTClosest(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	coordinators(t, 4, 3)
+}
 
 // TestLongCoordinatorIsFirstOfDHTClosest is the same for twenty kills.
 func TestLongCoordinatorIsFirstOfDHTClosest(t *testing.T) {

@@ -40,6 +40,7 @@ func (g *grove) moveTo(via *cluster.Node, instance, node string) {
 // Two zones, with two of three voters in one: it is said beforehand that the loss of that zone would stop writes, and that the loss of the
 // other would not. Then the other is really killed, and what was predicted comes true.
 func TestDrillOfAZone(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := seedIn(t, clustertest.Config{Nodes: 3, Args: func(i int) []string {
 		return []string{"--zone", []string{"attic", "cellar"}[i/3]} // n3 is in the cellar
 	}})
@@ -113,6 +114,7 @@ func TestDrillOfAZone(t *testing.T) {
 // Three nodes are in one zone and two in another: wherever the component runs, a copy of its state is in the other zone, too, and it goes on there
 // when all nodes of its own are killed.
 func TestCopiesAreSpreadOverZones(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	zones := map[string]string{"n1": "attic", "n2": "attic", "n3": "attic", "n4": "cellar", "n5": "cellar"}
 	g := seedIn(t, clustertest.Config{Nodes: 5, Args: func(i int) []string { return []string{"--zone", zones[fmt.Sprint("n", i)]} }})
 	must(t, g.Up(t.Context()))

@@ -70,7 +70,10 @@ func TestOwnerKilledUnderLoad(t *testing.T) {
 
 // A node that stood still for longer than the others wait is no owner any more when it goes on: it serves nothing of its own and commits
 // nothing, and through its gateway one reads what the new owner has.
-func TestSleeperDoesNotServeWhenItWakes(t *testing.T) { sleeper(t, 5*time.Second) }
+func TestSleeperDoesNotServeWhenItWakes(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	sleeper(t, 5*time.Second)
+}
 
 // TestLongSleeperDoesNotServeWhenItWakes is the same for ten seconds.
 func TestLongSleeperDoesNotServeWhenItWakes(t *testing.T) {
@@ -149,6 +152,7 @@ func sleeper(t *testing.T, sleep time.Duration) {
 
 // The process of a component dies under load: it answers again on the same node, with its state; no call fails or needs a second attempt.
 func TestComponentProcessKilled(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"))
@@ -193,6 +197,7 @@ func (g *grove) pid(component, instance string) int {
 // The link of the owner's machine is cut: on the other side another node answers, with nothing lost. On the cut side the old owner serves and
 // commits nothing, and says why. When the link is back it is fenced, and the two sides are one cluster again.
 func TestOwnerCutOff(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := seedIn(t, clustertest.Config{Nodes: 3, Namespaces: true})
 	if g.Network.Kind() == cluster.Loopback {
 		t.Skip("links can be cut in network namespaces only, and those are not permitted here")

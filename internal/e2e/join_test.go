@@ -16,6 +16,7 @@ import (
 // A token admits whom it should, and a refusal says why at both ends: to the newcomer on its standard error, to the cluster in the log of
 // the node that was asked.
 func TestJoin(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := seed(t, 6)
 	other := seed(t, 1)
 	must(t, cluster.Each([]*cluster.Node{g.Nodes[0], other.Nodes[0]}, func(n *cluster.Node) error { return n.Start(t.Context()) }))

@@ -34,6 +34,7 @@ func (g *grove) addAt(n *cluster.Node, key string, count int) string {
 // The node of an always-on component is cut off: the component runs on both sides, on the cut-off node even after its process and the whole node were
 // killed there. Nothing can be deployed on that side. When the link is back there is one owner again, and what was counted on either side counts.
 func TestAlwaysOnRunsOnBothSidesOfACut(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := seedIn(t, clustertest.Config{Nodes: 3, Namespaces: true})
 	if g.Network.Kind() == cluster.Loopback {
 		t.Skip("links can be cut in network namespaces only, and those are not permitted here")

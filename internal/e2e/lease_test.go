@@ -104,6 +104,7 @@ components:
 // The node that is the arbiter's leader and owns an exactly-one component stands still (SIGSTOP), is taken over from, and goes on: at no moment two
 // processes act on the outside world, and the acts of the next owner carry a greater token.
 func TestLeaderAndOwnerStandStill(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	g.waitVoters()
 	store := openOutside(t)
@@ -158,6 +159,7 @@ func TestLeaderAndOwnerStandStill(t *testing.T) {
 // The owner's daemon alone is killed: its component acts on as an orphan until its last grant has run out, and the next owner does not act before that,
 // although the dead node's host refuses connections.
 func TestOrphanOfADeadNodeIsWaitedFor(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	g.waitVoters()
 	store := openOutside(t)

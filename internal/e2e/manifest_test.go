@@ -60,6 +60,7 @@ components:
 
 // A component that never starts: `deploy --wait` says what it waits for and why, the starts come ever more rarely, and the rest works.
 func TestNeverHealthy(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 2)
 	n1 := g.Nodes[0]
 	g.push(n1, testProgram(t, "crash", ""), component(t, "counter", "1.0.0"))
@@ -95,11 +96,13 @@ func TestNeverHealthy(t *testing.T) {
 			t.Errorf("start %d came %s after the one before", i+1, wait)
 		}
 	}
-	in, err := g.instance(t.Context(), g.Nodes[1], "doomed/crash-0")
-	must(t, err)
-	if in.GetState() == "running" || !strings.Contains(in.GetReason(), "Sundays") {
-		t.Errorf("it is %s: %s", in.GetState(), in.GetReason())
-	}
+	g.wait("the other node to say why", func(ctx context.Context) error { // between two starts the reason is that it starts
+		in, err := g.instance(ctx, g.Nodes[1], "doomed/crash-0")
+		if err == nil && (in.GetState() == "running" || !strings.Contains(in.GetReason(), "Sundays")) {
+			err = fmt.Errorf("it is %s: %s", in.GetState(), in.GetReason())
+		}
+		return err
+	})
 	g.deploy(n1, counterApp)
 	g.counted(n1, 2)
 	g.do(n1, "remove", "doomed")
@@ -114,6 +117,7 @@ func TestNeverHealthy(t *testing.T) {
 
 // Two owners in a row die right after they have started a component: it is quarantined, not the nodes, and a command lets it go on.
 func TestTwoOwnerDeathsQuarantineTheComponent(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 4)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "counter", "1.0.0"))

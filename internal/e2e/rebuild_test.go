@@ -99,6 +99,7 @@ func (g *grove) leaderless(nodes ...*cluster.Node) {
 // All voters are killed at once under load and their data folders removed. What they had committed is rebuilt on a survivor that never voted:
 // ownership in a higher incarnation, desired state, registry; the components go on with all that was answered.
 func TestRecoverWithAllVotersDisksDestroyed(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := withWorkers(t)
 	voters, left := g.Nodes[:3], g.Nodes[3:]
 	n4 := left[0]
@@ -153,6 +154,7 @@ func TestRecoverWithAllVotersDisksDestroyed(t *testing.T) {
 // The same, and the survivors lose power as well: after they are back nobody remembers anything of the arbiter. The signed copies in the DHT
 // are all there is, and enough.
 func TestRecoverFromTheCopiesInTheDHT(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := withWorkers(t)
 	voters, left := g.Nodes[:3], g.Nodes[3:]
 	n4 := left[0]

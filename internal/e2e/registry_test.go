@@ -166,6 +166,7 @@ func TestDropFolder(t *testing.T) {
 
 // The same files by `registry push`: refused with the reason on standard error and status 1.
 func TestPushOfBadFiles(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 1)
 	n1 := g.Nodes[0]
 	push := func(name string, content []byte, says ...string) {

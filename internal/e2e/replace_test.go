@@ -97,6 +97,7 @@ func TestBrokenVersionDeployedUnderLoad(t *testing.T) {
 
 // A component moves under load, its node is drained, and leaves: no call fails and none needs a second attempt.
 func TestMoveDrainLeaveUnderLoad(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	stays := g.Nodes[0]
 	g.push(stays, component(t, "kv", "1.0.0"))
@@ -139,6 +140,7 @@ func TestMoveDrainLeaveUnderLoad(t *testing.T) {
 
 // A node that has components leaves while they are used: they move with their state first.
 func TestLeaveOfTheOwnerUnderLoad(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"))

@@ -36,7 +36,10 @@ func (g *grove) shows(via *cluster.Node, n int) {
 }
 
 // The whole cluster is put down and started again: each component is where it was, with its state.
-func TestDownAllAndUpAgain(t *testing.T) { downAndUp(t, 3) }
+func TestDownAllAndUpAgain(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	downAndUp(t, 3)
+}
 
 // TestTwoNodesDownAllAndUpAgain is the same with two, of which the one that goes down last may have gone on alone for a moment.
 func TestTwoNodesDownAllAndUpAgain(t *testing.T) { downAndUp(t, 2) }
@@ -80,6 +83,7 @@ func downAndUp(t *testing.T, nodes int) {
 
 // Every node is killed at the same moment under load and started again: every answered write is there, once.
 func TestAllKilledAtOnce(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"))

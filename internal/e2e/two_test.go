@@ -43,6 +43,7 @@ func (g *grove) arbiter(n *cluster.Node) *apiv1.ArbiterStatus {
 // Of two nodes either one is killed, under load: the other serves and commits on, nothing that was answered is lost, and the dead one
 // returns, puts aside what it held, and votes again. Then the other one.
 func TestTwoNodesKillEither(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 2)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"))
@@ -87,6 +88,7 @@ func TestTwoNodesKillEither(t *testing.T) {
 // Of two nodes one stands still for longer than the other waits. Silence is no proof: the primary goes on without the secondary, which follows
 // when it wakes; the secondary waits for the primary, which finds everything as it was and does not go on from a peer that lives.
 func TestTwoNodesSleep(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 2)
 	primary := g.Node(g.arbiter(g.Nodes[0]).GetPrimary())
 	secondary := g.others(primary)[0]
@@ -125,6 +127,7 @@ func TestTwoNodesSleep(t *testing.T) {
 // Of three nodes two are killed at once: nothing is decided any more, and recover says so and why. It goes on from the survivor, with what
 // it has; the dead return and follow.
 func TestRecoverAfterTwoOfThree(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"))
@@ -183,6 +186,7 @@ func TestRecoverAfterTwoOfThree(t *testing.T) {
 // The log that is recovered from lacks the last checkpoints of an instance, but a holder of them lives: they are adopted, and nothing that
 // was answered is lost.
 func TestRecoverAdoptsNewerCheckpoints(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := plant(t, 5)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"))

@@ -11,6 +11,7 @@ import (
 // Seven nodes of which seven may vote: all do, and the deaths of any three at once stop nothing. With the default five would, and three could be
 // their majority.
 func TestSevenVoters(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	g := seed(t, 7, "--voters", "7")
 	must(t, g.Up(t.Context()))
 	n1 := g.Nodes[0]
