@@ -254,7 +254,12 @@ func (c *client) record(history string, o op, err error) bool {
 		o.Unknown = true
 		g.count.InDoubt++
 	case errors.Is(err, arbiter.ErrNoLeader), errors.Is(err, arbiter.ErrClosed):
-		return false // certainly not done
+		if !g.echoes {
+			return false // certainly not done
+		}
+		// An echo comes also of a request that was answered "not the leader", and later its peer may lead. No real caller sends one again
+		// without counting it as in doubt.
+		o.Unknown = true
 	default:
 		g.count.Answers++
 	}
