@@ -152,3 +152,49 @@ func TestAFailedFsyncEndsTheVote(t *testing.T) {
 		}
 	}
 }
+
+// A call of another node may be answered while this one ends: what comes after the end is told so, and does not end the process by a panic.
+func TestTheLogAnswersAfterItsEnd(t *testing.T) {
+	d, err := openDisk(vfs.NewMem(), "raft", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.StoreLog(&raft.Log{Index: 1, Term: 1, Data: []byte("x")}); err != nil {
+		t.Fatal(err)
+	}
+	d.cache = [cachedLogs]*raft.Log{} // as if it was long ago
+	stop, read := make(chan struct{}), make(chan error)
+	go func() {
+		for {
+			var l raft.Log
+			select {
+			case <-stop:
+				read <- d.GetLog(1, &l)
+				return
+			default:
+				if err := d.GetLog(1, &l); err != nil && !errors.Is(err, errDiskClosed) {
+					read <- err
+					return
+				}
+			}
+		}
+	}()
+	for range 2 { // a second end is none
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	if err := <-read; !errors.Is(err, errDiskClosed) {
+		t.Errorf("reading: %v", err)
+	}
+	if _, err := d.List(); !errors.Is(err, errDiskClosed) {
+		t.Errorf("snapshots: %v", err)
+	}
+	if err := d.StoreLog(&raft.Log{Index: 2, Term: 1}); !errors.Is(err, errDiskClosed) {
+		t.Errorf("storing: %v", err)
+	}
+	if err := d.SetUint64(keyTerm, 2); !errors.Is(err, errDiskClosed) {
+		t.Errorf("a term: %v", err)
+	}
+}

@@ -56,7 +56,7 @@ func (d *disk) setIncarnations(f func(group, seen incarnation) (incarnation, inc
 	d.labels.Lock()
 	defer d.labels.Unlock()
 	was, saw := d.incarnations()
-	if d.closed { // calls of other nodes are answered until the last moment
+	if d.gone.Load() { // calls of other nodes are answered until the last moment
 		return was, saw, ErrClosed
 	}
 	group, seen = f(was, saw)

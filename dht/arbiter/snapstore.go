@@ -69,7 +69,7 @@ func (s *sink) Write(p []byte) (int, error) {
 }
 
 func (s *sink) flush(p []byte) error {
-	if err := s.d.guard.do(func() error { return s.d.db.Set(chunkKey(s.id, s.chunks), p, pebble.NoSync) }); err != nil {
+	if err := s.d.write(func() error { return s.d.db.Set(chunkKey(s.id, s.chunks), p, pebble.NoSync) }); err != nil {
 		return fmt.Errorf("write snapshot %s: %w", s.meta.ID, err)
 	}
 	s.chunks++
@@ -87,7 +87,7 @@ func (s *sink) Close() error {
 		}
 	}
 	s.ended = true
-	if err := s.d.guard.do(func() error {
+	if err := s.d.write(func() error {
 		return s.d.db.Set(append([]byte(preMeta), s.id...), encodeMeta(&s.meta, s.chunks, s.crc), pebble.Sync)
 	}); err != nil {
 		return fmt.Errorf("publish snapshot %s: %w", s.meta.ID, err)
@@ -110,26 +110,32 @@ func chunkKey(id []byte, n uint64) []byte {
 
 func (d *disk) dropChunks(id []byte) error {
 	from := append([]byte(preChunk), id...)
-	return d.guard.do(func() error {
+	return d.write(func() error {
 		return d.db.DeleteRange(from, append(slices.Clone(from), bytes.Repeat([]byte{0xff}, 9)...), pebble.NoSync)
 	})
 }
 
 // List implements raft.SnapshotStore: highest index first.
 func (d *disk) List() ([]*raft.SnapshotMeta, error) {
-	it, err := d.db.NewIter(&pebble.IterOptions{LowerBound: []byte(preMeta), UpperBound: after(preMeta)})
+	var out []*raft.SnapshotMeta
+	err := d.use(func() error {
+		it, err := d.db.NewIter(&pebble.IterOptions{LowerBound: []byte(preMeta), UpperBound: after(preMeta)})
+		if err != nil {
+			return err
+		}
+		for ok := it.Last(); ok; ok = it.Prev() {
+			m, _, _, err := decodeMeta(it.Key()[len(preMeta):], it.Value())
+			if err != nil {
+				return errors.Join(err, it.Close())
+			}
+			out = append(out, m)
+		}
+		return it.Close()
+	})
 	if err != nil {
 		return nil, err
 	}
-	var out []*raft.SnapshotMeta
-	for ok := it.Last(); ok; ok = it.Prev() {
-		m, _, _, err := decodeMeta(it.Key()[len(preMeta):], it.Value())
-		if err != nil {
-			return nil, errors.Join(err, it.Close())
-		}
-		out = append(out, m)
-	}
-	return out, it.Close()
+	return out, nil
 }
 
 // Open implements raft.SnapshotStore. The contents are checked before the first byte is handed out.
@@ -193,7 +199,7 @@ func (d *disk) cleanSnapshots() error {
 			return err
 		}
 	}
-	return d.guard.do(func() error { return b.Commit(pebble.NoSync) })
+	return d.write(func() error { return b.Commit(pebble.NoSync) })
 }
 
 func encodeMeta(m *raft.SnapshotMeta, chunks uint64, crc uint32) []byte {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -36,6 +37,9 @@ const (
 // errNoKey is what raft compares with by its text.
 var errNoKey = errors.New("not found")
 
+// errDiskClosed is what those are told who come after Close: a peer's call may still be answered while the node ends.
+var errDiskClosed = errors.New("the raft database is closed")
+
 // disk is the raft database: log, stable store, snapshots and the node's label, in one small Pebble. What raft was promised is synced
 // before the call returns.
 type disk struct {
@@ -46,7 +50,9 @@ type disk struct {
 	committed func() uint64
 
 	labels sync.Mutex // held while the incarnations are changed
-	closed bool       // under labels
+
+	life sync.RWMutex // held, shared, by whoever uses db
+	gone atomic.Bool  // it is closed, or will be soon: Pebble answers those who use it then with a panic
 
 	mu          sync.RWMutex // guards the rest
 	first, last uint64       // of the log; 0: empty
@@ -93,11 +99,29 @@ func promised(bug string) *pebble.WriteOptions {
 func (d *disk) Close() error {
 	d.labels.Lock()
 	defer d.labels.Unlock()
-	d.closed = true
-	if d.guard.failure() != nil {
-		return nil // said before; what holds its locks has ended, and it would wait for that for ever
+	if d.gone.Swap(true) || d.guard.failure() != nil {
+		return nil // the failure was said before; what holds its locks has ended, and it would wait for that for ever
 	}
-	return d.guard.do(d.db.Close)
+	return d.guard.do(func() error {
+		d.life.Lock()
+		defer d.life.Unlock()
+		return d.db.Close()
+	})
+}
+
+// use runs what reads from the database, if that is still open. It is not to be called from within itself.
+func (d *disk) use(f func() error) error {
+	d.life.RLock()
+	defer d.life.RUnlock()
+	if d.gone.Load() {
+		return errDiskClosed
+	}
+	return f()
+}
+
+// write is guard.do, if the database is still open.
+func (d *disk) write(f func() error) error {
+	return d.use(func() error { return d.guard.do(f) })
 }
 
 func numbered(prefix string, ns ...uint64) []byte {
@@ -116,17 +140,19 @@ func after(prefix string) []byte {
 }
 
 func (d *disk) findEnds() error {
-	it, err := d.db.NewIter(&pebble.IterOptions{LowerBound: []byte(preLog), UpperBound: after(preLog)})
-	if err != nil {
-		return err
-	}
-	if it.First() {
-		d.first = binary.BigEndian.Uint64(it.Key()[len(preLog):])
-	}
-	if it.Last() {
-		d.last = binary.BigEndian.Uint64(it.Key()[len(preLog):])
-	}
-	return it.Close()
+	return d.use(func() error {
+		it, err := d.db.NewIter(&pebble.IterOptions{LowerBound: []byte(preLog), UpperBound: after(preLog)})
+		if err != nil {
+			return err
+		}
+		if it.First() {
+			d.first = binary.BigEndian.Uint64(it.Key()[len(preLog):])
+		}
+		if it.Last() {
+			d.last = binary.BigEndian.Uint64(it.Key()[len(preLog):])
+		}
+		return it.Close()
+	})
 }
 
 func (d *disk) readLabel() error {
@@ -146,7 +172,7 @@ func (d *disk) writeLabel(l *wirev1.ArbiterDisk) error {
 	if err != nil {
 		return err
 	}
-	if err := d.guard.do(func() error { return d.db.Set([]byte(keyDisk), b, pebble.Sync) }); err != nil {
+	if err := d.write(func() error { return d.db.Set([]byte(keyDisk), b, pebble.Sync) }); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -179,7 +205,7 @@ func (d *disk) wipe() error {
 	for _, pre := range []string{preStable, preLog, preMeta, preChunk} {
 		err = errors.Join(err, b.DeleteRange([]byte(pre), after(pre), nil))
 	}
-	if err = errors.Join(err, d.guard.do(func() error { return b.Commit(pebble.Sync) })); err != nil {
+	if err = errors.Join(err, d.write(func() error { return b.Commit(pebble.Sync) })); err != nil {
 		return fmt.Errorf("empty the raft database: %w", err)
 	}
 	d.mu.Lock()
@@ -191,15 +217,19 @@ func (d *disk) wipe() error {
 
 // get returns a copy of the value, nil when there is none.
 func (d *disk) get(key []byte) ([]byte, error) {
-	v, closer, err := d.db.Get(key)
-	if errors.Is(err, pebble.ErrNotFound) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	out := append([]byte{}, v...)
-	return out, closer.Close()
+	var out []byte
+	err := d.use(func() error {
+		v, closer, err := d.db.Get(key)
+		if errors.Is(err, pebble.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		out = append([]byte{}, v...)
+		return closer.Close()
+	})
+	return out, err
 }
 
 // ===== raft.LogStore =====
@@ -276,7 +306,7 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 	if err := b.Set([]byte(keyCommit), numbered("", d.committed()), nil); err != nil {
 		return err
 	}
-	if err := d.guard.do(func() error { return b.Commit(promised("log-unsynced")) }); err != nil {
+	if err := d.write(func() error { return b.Commit(promised("log-unsynced")) }); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -297,7 +327,7 @@ func (d *disk) DeleteRange(from, to uint64) error {
 	if to == math.MaxUint64 {
 		return fmt.Errorf("delete entries %d to %d: no such entry", from, to)
 	}
-	if err := d.guard.do(func() error {
+	if err := d.write(func() error {
 		return d.db.DeleteRange(numbered(preLog, from), numbered(preLog, to+1), pebble.NoSync)
 	}); err != nil {
 		return err
@@ -322,7 +352,7 @@ func (d *disk) DeleteRange(from, to uint64) error {
 
 // markCommitted writes how far the log is committed, unsynced: losing it costs nothing but an older view after a restart.
 func (d *disk) markCommitted(index uint64) error {
-	return d.guard.do(func() error { return d.db.Set([]byte(keyCommit), numbered("", index), pebble.NoSync) })
+	return d.write(func() error { return d.db.Set([]byte(keyCommit), numbered("", index), pebble.NoSync) })
 }
 
 // knownCommitted returns the highest index that is known to be committed, never beyond the log.
@@ -390,7 +420,9 @@ func decodeLog(index uint64, b []byte, out *raft.Log) error {
 
 // Set implements raft.StableStore, durable on return.
 func (d *disk) Set(key, val []byte) error {
-	return d.guard.promise(func() error { return d.db.Set(append([]byte(preStable), key...), val, promised("vote-unsynced")) })
+	return d.use(func() error {
+		return d.guard.promise(func() error { return d.db.Set(append([]byte(preStable), key...), val, promised("vote-unsynced")) })
+	})
 }
 
 // Get implements raft.StableStore.
