@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/coppice-project/coppice/dht/keys"
@@ -190,12 +191,20 @@ func TestCappedViews(t *testing.T) {
 				if r.asked.Load() == 0 {
 					t.Error("nothing was looked up")
 				}
-				for range 3 {
-					dead := g.closest(list[0], 1)[0]
-					g.kill(dead, true)
+				var dead []int
+				for i := range 3 {
+					dead = append(dead, g.closest(list[0], 1)[0])
+					g.kill(dead[i], true)
 					for _, key := range list {
 						g.fullDegree(key, 1, time.Minute)
 					}
+				}
+				back := g.nodes[dead[0]] // with an empty disk
+				back.fs = vfs.NewCrashableMem()
+				back.start(g)
+				g.view.set(back.id, true)
+				for _, key := range list {
+					g.fullDegree(key, 1, time.Minute)
 				}
 				for i, key := range list {
 					if nd := g.nodes[39-i]; nd.up {
