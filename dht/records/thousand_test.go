@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -48,6 +49,7 @@ func TestLongThousandNodesWithViewsOf64(t *testing.T) {
 func (s stand) run(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
+	defer debug.SetGCPercent(debug.SetGCPercent(50)) // a thousand nodes are 3 GiB, and others run beside
 	began := time.Now()
 	synctest.Test(t, func(t *testing.T) {
 		f := plant(t, s.nodes, s.view, seed)
