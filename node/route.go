@@ -30,6 +30,13 @@ func (n *Node) routed() []peer.ID {
 	return n.aliveIDs()
 }
 
+// include puts a member that is alive now into kad-dht's routing table, unless the view is capped and leaves it out.
+func (n *Node) include(id peer.ID) {
+	if n.view.Load() == nil || slices.Contains(n.routed(), id) {
+		n.overlay.Kad().Include(id)
+	}
+}
+
 // route finds the members closest to a key that may hold records, by kad-dht's lookup.
 func (n *Node) route(ctx context.Context, key string, most int) ([]peer.ID, int, error) {
 	ids, hops, err := n.overlay.Kad().Closest(ctx, key)
