@@ -16,7 +16,7 @@
 //
 // The closest are found by arithmetic over the view. A view may be capped (Cap): it then knows the node's neighbourhood in the key space and a few
 // members elsewhere, is sure of the keys in that neighbourhood, which are those that the node holds, and for all others Config.Route
-// looks the closest up, which costs hops. What a lookup said of a key that is here is used for a round of anti-entropy; the keeper looks those
+// looks the closest up, which costs hops. What a lookup said is used for writes within a round of anti-entropy; the keeper looks those
 // up again that the node holds without being sure of the other holders. What nobody found is not offered, compared or dropped, and a Put or Get
 // that needs it fails. Local, Subscribe and what is stored never depend on a lookup.
 //

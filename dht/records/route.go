@@ -32,11 +32,7 @@ var errNoRoute = errors.New("the view is not whole, and no way to look up member
 // closest returns the n members closest to a key: by arithmetic where the view is sure of them, by a lookup among the members where
 // it is not.
 func (r *Records) closest(ctx context.Context, key string, n int) ([]peer.ID, error) {
-	ids, sure := r.cfg.View.Closest(key, n)
-	if sure {
-		return ids, nil
-	}
-	if ids := r.recent(key, n); ids != nil {
+	if ids, sure := r.cfg.View.Closest(key, n); sure {
 		return ids, nil
 	}
 	return r.lookup(ctx, key, n)
@@ -106,21 +102,25 @@ func (r *Records) forget(key string) {
 	}
 }
 
-// closestOfAll is closest for several keys at once; one result and one error for each.
+// closestOfAll is closest for several keys at once that are to be written, which this node does again and again: what the last lookup said
+// of them holds for a while. One result and one error for each.
 func (r *Records) closestOfAll(ctx context.Context, list []string, n int) (found [][]peer.ID, errs []error) {
 	found, errs = make([][]peer.ID, len(list)), make([]error, len(list))
 	lanes := make(chan struct{}, routeLanes)
 	var wg sync.WaitGroup
 	for i, key := range list {
 		ids, sure := r.cfg.View.Closest(key, n)
-		if sure {
+		if !sure {
+			ids = r.recent(key, n)
+		}
+		if sure || ids != nil {
 			found[i] = ids
 			continue
 		}
 		wg.Go(func() {
 			lanes <- struct{}{}
 			defer func() { <-lanes }()
-			found[i], errs[i] = r.closest(ctx, key, n)
+			found[i], errs[i] = r.lookup(ctx, key, n)
 		})
 	}
 	wg.Wait()
