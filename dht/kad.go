@@ -30,7 +30,10 @@ const (
 	// BucketSize is k: how many members Closest returns at most.
 	BucketSize  = 8
 	concurrency = 3 // alpha
-	resiliency  = 3 // beta
+	// resiliency is beta: how many of the closest must have answered before a lookup ends. kad-dht asks all k in any case, but what those beyond
+	// beta name comes too late to count, so with 3 the fourth and fifth are often not the closest ones, and a dead one takes a
+	// living one's place. Who holds a record is decided by them.
+	resiliency = BucketSize
 	// Namespace is the first part of every record's key.
 	Namespace = "kb"
 	// reconcileEvery is how often the routing table is made to hold the view's members again: kad-dht drops a peer after one failed

@@ -17,6 +17,7 @@ import (
 
 	"github.com/coppice-project/coppice/components/runner"
 	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/dht/records"
 )
 
 // Config is everything a node is told. The binary, the tests and the simulator fill the same fields; what they differ in stands at
@@ -29,6 +30,7 @@ type Config struct {
 	Zone      string
 	Role      string // full | voter | worker
 	MaxVoters int    // of the whole cluster: 1, 3, 5 or 7; 0: 5. The arbiter's leader goes by its own
+	View      int    // how many members its records and kad-dht go by; 0: all. The member table and what is certain always go by all
 	Join      string // a token; empty: a new cluster, or the one the data folder belongs to
 	API       string // unix:///path or http://127.0.0.1:port; default a socket in the data folder
 	HTTP      string // host:port of the gateway; empty: none
@@ -112,6 +114,9 @@ func (c *Config) Validate() error {
 	}
 	if c.Profile != "lan" && c.Profile != "wan" && c.Profile != "local" {
 		bad("profile %q: want lan, wan or local", c.Profile)
+	}
+	if c.View != 0 && c.View < records.MinView {
+		bad("view %d: want %d members or more, or 0 for all", c.View, records.MinView)
 	}
 	for _, list := range [][]string{c.Listen, c.Advertise} {
 		for _, a := range list {

@@ -54,6 +54,7 @@ type Node struct {
 	arbiter  *arbiter.Arbiter
 	blobs    *blobs.Store
 	records  *records.Records
+	view     atomic.Pointer[records.View] // the capped one; nil: none
 	events   *events.Events
 	registry *registry.Registry
 	runner   runner.Runner
@@ -227,7 +228,7 @@ func (n *Node) openOverlay() (err error) {
 	n.overlay, err = dht.New(dht.Config{
 		Cluster: n.state.Cluster, Identity: n.key, Profile: n.cfg.Profile, Listen: n.listenAddrs(), Advertise: n.cfg.Advertise,
 		Datastore: late, Validator: record.NamespacedValidator{"kb": validator},
-		Member: isMember, Alive: n.isAlive, Members: n.aliveIDs, Addrs: n.addrsOf,
+		Member: isMember, Alive: n.isAlive, Members: n.routed, Addrs: n.addrsOf,
 		Certificate: func() []byte { return n.state.Certificate }, Info: func() []byte { return members.EncodeInfo(n.members.Self().Info) },
 		Admit: n.admit, OnCertified: n.certified, Log: n.log,
 	})
@@ -260,7 +261,8 @@ func (n *Node) openOverlay() (err error) {
 		return err
 	}
 	n.records, err = records.Open(records.Config{
-		Self: n.id, Key: n.key, Store: n.store.Datastore("kad/", store.NoSync()), Peers: p, Caller: n.caller, View: records.FromMembers(n.members), Member: isMember,
+		Self: n.id, Key: n.key, Store: n.store.Datastore("kad/", store.NoSync()), Peers: p, Caller: n.caller, Member: isMember,
+		View: n.recordsView(), Route: n.route, Everyone: records.FromMembers(n.members).Alive,
 		Incarnation: func() uint64 { return n.arbiter.Status().Incarnation }, Low: n.store.Low, Log: n.log,
 	})
 	if err != nil {

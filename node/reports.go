@@ -186,7 +186,7 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 // factRecords lists the reports of all nodes: what lies here, where every node holds every record, else what all that are alive hold. Dead
 // members count: right after a death what the dead told has not been copied to all who should hold it now.
 func (n *Node) factRecords(ctx context.Context) []records.Record {
-	if len(n.records.Holders(factsPrefix)) >= len(n.members.All()) {
+	if n.records.Replicas() >= len(n.members.All()) {
 		return n.records.Local(factsPrefix)
 	}
 	ctx, cancel := context.WithTimeout(ctx, scatterWithin)

@@ -400,7 +400,7 @@ func (n *Node) watch() (stop func()) {
 	m := n.members.Subscribe(func(c members.Change) {
 		n.links.memberChanged(c)
 		if c.New.State.Running() {
-			n.overlay.Kad().Include(c.New.ID)
+			n.include(c.New.ID)
 		} else {
 			n.overlay.Kad().Evict(c.New.ID)
 			n.blobs.PeerDown(c.New.ID)

@@ -198,7 +198,11 @@ func (v *verbs) DhtGet(ctx context.Context, r *apiv1.DhtGetRequest) (*apiv1.DhtG
 	if own, agree, err := n.records.Get(ctx, key); err == nil {
 		out.Agree, out.AgeMs = uint32(agree), ms(own.Age)
 	}
-	for i, id := range n.records.Holders(key) {
+	holders, err := n.records.Holders(ctx, key)
+	if err != nil {
+		return nil, api.Fail(connect.CodeUnavailable, "dht get "+key, "who holds it could not be found: "+err.Error(), "")
+	}
+	for i, id := range holders {
 		holder := n.dhtNode(i+1, id, keys.Of(key))
 		holder.Holds = true
 		out.Holders = append(out.Holders, holder)

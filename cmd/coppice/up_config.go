@@ -27,6 +27,7 @@ type upConfig struct {
 	Plugins           string
 	AllowExec         bool
 	Voters            int
+	View              int
 	Profile           string
 	Version           string
 	LogLevel          slog.Level
@@ -40,7 +41,7 @@ type upFlags struct {
 	listen, advertise, labels                  []string
 	capacity, plugins, profile, level, logForm string
 	allowExec                                  bool
-	voters                                     int
+	voters, view                               int
 }
 
 func (f *upFlags) register(fs *pflag.FlagSet) {
@@ -53,6 +54,7 @@ func (f *upFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.zone, "zone", "", "zone of failure this machine is in")
 	fs.StringVar(&f.role, "role", "full", "full, voter (no components) or worker (no votes)")
 	fs.IntVar(&f.voters, "voters", 5, "how many nodes vote at most: 1, 3, 5 or 7; the same at all nodes")
+	fs.IntVar(&f.view, "view", 0, "how many members records and lookups go by, 16 or more; for clusters of hundreds (default: all)")
 	fs.StringVar(&f.join, "join", "", "token of the cluster to join, @FILE or - for stdin")
 	fs.StringVar(&f.api, "api", "", "address of the control API (default: a unix socket in the data folder)")
 	fs.StringVar(&f.http, "http", "", "host:port of the gateway and the dashboard (default: none)")
@@ -92,7 +94,7 @@ func (f *upFlags) config(c *cli, fs *pflag.FlagSet) (upConfig, error) {
 	if !slices.Contains([]int{1, 3, 5, 7}, f.voters) {
 		return cfg, usagef("--voters %d: want 1, 3, 5 or 7", f.voters)
 	}
-	cfg.Voters = f.voters
+	cfg.Voters, cfg.View = f.voters, f.view
 	if err := cfg.LogLevel.UnmarshalText([]byte(f.level)); err != nil {
 		return cfg, usagef("--log-level %q: want debug, info, warn or error", f.level)
 	}

@@ -37,6 +37,7 @@ func TestFlagOverEnvironmentOverFile(t *testing.T) {
 name: from-file
 zone: from-file
 voters: 3
+view: 64
 role: worker
 listen: [/ip4/10.0.0.1/tcp/1, /ip4/10.0.0.1/tcp/2]
 label: {region: eu, disk: ssd}
@@ -53,7 +54,7 @@ log-level: debug
 	}
 	want := upConfig{
 		Data: "/d", Name: "from-flag", Zone: "from-env", Role: "worker", Listen: []string{"/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/2"},
-		Labels: map[string]string{"region": "eu", "disk": "ssd"}, CPUMillis: 2000, MemoryBytes: 1 << 30, AllowExec: true, Voters: 3, Profile: "lan",
+		Labels: map[string]string{"region": "eu", "disk": "ssd"}, CPUMillis: 2000, MemoryBytes: 1 << 30, AllowExec: true, Voters: 3, View: 64, Profile: "lan",
 		LogLevel: slog.LevelDebug, LogJSON: true, Version: version(),
 	}
 	cfg.Advertise = nil

@@ -12,6 +12,14 @@
 // what a majority says, with how many of them had it. Records that never expire are on disk before they are acknowledged; those with a
 // TTL are not synced, as their writer repeats them.
 //
+// # Views
+//
+// The closest are found by arithmetic over the view. A view may be capped (Cap): it then knows the node's neighbourhood in the key space and a few
+// members elsewhere, is sure of the keys in that neighbourhood, which are those that the node holds, and for all others Config.Route
+// looks the closest up, which costs hops. What a lookup said is used for writes within a round of anti-entropy; the keeper looks those
+// up again that the node holds without being sure of the other holders. What nobody found is not offered, compared or dropped, and a Put or Get
+// that needs it fails. Local, Subscribe and what is stored never depend on a lookup.
+//
 // # Age
 //
 // No two clocks are compared. A holder counts from when the record arrived, plus the age that its sender told: nothing from the writer,
@@ -34,5 +42,5 @@
 // # Goroutines
 //
 // Run: expiry, anti-entropy and repair (one), subscribers (one), until its context ends. For each Put, Get and Scan: one per peer asked, each
-// bounded by AttemptTimeout; they may outlive the call.
+// bounded by AttemptTimeout; they may outlive the call. Lookups: at most 8 for a call or the keeper, which waits for them.
 package records

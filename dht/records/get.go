@@ -30,7 +30,10 @@ func (r *Records) Get(ctx context.Context, key string) (rec Record, agree int, e
 		return Record{}, 0, err
 	}
 	replicas, _ := r.replication()
-	targets := r.cfg.View.Closest(key, replicas+successors)
+	targets, err := r.closest(ctx, key, replicas+successors)
+	if err != nil {
+		return Record{}, 0, fmt.Errorf("get: %w", err)
+	}
 	first := targets[:min(replicas, len(targets))]
 	said, err := r.gather(ctx, key, first, len(first)/2+1)
 	if err == nil && newest(said) == nil && len(targets) > len(first) {
@@ -196,7 +199,7 @@ func (r *Records) ScanAll(ctx context.Context, prefix string) (recs []Record, as
 }
 
 func (r *Records) scan(ctx context.Context, prefix string, near uint32) (recs []Record, asked, answered int) {
-	ids := r.cfg.View.Alive()
+	ids := r.cfg.Everyone()
 	var mu sync.Mutex
 	found := map[string]*Record{}
 	lanes := make(chan struct{}, scanLanes)

@@ -28,6 +28,7 @@ func (r *Records) keeper(ctx context.Context) {
 	defer expire.Stop()
 	compare := time.NewTicker(r.cfg.SyncEvery)
 	defer compare.Stop()
+	r.locate(ctx)
 	r.repair(ctx)
 	for {
 		select {
@@ -35,10 +36,12 @@ func (r *Records) keeper(ctx context.Context) {
 			return
 		case <-r.changed:
 			r.settle(ctx)
+			r.locate(ctx)
 			r.repair(ctx)
 		case <-expire.C:
 			r.expire(ctx)
 		case <-compare.C:
+			r.locate(ctx)
 			r.repair(ctx)
 			r.antiEntropy(ctx)
 			r.handOver(ctx)
@@ -95,14 +98,6 @@ func (h *held) offer() *wirev1.RecordOffer {
 	return &wirev1.RecordOffer{Key: h.key, Version: h.version.wire()}
 }
 
-// holdersOf returns the closest members of an entry's key, worked out once for each state of the view. Called under local.mu.
-func (r *Records) holdersOf(key string, e *entry, replicas int, gen uint64) []peer.ID {
-	if e.holders == nil || e.gen != gen {
-		e.holders, e.gen = r.cfg.View.Closest(key, replicas), gen
-	}
-	return e.holders
-}
-
 // place notes that a record that has just come is where it belongs as far as is known: its writer sends it there. Repair then looks
 // for what changes.
 func (r *Records) place(key string) {
@@ -123,6 +118,9 @@ func (r *Records) repair(ctx context.Context) {
 	offers := map[peer.ID][]held{}
 	r.local.each(func(key string, e *entry) {
 		before, now := e.placed, r.holdersOf(key, e, replicas, gen)
+		if len(now) == 0 {
+			return // not known yet
+		}
 		e.placed = now
 		first := r.cfg.Self
 		for _, id := range now {

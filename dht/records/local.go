@@ -30,9 +30,12 @@ type entry struct {
 	sum     uint64
 	bucket  int // range of the key space
 	// placed are the members that held the key when repair last looked (nil: it never did); holders those closest to it as of a
-	// generation of the view.
+	// generation of the view, or, routed, where the view was not sure in that one, more than hold it, as a lookup said when they were found (zero: none
+	// did); tried is when the keeper looked them up last.
 	placed, holders []peer.ID
 	gen             uint64
+	routed          bool
+	found, tried    time.Time
 	strayed         int // rounds in which this node was not among the holders
 }
 

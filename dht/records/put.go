@@ -114,9 +114,22 @@ func (p *putting) prepare(ctx context.Context, entries []Entry) {
 	for todo := p.items; len(todo) > 0; {
 		todo = p.own(ctx, todo)
 	}
+	p.aim(ctx)
+}
+
+// aim finds whom to ask.
+func (p *putting) aim(ctx context.Context) {
+	var list []string
+	var items []*putItem
 	for _, it := range p.items {
 		if it.err == nil {
-			it.targets = p.r.cfg.View.Closest(it.entry.Key, p.replicas+successors)
+			list, items = append(list, it.entry.Key), append(items, it)
+		}
+	}
+	found, errs := p.r.closestOfAll(ctx, list, p.replicas+successors)
+	for i, it := range items {
+		if it.targets, it.err = found[i], errs[i]; it.err == nil {
+			p.r.place(it.entry.Key)
 		}
 	}
 }
@@ -262,6 +275,9 @@ func (p *putting) take(ctx context.Context, a putAnswer) {
 			}
 		}
 		it.why = append(it.why, fmt.Errorf("%s: %w", a.from, err))
+		if a.err != nil {
+			p.r.forget(it.entry.Key)
+		}
 		if it.acked < p.want && it.next < len(it.targets) {
 			p.enlist(more, i)
 		}

@@ -22,15 +22,6 @@ import (
 // Protocol is the protocol of this package.
 const Protocol protocol.ID = "/coppice/record/1"
 
-// View is what this package needs of the member view. Members are alive ones that may hold, this node included.
-type View interface {
-	Alive() []peer.ID
-	// Closest returns the n members closest to the key, closest first.
-	Closest(key string, n int) []peer.ID
-	// OnChange calls f, which does not block, after the set of such members may have changed.
-	OnChange(f func()) (cancel func())
-}
-
 // Config is what Records needs. Self, Key, Store, Peers, Caller and View are required.
 type Config struct {
 	Self peer.ID
@@ -41,6 +32,12 @@ type Config struct {
 	Peers  peers.Peers
 	Caller *peers.Caller
 	View   View
+	// Route finds the n members closest to a key that may hold, closest first, this node included, by asking others; hops is how many
+	// requests one after the other led to the first. It is needed where the view is capped and is asked only about keys of which
+	// that is not sure; it may block until ctx ends.
+	Route func(ctx context.Context, key string, n int) (ids []peer.ID, hops int, err error)
+	// Everyone returns all members that a scan is to ask, where the view knows fewer. nil: those in the view.
+	Everyone func() []peer.ID
 	// Member reports whether a peer may write records. nil: all may.
 	Member func(peer.ID) bool
 	// Incarnation is the arbiter's, for the versions of this node's own keys. nil: 0.
@@ -73,6 +70,9 @@ func (c *Config) fill() error {
 	}
 	if c.Incarnation == nil {
 		c.Incarnation = func() uint64 { return 0 }
+	}
+	if c.Everyone == nil {
+		c.Everyone = c.View.Alive
 	}
 	if c.Low == nil {
 		c.Low = func() bool { return false }
@@ -190,7 +190,14 @@ func (r *Records) ask(ctx context.Context, to peer.ID, ask *wirev1.RecordAsk) (*
 	return a, nil
 }
 
-// replication returns how many members hold a record and how many acknowledgements a write wants, now.
+// Replicas returns how many members hold each record now.
+func (r *Records) Replicas() int {
+	replicas, _ := r.replication()
+	return min(replicas, len(r.cfg.View.Alive()))
+}
+
+// replication returns how many members hold a record and how many acknowledgements a write wants, now. A view that is capped knows more
+// members than that, so it need not know how many there are.
 func (r *Records) replication() (replicas, want int) {
 	alive := len(r.cfg.View.Alive())
 	replicas = 5
@@ -207,7 +214,7 @@ func (r *Records) shuffle(ids []peer.ID) {
 }
 
 type stats struct {
-	asked, failed, invalid, older, full, repaired, synced, dropped, expired, missed atomic.Uint64
+	asked, failed, invalid, older, full, repaired, synced, dropped, expired, missed, lookups, lost, hops atomic.Uint64
 }
 
 // Status is what Records holds and did since the start.
@@ -221,6 +228,8 @@ type Status struct {
 	Repaired, Synced, Dropped, Expired uint64
 	// ReadFailures of the local database while serving.
 	ReadFailures uint64
+	// Lookups of members closest to a key, which a whole view never needs; those that were Lost (failed), and the Hops of the others, summed.
+	Lookups, Lost, Hops uint64
 }
 
 // Status returns what Records holds and did.
@@ -230,6 +239,6 @@ func (r *Records) Status() Status {
 	return Status{
 		Keys: keys, Tombstones: dead, Asked: s.asked.Load(), Failed: s.failed.Load(), Invalid: s.invalid.Load(), Older: s.older.Load(),
 		Full: s.full.Load(), Repaired: s.repaired.Load(), Synced: s.synced.Load(), Dropped: s.dropped.Load(), Expired: s.expired.Load(),
-		ReadFailures: s.missed.Load(),
+		ReadFailures: s.missed.Load(), Lookups: s.lookups.Load(), Lost: s.lost.Load(), Hops: s.hops.Load(),
 	}
 }

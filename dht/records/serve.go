@@ -178,6 +178,9 @@ func (r *Records) near(key string, n int) bool {
 		return false
 	}
 	holders := r.holdersOf(key, e, replicas, gen)
+	if len(holders) == 0 {
+		return true // nothing is known of its holders: better told twice than not at all
+	}
 	return slices.Contains(holders[:min(n, len(holders))], r.cfg.Self)
 }
 
@@ -202,10 +205,10 @@ func (r *Records) Local(prefix string) []Record {
 	return list
 }
 
-// Holders returns the members that should hold a key now, closest first.
-func (r *Records) Holders(key string) []peer.ID {
+// Holders returns the members that should hold a key now, closest first. It looks them up where the view is not sure.
+func (r *Records) Holders(ctx context.Context, key string) ([]peer.ID, error) {
 	replicas, _ := r.replication()
-	return r.cfg.View.Closest(key, replicas)
+	return r.closest(ctx, key, replicas)
 }
 
 // TooFewError says that a Put was acknowledged by fewer members than it wants. It may have reached some, and repair may spread it yet.

@@ -54,9 +54,9 @@ func (v *simView) Alive() []peer.ID {
 	return slices.Clone(v.alive)
 }
 
-func (v *simView) Closest(key string, n int) []peer.ID {
+func (v *simView) Closest(key string, n int) ([]peer.ID, bool) {
 	ids := keys.Sort(keys.Of(key), v.Alive())
-	return ids[:min(n, len(ids))]
+	return ids[:min(n, len(ids))], true
 }
 
 func (v *simView) OnChange(f func()) func() {
@@ -137,6 +137,10 @@ func (nd *simNode) start(g *grove) {
 		Member: func(id peer.ID) bool {
 			return slices.ContainsFunc(g.nodes, func(o *simNode) bool { return o.id == id })
 		},
+		Route: func(context.Context, string, int) ([]peer.ID, int, error) {
+			nd.t.Error("a lookup on a whole view")
+			return nil, 0, errors.New("not here")
+		},
 	}
 	nd.tune(&cfg)
 	r, err := Open(cfg)
@@ -195,7 +199,8 @@ func (g *grove) holders(key string, revision uint64) []int {
 // closest returns the indexes of the nodes closest to a key.
 func (g *grove) closest(key string, n int) []int {
 	var list []int
-	for _, id := range g.view.Closest(key, n) {
+	ids, _ := g.view.Closest(key, n)
+	for _, id := range ids {
 		list = append(list, slices.IndexFunc(g.nodes, func(o *simNode) bool { return o.id == id }))
 	}
 	return list
