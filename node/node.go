@@ -242,7 +242,7 @@ func (n *Node) openOverlay() (err error) {
 	}
 	n.duties(func() { n.telling, n.diskIsLow = true, n.store.Low() }) // the store has looked at the disk already
 	n.arbiter, err = arbiter.New(arbiter.Config{
-		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.store.FS(), Dir: filepath.Join(n.cfg.Data, raftName),
+		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiter.FromMembers(n.members), FS: n.store.FS(), Dir: filepath.Join(n.cfg.Data, raftName),
 		Leased: components.LeasedBody, MaxVoters: n.cfg.MaxVoters,
 		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror, Turned: n.turned,
 		Halted: n.votesNoMore, Format: n.cfg.Format,

@@ -228,11 +228,12 @@ func (a *Arbiter) serveLease(ctx context.Context, from peer.ID, req *wirev1.Arbi
 		return invalid("%d leases at once; at most %d", len(req.GetKeys())+len(req.GetGiveUp()), maxLeaseKeys)
 	}
 	// The machine is at least as new as everything committed when the request arrived, and nobody else led then.
-	if _, err := a.reads.index(ctx); err != nil && !planted.Bug("lease-unverified") {
-		if errors.Is(err, raft.ErrNotLeader) {
+	if !planted.Bug("lease-unverified") {
+		if _, err := a.reads.index(ctx); errors.Is(err, raft.ErrNotLeader) {
 			return notLeader()
+		} else if err != nil {
+			return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: err.Error()}
 		}
-		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: err.Error()}
 	}
 	a.leases.mu.Lock()
 	defer a.leases.mu.Unlock()
