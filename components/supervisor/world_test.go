@@ -219,7 +219,8 @@ type simNode struct {
 	fs   *vfs.MemFS
 	boot uint64
 	rate float64 // of its clock; 0: 1
-	dir  string  // its files, through all its lives
+	zone string
+	dir  string // its files, through all its lives
 
 	// Of the present life; sup is nil while there is none.
 	clock   *clock
@@ -287,7 +288,7 @@ func (n *simNode) start(bootstrap bool) {
 	quiet := slog.New(slog.DiscardHandler)
 	var err error
 	n.members, err = members.New(members.Config{
-		Self:  members.Info{ID: n.id, Name: n.name, Boot: n.boot, Addrs: []string{"/mem/" + n.name}, Role: "full"},
+		Self:  members.Info{ID: n.id, Name: n.name, Boot: n.boot, Addrs: []string{"/mem/" + n.name}, Role: "full", Zone: n.zone},
 		Peers: n.ep, Links: n.ep, BootTime: n.clock.now, Rand: rand.New(rand.NewPCG(w.rng.Uint64(), 2)), Log: quiet, FlapDeaths: -1,
 	})
 	n.must(err)
