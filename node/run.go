@@ -450,6 +450,13 @@ func (n *Node) shutdown(cancel context.CancelFunc) error {
 		done()
 	}
 	if n.why == whyTold || n.why == whyDown {
+		rctx, done := context.WithTimeout(context.Background(), saveWithin)
+		if err := n.sup.Retire(rctx); err != nil {
+			n.log.Warn("leases were not given up: others wait for their end", "error", err)
+		}
+		done()
+	}
+	if n.why == whyTold || n.why == whyDown {
 		gctx, done := context.WithTimeout(context.Background(), goodbyeWithin)
 		n.members.Goodbye(gctx)
 		done()

@@ -257,6 +257,9 @@ func (v *verbs) Leave(ctx context.Context, r *apiv1.LeaveRequest, s *connect.Ser
 	if err := v.n.arbiter.StepDown(ctx); err != nil {
 		return fail("leave", fmt.Errorf("hand over the vote: %w", err))
 	}
+	if err := v.n.sup.Retire(ctx); err != nil { // what belongs to each node stays with it
+		v.n.log.Warn("leases were not given up: others wait for their end", "error", err)
+	}
 	v.n.members.Goodbye(ctx)
 	v.n.stopSoon("left the cluster")
 	return nil

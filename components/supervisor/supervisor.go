@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -113,7 +114,9 @@ type Supervisor struct {
 	// lease is this node's right to serve what it owns.
 	lease *lease
 	// session renews the leases of single instances.
-	session    *session
+	session *session
+	// retiring: nothing that is leased runs here any more.
+	retiring   atomic.Bool
 	reconciles chan struct{}
 
 	randMu sync.Mutex // guards cfg.Rand

@@ -361,9 +361,8 @@ func (n *simNode) stop() {
 }
 
 func (n *simNode) end() {
-	cancel, goes, blobs, arb, caller, disk, id, net := n.cancel, n.goes, n.blobs, n.arb, n.caller, n.disk, n.id, n.w.net
+	cancel, goes, blobs, arb, caller, disk := n.cancel, n.goes, n.blobs, n.arb, n.caller, n.disk
 	runner := n.runner
-	alive := n.ep
 	n.direct.sup.Store(nil)
 	n.door.Store(nil)
 	n.life.Store(nil)
@@ -376,7 +375,6 @@ func (n *simNode) end() {
 		caller.Close()
 		disk.Close() //nolint:errcheck // of a node that is gone
 		runner.killAll()
-		_, _, _ = alive, id, net
 	})
 }
 
