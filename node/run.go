@@ -215,6 +215,9 @@ func (n *Node) run(ctx, told context.Context, cancel context.CancelFunc, ready f
 			n.Stop(whyTold)
 		case <-n.stopped:
 		case err = <-failed:
+			if errors.Is(err, arbiter.ErrRolledBack) {
+				err = n.renew(ctx, err)
+			}
 			n.log.Error("a part of the node failed: the node ends", "error", err)
 		}
 	}
@@ -250,6 +253,7 @@ func (n *Node) serve(ctx, told context.Context, ready func(Ready) error) error {
 		}
 	}
 	n.unpause(ctx)
+	n.announceRenewal(ctx)
 	n.servePeers()
 	r := Ready{Node: n.cfg.Name, ID: n.id.String(), Cluster: n.state.Cluster, New: founds}
 	var err error

@@ -174,6 +174,9 @@ func (n *Node) warnings(st arbiter.Status) []string {
 	if n.store.Low() {
 		out = append(out, "the disk of this node is low: it is no holder and no voter")
 	}
+	if was := n.renewedWarning(); was != "" {
+		out = append(out, was)
+	}
 	return append(out, n.faults.list()...)
 }
 

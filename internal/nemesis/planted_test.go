@@ -47,6 +47,7 @@ type standstill struct {
 
 func newStandstill(t *testing.T, bug string) *standstill {
 	t.Helper()
+	begun := time.Now()
 	s := &standstill{t: t, c: clustertest.New(t, clustertest.Config{Nodes: 4, Namespaces: true, Planted: true, Bug: bug})}
 	if s.c.Network.Kind() == cluster.Loopback {
 		if os.Getenv("CI") != "" {
@@ -62,6 +63,7 @@ func newStandstill(t *testing.T, bug string) *standstill {
 	path := filepath.Join(s.c.Dir, "light.yaml")
 	must(t, os.WriteFile(path, fmt.Appendf(nil, lampApp, clustertest.Build(t, "internal/e2e/testdata/lamp", "e2e/lamp"), s.store.Addr()), 0o600))
 	must(t, s.c.Coppice(t.Context(), s.c.Nodes[0], nil, "deploy", path, "--wait", "--timeout", "60s"))
+	t.Logf("four nodes after %s", time.Since(begun).Round(time.Millisecond))
 	return s
 }
 
@@ -120,6 +122,9 @@ func (s *standstill) placed(ctx context.Context, at *cluster.Node) error {
 	return err
 }
 
+// errNotLed says that a node does not lead any more: it may have handed the leadership to the coordinator.
+var errNotLed = errors.New("another node leads now")
+
 // hang has the disk of a leader's raft log stand still, with a write on its way.
 func (s *standstill) hang(ctx context.Context, leader *cluster.Node) error {
 	if err := leader.Harm(harm.Orders{Slow: []string{"/raft/"}, SlowFor: hungFor}); err != nil {
@@ -129,29 +134,47 @@ func (s *standstill) hang(ctx context.Context, leader *cluster.Node) error {
 	if err != nil {
 		return err
 	}
-	return cluster.WaitFor(ctx, back, "a write to hang", func(ctx context.Context) (bool, error) {
+	led := true
+	if err := cluster.WaitFor(ctx, back, "a write to hang", func(ctx context.Context) (bool, error) {
 		wctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
 		defer cancel()
-		_, err := c.Token(wctx, &apiv1.TokenRequest{})
-		return err != nil && wctx.Err() != nil && ctx.Err() == nil, nil
-	})
+		_, werr := c.Token(wctx, &apiv1.TokenRequest{})
+		st, err := c.Status(ctx, &apiv1.StatusRequest{})
+		led = st.GetArbiter().GetLeader() == leader.Name
+		return err == nil && (werr != nil && wctx.Err() != nil || !led), err
+	}); err != nil {
+		return err
+	}
+	if !led {
+		return errors.Join(errNotLed, leader.Harm(harm.Orders{}))
+	}
+	return nil
+}
+
+// ready brings about that a leader's disk hangs and that the owner is no voter.
+func (s *standstill) ready(ctx context.Context) (leader, owner *cluster.Node, others []*cluster.Node, err error) {
+	for {
+		if leader, owner, others, err = s.cast(ctx); err != nil {
+			return
+		}
+		if err = s.placed(ctx, owner); err != nil {
+			return
+		}
+		if err = s.hang(ctx, leader); !errors.Is(err, errNotLed) {
+			return
+		}
+	}
 }
 
 // cycle has the arbiter's leader stand still, its disk for longer than its process, and cuts it off together with the component's owner; the two others elect
 // another leader and take the component over. It returns the handover.
 func (s *standstill) cycle(ctx context.Context) (h clustertest.Handover, err error) {
-	leader, owner, others, err := s.cast(ctx)
+	leader, owner, others, err := s.ready(ctx)
 	if err != nil {
-		return h, err
-	}
-	if err := s.placed(ctx, owner); err != nil {
 		return h, err
 	}
 	before := s.store.Token()
 	defer func() { err = errors.Join(err, s.mend(ctx, leader)) }()
-	if err := s.hang(ctx, leader); err != nil {
-		return h, err
-	}
 	if _, err := leader.Stop(); err != nil {
 		return h, err
 	}
@@ -203,8 +226,10 @@ func TestPlantedLeaseUnverified(t *testing.T) {
 			t.Parallel() // it mostly waits
 			s := newStandstill(t, bug)
 			for n := range standstillBudget {
+				begun := time.Now()
 				h, err := s.cycle(t.Context())
 				must(t, err)
+				t.Logf("cycle %d took %s", n+1, time.Since(begun).Round(time.Millisecond))
 				if h.Gap > 0 {
 					continue
 				}
