@@ -131,6 +131,9 @@ type Supervisor struct {
 	deaths   map[peer.ID]death    // the last of each node that was seen
 	// successions are by register.
 	successions map[string]*succession
+	// sightings are the epochs that there are, by register; watching: the view has been that of the arbiter.
+	sightings map[string]sighting
+	watching  bool
 	// branches are those of this node that are not stored in the cluster yet, by instance and ownership.
 	branches map[string]*componentsv1.Branch
 	closed   bool // Run has ended: nothing is started any more
@@ -153,7 +156,7 @@ func New(cfg Config) *Supervisor {
 	s := &Supervisor{
 		cfg: cfg, kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
 		moves: map[string]*prepared{}, services: map[string]*service{}, warming: map[string]time.Time{},
-		deaths: map[peer.ID]death{}, successions: map[string]*succession{}, branches: map[string]*componentsv1.Branch{},
+		deaths: map[peer.ID]death{}, successions: map[string]*succession{}, sightings: map[string]sighting{}, branches: map[string]*componentsv1.Branch{},
 		reconciles: make(chan struct{}, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -247,7 +250,9 @@ func (s *Supervisor) Wake() {
 
 // sweep makes sure that each instance this node owns has an actor, and that actors look.
 func (s *Supervisor) sweep() {
-	for _, reg := range s.registers() {
+	list := s.registers()
+	s.sight(list)
+	for _, reg := range list {
 		if reg.Owner == s.cfg.Self {
 			s.actor(instanceOf(reg.Key))
 			continue
