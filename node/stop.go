@@ -1,0 +1,74 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"os"
+)
+
+// Reasons to stop after which the others are to know that it was meant.
+const (
+	whyTold = "told to stop"
+	whyDown = "down"
+)
+
+// shutdown ends everything in the order of who needs whom.
+func (n *Node) shutdown(cancel context.CancelFunc) error {
+	n.Stop("stopping")
+	n.log.Info("stopping", "reason", n.why)
+	if n.why == whyTold {
+		sctx, done := context.WithTimeout(context.Background(), saveWithin)
+		n.finalCheckpoints(sctx)
+		done()
+	}
+	if n.why == whyTold || n.why == whyDown {
+		rctx, done := context.WithTimeout(context.Background(), saveWithin)
+		if err := n.sup.Retire(rctx); err != nil {
+			n.log.Warn("leases were not given up: others wait for their end", "error", err)
+		}
+		done()
+	}
+	if n.why == whyTold || n.why == whyDown {
+		gctx, done := context.WithTimeout(context.Background(), goodbyeWithin)
+		n.members.Goodbye(gctx)
+		done()
+	}
+	for _, stop := range n.stops {
+		stop()
+	}
+	cancel()
+	n.goes.Wait()
+	return n.close()
+}
+
+// close gives back what New opened.
+func (n *Node) close() error {
+	var errs []error
+	if n.links != nil {
+		n.links.close()
+	}
+	if n.blobs != nil {
+		errs = append(errs, n.blobs.Close())
+	}
+	if n.records != nil {
+		errs = append(errs, n.records.Close())
+	}
+	if n.caller != nil {
+		n.caller.Close()
+	}
+	if n.arbiter != nil {
+		errs = append(errs, n.arbiter.Close())
+	}
+	if n.overlay != nil {
+		errs = append(errs, n.overlay.Close())
+	}
+	if n.store != nil {
+		errs = append(errs, n.store.Close())
+	}
+	if n.sup != nil {
+		if err := os.RemoveAll(n.runDir()); err != nil {
+			n.log.Warn("runtime folder", "error", err)
+		}
+	}
+	return errors.Join(errs...)
+}
