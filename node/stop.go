@@ -22,16 +22,7 @@ func (n *Node) shutdown(cancel context.CancelFunc) error {
 		done()
 	}
 	if n.why == whyTold || n.why == whyDown {
-		rctx, done := context.WithTimeout(context.Background(), saveWithin)
-		if err := n.sup.Retire(rctx); err != nil {
-			n.log.Warn("leases were not given up: others wait for their end", "error", err)
-		}
-		done()
-	}
-	if n.why == whyTold || n.why == whyDown {
-		gctx, done := context.WithTimeout(context.Background(), goodbyeWithin)
-		n.members.Goodbye(gctx)
-		done()
+		n.part()
 	}
 	for _, stop := range n.stops {
 		stop()
@@ -39,6 +30,28 @@ func (n *Node) shutdown(cancel context.CancelFunc) error {
 	cancel()
 	n.goes.Wait()
 	return n.close()
+}
+
+// part ends what is exactly-one, and says goodbye. Leases are given up to the leader before, so that nobody waits who claims at the goodbye; if this node
+// is the leader, whose successor knows nothing of them, again to that.
+func (n *Node) part() {
+	led := n.arbiter.Status().Leader == n.id
+	ctx, done := context.WithTimeout(context.Background(), saveWithin)
+	defer done()
+	if err := n.sup.Retire(ctx); err != nil {
+		n.log.Warn("leases were not given up: others wait for their end", "error", err)
+	}
+	gctx, said := context.WithTimeout(context.Background(), goodbyeWithin)
+	defer said()
+	n.members.Goodbye(gctx)
+	if !led {
+		return
+	}
+	hctx, handed := context.WithTimeout(context.Background(), goodbyeWithin)
+	defer handed()
+	if err := errors.Join(n.arbiter.HandOver(hctx), n.sup.Relinquish(hctx)); err != nil {
+		n.log.Warn("the leadership was not handed over in order: claims of what was exactly-one here wait", "error", err)
+	}
 }
 
 // close gives back what New opened.

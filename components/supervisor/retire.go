@@ -76,4 +76,22 @@ func (s *Supervisor) Retire(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// Relinquish gives up again what Retire gave up: the leader that was told knows it alone, and it may have been this node.
+func (s *Supervisor) Relinquish(ctx context.Context) error {
+	var keys []arbiter.LeaseKey
+	for _, reg := range s.registers() {
+		st := &s.service(instanceOf(reg.Key)).lease
+		if reg.Owner == s.cfg.Self && reg.Boot == s.cfg.Boot && st.leased.Load() && st.handing.Load() && st.over() {
+			keys = append(keys, arbiter.LeaseKey{Key: reg.Key, Epoch: reg.Epoch})
+		}
+	}
+	if len(keys) == 0 {
+		return nil
+	}
+	if _, err := s.cfg.Arbiter.Lease(ctx, arbiter.LeaseRequest{Boot: s.cfg.Boot, Seq: s.session.seq.Add(1), GiveUp: keys}); err != nil {
+		return fmt.Errorf("give leases up: %w", err)
+	}
+	return nil
+}
+
 const whyRetired = "its node is stopping"

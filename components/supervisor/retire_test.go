@@ -1,6 +1,7 @@
 package supervisor
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -9,36 +10,61 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 )
 
-// A node that is told to stop ends what is exactly-one, gives the lease up and says goodbye: its successor does not wait, and the state is what was answered.
+// A node that is told to stop ends what is exactly-one, gives the lease up and says goodbye: its successor does not wait, and the state is what was answered. The
+// same when it leads the arbiter: the next leader knows nothing of what was given up to it.
 func TestAPlannedStopHandsTheLeaseOver(t *testing.T) {
-	inWorld(t, 4, func(w *world) {
-		n := w.nodes
-		w.deploy("1.0.0", exactlyOne)
-		w.place(n[0], n[1], n[2])
-		w.running(n[0], "1.0.0")
-		w.settled()
-		g := w.guard()
-		v := n[3].adds(7)
-		begin := time.Now()
-		if err := n[0].sup.Retire(within(w.t, 5*time.Second)); err != nil {
-			w.t.Fatal(err)
-		}
-		if len(n[0].runner.running(testInstance)) != 0 || n[0].believes() {
-			w.t.Fatal("something of it runs on, or its lease is believed in")
-		}
-		n[0].members.Goodbye(within(w.t, time.Second))
-		n[0].stop()
-		w.running(n[1], "1.0.0")
-		took := time.Since(begin)
-		if took > time.Second {
-			w.t.Errorf("the next owner ran after %s: it waited for the lease", took)
-		}
-		w.t.Logf("the next owner ran %s after the stop began", took)
-		if got := n[3].adds(1); got != v+1 {
-			w.t.Errorf("the next answer is %d, want %d", got, v+1)
-		}
-		g.end()
-	})
+	for _, leads := range []bool{false, true} {
+		t.Run(fmt.Sprint("leads ", leads), func(t *testing.T) {
+			inWorld(t, 4, func(w *world) {
+				owner := w.nodes[0]
+				for _, n := range w.nodes {
+					if (n.arb.Status().Role == "leader") == leads {
+						owner = n
+					}
+				}
+				var others []*simNode
+				for _, n := range w.nodes {
+					if n != owner {
+						others = append(others, n)
+					}
+				}
+				plannedStop(w, owner, others, leads)
+			})
+		})
+	}
+}
+
+func plannedStop(w *world, owner *simNode, others []*simNode, leads bool) {
+	next, asks := others[0], others[2]
+	w.deploy("1.0.0", exactlyOne)
+	w.place(owner, next, others[1])
+	w.running(owner, "1.0.0")
+	w.settled()
+	g := w.guard()
+	v := asks.adds(7)
+	begin := time.Now()
+	if err := owner.sup.Retire(within(w.t, 5*time.Second)); err != nil {
+		w.t.Fatal(err)
+	}
+	if len(owner.runner.running(testInstance)) != 0 || owner.believes() {
+		w.t.Fatal("something of it runs on, or its lease is believed in")
+	}
+	owner.members.Goodbye(within(w.t, time.Second))
+	if leads {
+		owner.must(owner.arb.HandOver(within(w.t, time.Second)))
+		owner.must(owner.sup.Relinquish(within(w.t, time.Second)))
+	}
+	owner.stop()
+	w.running(next, "1.0.0")
+	took := time.Since(begin)
+	if took > time.Second {
+		w.t.Errorf("the next owner ran after %s: it waited for the lease", took)
+	}
+	w.t.Logf("the next owner ran %s after the stop began", took)
+	if got := asks.adds(1); got != v+1 {
+		w.t.Errorf("the next answer is %d, want %d", got, v+1)
+	}
+	g.end()
 }
 
 // What a command stopped has no lease: another node may claim it at once. Started again where it was it waits for a lease of its own.

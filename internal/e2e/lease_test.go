@@ -110,3 +110,53 @@ func TestOrphanOfADeadNodeIsWaitedFor(t *testing.T) {
 	}
 	store.Check(t)
 }
+
+// A planned end gives the lease up: the next owner acts as soon as the last one has ended, and not before.
+func TestAPlannedEndHandsTheLeaseOver(t *testing.T) {
+	t.Parallel() // it mostly waits
+	g := plant(t, 3)
+	store := clustertest.OpenOutside(t, nil)
+	n1 := g.Nodes[0]
+	g.push(n1, testProgram(t, "lamp", ""))
+	g.deploy(n1, fmt.Sprintf(lampApp, store.Addr()))
+	for _, end := range []struct {
+		how string
+		do  func(owner, other *cluster.Node)
+	}{
+		{"SIGTERM", func(owner, _ *cluster.Node) { must(t, owner.Term(t.Context())) }},
+		{"coppice down", func(owner, _ *cluster.Node) { g.do(owner, "down") }},
+		{"coppice drain", func(owner, other *cluster.Node) { g.do(other, "drain", owner.Name) }},
+	} {
+		in, err := cluster.Calm(t.Context(), g.Alive()[0], "light/lamp")
+		must(t, err)
+		owner := g.Node(in.GetNode())
+		g.wait("it to act", func(context.Context) error {
+			if store.Token()&(1<<32-1) != in.GetEpoch() {
+				return fmt.Errorf("the store has seen token %d, it is in epoch %d", store.Token(), in.GetEpoch())
+			}
+			return nil
+		})
+		before := store.Token()
+		end.do(owner, g.Nodes[owner.Index%len(g.Nodes)])
+		g.wait("the next owner to act", func(context.Context) error {
+			if now := store.Token(); now <= before {
+				return fmt.Errorf("the store has seen nothing newer than token %d", now)
+			}
+			return nil
+		})
+		for _, h := range store.Handovers() {
+			if h.From != before {
+				continue
+			}
+			t.Logf("%s of %s: %s", end.how, owner.Name, h)
+			if h.Gap > 2*time.Second { // a lease that is not given up lasts for 2.5 s after the goodbye, and more
+				t.Errorf("after a %s of %s the next owner acted %s after the last act of the one before", end.how, owner.Name, h.Gap)
+			}
+		}
+		if !owner.Running() {
+			must(t, owner.Start(t.Context()))
+		}
+		must(t, g.AllAlive(t.Context()))
+	}
+	store.Check(t)
+}
