@@ -30,6 +30,10 @@ import (
 // its predecessors acknowledged. A claim marks the epoch that it would end as revoked before it is proposed; from then on no renewal of that
 // epoch is acknowledged. All of this is in the leader's memory only.
 //
+// That raft steps down by itself is no substitute for confirm. It does so by a timer in its main loop, and the same loop writes the log: while an fsync
+// hangs, the leader of a minority stays leader as far as it knows, its heartbeats go on, and it would renew for as long as the disk hangs (shown with
+// real processes by internal/nemesis.TestPlantedLeaseUnverified).
+//
 // What is left: between the admission of a claim and its entry into the log the leader must not lose the lead, have another leader acknowledge
 // a renewal, and win the lead back. Raft refuses proposals made while it does not lead, so that takes a goroutine that stands still between
 // two statements for longer than two elections while raft's own goroutines run.
