@@ -31,8 +31,9 @@ test: build ## every test that ends within minutes (TESTFLAGS=-race: with the ra
 	$(if $(findstring -race,$(TESTFLAGS)),CGO_ENABLED=1) $(GO) test -timeout 20m $(TESTFLAGS) ./internal/sim
 	$(if $(findstring -race,$(TESTFLAGS)),@true,$(MAKE) planted)
 
-planted: ## show that the simulation finds each safety rule broken on purpose
+planted: ## show that the simulation, and real processes where it cannot, find each safety rule broken on purpose
 	$(GO) test -tags planted -count=1 -timeout 15m -run Planted ./internal/sim
+	$(GO) test -tags planted -count=1 -timeout 5m -run Planted ./internal/nemesis
 
 race: ## the same with the race detector (needs a C compiler); what CI runs
 	$(MAKE) test TESTFLAGS=-race

@@ -134,6 +134,8 @@ type OwnerDeath struct {
 	Trigger  string // neighbour | placement: who claims
 	To       string // id of the node that claims
 	Now      time.Time
+	// Lasted is how long the epoch has lasted, as the claimer measured it. 0: it did not, and dates that two nodes wrote are compared.
+	Lasted time.Duration
 }
 
 // Takeover is the body of the epoch that follows an owner's death: an unsettled epoch goes back to its fallback, the claimer leaves the
@@ -150,10 +152,13 @@ func Takeover(body *componentsv1.InstanceBody, d OwnerDeath) *componentsv1.Insta
 		next.Digest, next.ArtifactName, next.Version = fb.GetDigest(), fb.GetArtifactName(), fb.GetVersion()
 	}
 	next.Fallback, next.Settled = nil, false
-	age := now - int64(body.GetClaimedUnixMs())
+	age := time.Duration(now-int64(body.GetClaimedUnixMs())) * time.Millisecond
+	if d.Lasted > 0 {
+		age = d.Lasted
+	}
 	switch {
 	case d.Planned && !body.GetSettled(): // it tells nothing, for or against; nodes are stopped one after the other for an upgrade
-	case !d.Reboot && !body.GetSettled() && age < DeathWindow.Milliseconds():
+	case !d.Reboot && !body.GetSettled() && age < DeathWindow:
 		next.Deaths = append(next.Deaths, &componentsv1.Death{Node: d.Node, Boot: d.Boot, UnixMs: next.ClaimedUnixMs})
 	default:
 		next.Deaths = nil

@@ -305,6 +305,15 @@ func TestTakeover(t *testing.T) {
 	if second := Takeover(next, again); second.GetQuarantined() || len(second.GetDeaths()) != 0 {
 		t.Errorf("a death long after the start counts: %v", second)
 	}
+	measured := again
+	measured.Lasted = time.Second // whatever the dates say
+	if second := Takeover(next, measured); !second.GetQuarantined() {
+		t.Errorf("a death that was measured to be soon after the start does not count: %v", second)
+	}
+	measured.Lasted, measured.Now = DeathWindow, now.Add(-time.Hour)
+	if second := Takeover(next, measured); second.GetQuarantined() || len(second.GetDeaths()) != 0 {
+		t.Errorf("a death that was measured to be long after the start counts: %v", second)
+	}
 	planned := again
 	planned.Now, planned.Planned = now.Add(time.Second), true
 	stopped := Takeover(next, planned)

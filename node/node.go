@@ -47,6 +47,9 @@ type Node struct {
 	state state
 	fresh bool // it founded or joined the cluster with this start
 
+	renewed   *renewal // it joins with a new identity; nil: it does not
+	otherJoin string   // the token that it was started with, when it has one for that
+
 	store    *store.Store
 	overlay  *dht.DHT
 	caller   *peers.Caller
@@ -142,10 +145,20 @@ func (n *Node) build(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	original, err := n.elsewhere(ctx)
+	if err != nil {
+		return err
+	}
 	for _, open := range []func() error{n.openOverlay, n.openPlatform, n.openControl, n.overlayStart, n.rememberListen} {
 		if err := open(); err != nil {
 			return err
 		}
+	}
+	if original != "" {
+		return n.renew(ctx, fmt.Errorf("%w (it answers at %s)", errCloned, original))
+	}
+	if err := n.rememberAddrs(); err != nil {
+		return err
 	}
 	n.members.UpdateSelf(func(i *members.Info) { i.Addrs = n.overlay.Addrs() })
 	if n.state.Certificate == nil {
@@ -164,6 +177,9 @@ func (n *Node) openData(ctx context.Context) (err error) {
 	dir, fs := n.cfg.Data, n.cfg.FS
 	if err := store.MkdirAll(fs, dir); err != nil {
 		return fmt.Errorf("data folder: %w", err)
+	}
+	if err := n.putAside(); err != nil {
+		return err
 	}
 	if n.key, _, err = dht.LoadIdentity(fs, dir); err != nil {
 		return err
@@ -242,7 +258,7 @@ func (n *Node) openOverlay() (err error) {
 	}
 	n.duties(func() { n.telling, n.diskIsLow = true, n.store.Low() }) // the store has looked at the disk already
 	n.arbiter, err = arbiter.New(arbiter.Config{
-		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiterView{n.members}, FS: n.store.FS(), Dir: filepath.Join(n.cfg.Data, raftName),
+		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiter.FromMembers(n.members), FS: n.store.FS(), Dir: filepath.Join(n.cfg.Data, raftName),
 		Leased: components.LeasedBody, MaxVoters: n.cfg.MaxVoters,
 		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror, Turned: n.turned,
 		Halted: n.votesNoMore, Format: n.cfg.Format,
@@ -352,7 +368,7 @@ func (n *Node) enter(ctx context.Context, token dht.Token) error {
 		}
 		return n.settle(cert)
 	}
-	w, err := n.overlay.Join(ctx, token, members.EncodeInfo(n.members.Self().Info))
+	w, err := n.joinBy(ctx, token)
 	if err != nil {
 		return err
 	}
@@ -373,8 +389,27 @@ func (n *Node) enter(ctx context.Context, token dht.Token) error {
 	return nil
 }
 
+// joinBy joins by a token. That of a renewal may have expired: then what the node was started with counts.
+func (n *Node) joinBy(ctx context.Context, token dht.Token) (dht.Welcome, error) {
+	w, err := n.overlay.Join(ctx, token, members.EncodeInfo(n.members.Self().Info))
+	if err == nil || n.renewed == nil {
+		return w, err
+	}
+	if n.otherJoin == "" {
+		return w, fmt.Errorf("%w; this node needs a new identity (%s): coppice token on another node, and coppice up --join TOKEN here", err, n.renewed.Why)
+	}
+	other, derr := dht.DecodeToken(n.otherJoin)
+	if derr != nil || other.ClusterID != token.ClusterID {
+		return w, errors.Join(err, derr)
+	}
+	return n.overlay.Join(ctx, other, members.EncodeInfo(n.members.Self().Info))
+}
+
 func (n *Node) settle(cert []byte) error {
 	n.state.Certificate, n.state.Name = cert, n.cfg.Name
+	if n.renewed != nil {
+		return n.rejoined()
+	}
 	return n.state.save(n.cfg.FS, n.cfg.Data, n.statePath())
 }
 

@@ -215,6 +215,9 @@ func (n *Node) run(ctx, told context.Context, cancel context.CancelFunc, ready f
 			n.Stop(whyTold)
 		case <-n.stopped:
 		case err = <-failed:
+			if errors.Is(err, arbiter.ErrRolledBack) {
+				err = n.renew(ctx, err)
+			}
 			n.log.Error("a part of the node failed: the node ends", "error", err)
 		}
 	}
@@ -250,6 +253,7 @@ func (n *Node) serve(ctx, told context.Context, ready func(Ready) error) error {
 		}
 	}
 	n.unpause(ctx)
+	n.announceRenewal(ctx)
 	n.servePeers()
 	r := Ready{Node: n.cfg.Name, ID: n.id.String(), Cluster: n.state.Cluster, New: founds}
 	var err error
@@ -432,66 +436,6 @@ func (n *Node) memberEvent(c members.Change) {
 	n.events.Publish(events.Event{
 		Channel: "/nodes/" + c.New.Name, Type: c.New.State.String(), Cause: c.New.Evidence, Trigger: "neighbour", Message: c.New.Name + " is " + c.New.State.String(),
 	})
-}
-
-// Reasons to stop after which the others are to know that it was meant.
-const (
-	whyTold = "told to stop"
-	whyDown = "down"
-)
-
-// shutdown ends everything in the order of who needs whom.
-func (n *Node) shutdown(cancel context.CancelFunc) error {
-	n.Stop("stopping")
-	n.log.Info("stopping", "reason", n.why)
-	if n.why == whyTold {
-		sctx, done := context.WithTimeout(context.Background(), saveWithin)
-		n.finalCheckpoints(sctx)
-		done()
-	}
-	if n.why == whyTold || n.why == whyDown {
-		gctx, done := context.WithTimeout(context.Background(), goodbyeWithin)
-		n.members.Goodbye(gctx)
-		done()
-	}
-	for _, stop := range n.stops {
-		stop()
-	}
-	cancel()
-	n.goes.Wait()
-	return n.close()
-}
-
-// close gives back what New opened.
-func (n *Node) close() error {
-	var errs []error
-	if n.links != nil {
-		n.links.close()
-	}
-	if n.blobs != nil {
-		errs = append(errs, n.blobs.Close())
-	}
-	if n.records != nil {
-		errs = append(errs, n.records.Close())
-	}
-	if n.caller != nil {
-		n.caller.Close()
-	}
-	if n.arbiter != nil {
-		errs = append(errs, n.arbiter.Close())
-	}
-	if n.overlay != nil {
-		errs = append(errs, n.overlay.Close())
-	}
-	if n.store != nil {
-		errs = append(errs, n.store.Close())
-	}
-	if n.sup != nil {
-		if err := os.RemoveAll(n.runDir()); err != nil {
-			n.log.Warn("runtime folder", "error", err)
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // privateDir makes a folder that only this user can enter, and refuses one that somebody else made.

@@ -31,6 +31,13 @@ type state struct {
 
 	Listen   []string `json:"listen,omitempty"`   // what localListen became
 	Restored bool     `json:"restored,omitempty"` // from a backup, and not yet founded by a first start
+	Addrs    []string `json:"addrs,omitempty"`    // what others were told to reach it at
+
+	// Of an identity that this node had before (renew.go).
+	Was    string `json:"was,omitempty"`     // peer id
+	WasWhy string `json:"was_why,omitempty"` // it was given up
+	Aside  string `json:"aside,omitempty"`   // folder of what it held, below the data folder
+	Expel  bool   `json:"expel,omitempty"`   // it is still to be expelled
 }
 
 func loadState(fs vfs.FS, path string) (state, bool, error) {
@@ -57,7 +64,12 @@ func loadState(fs vfs.FS, path string) (state, bool, error) {
 
 func (s state) save(fs vfs.FS, dir, path string) error {
 	s.Format = stateFormat
-	b, err := json.MarshalIndent(s, "", "  ")
+	return writeJSON(fs, dir, path, s)
+}
+
+// writeJSON replaces a file of a folder: after a crash it is the old one or the new one.
+func writeJSON(fs vfs.FS, dir, path string, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return err
 	}

@@ -65,6 +65,11 @@ func (c *cli) up(ctx context.Context, cfg upConfig) error {
 	var unregister func() error
 	ready := func(r readyInfo) error {
 		var err error
+		if unregister != nil { // it goes on with a new identity
+			if err = unregister(); err != nil {
+				return err
+			}
+		}
 		unregister, err = api.Register(api.Entry{Name: r.Name, API: r.API, HTTP: r.HTTP, Data: cfg.Data})
 		if err != nil {
 			return err

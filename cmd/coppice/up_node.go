@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -37,17 +38,31 @@ func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(ready
 	if err := nc.Validate(); err != nil {
 		return &usageError{why: err.Error()}
 	}
+	for {
+		what, err := live(ctx, nc, ready)
+		renewed, again := errors.AsType[*node.RenewError](err)
+		switch {
+		case ctx.Err() != nil && what == "run":
+			return nil
+		case again && ctx.Err() == nil:
+			log.Warn("the node is started again", "error", renewed)
+		case err != nil:
+			return &failure{what: what + " node " + cfg.Name, why: err.Error()}
+		default:
+			return nil
+		}
+	}
+}
+
+// live is one life of a node; what was being done when it failed.
+func live(ctx context.Context, nc node.Config, ready func(readyInfo) error) (what string, err error) {
 	n, err := node.New(ctx, nc)
 	if err != nil {
-		return &failure{what: "start node " + cfg.Name, why: err.Error()}
+		return "start", err
 	}
-	err = n.Run(ctx, func(r node.Ready) error {
+	return "run", n.Run(ctx, func(r node.Ready) error {
 		return ready(readyInfo{Name: r.Node, ID: r.ID, Cluster: r.Cluster, API: r.API, HTTP: r.HTTP, Token: r.Token})
 	})
-	if err != nil && ctx.Err() == nil {
-		return &failure{what: "run node " + cfg.Name, why: err.Error()}
-	}
-	return nil
 }
 
 // die is kill -9 of this process by itself.

@@ -27,7 +27,13 @@ func mergeCounts(base, ours, theirs, into *sdk.Txn) error {
 // kept is a world in which the store goes on in a cut, on n1, with successors n2 and n3.
 func kept(t *testing.T, durable, reconcile string, merge func(base, ours, theirs, into *sdk.Txn) error, f func(w *world)) {
 	t.Helper()
-	inWorld(t, 3, func(w *world) {
+	keptAmong(t, 3, durable, reconcile, merge, f)
+}
+
+// keptAmong is kept with more nodes.
+func keptAmong(t *testing.T, nodes int, durable, reconcile string, merge func(base, ours, theirs, into *sdk.Txn) error, f func(w *world)) {
+	t.Helper()
+	inWorld(t, nodes, func(w *world) {
 		w.shelf.add(&binary{name: "counter", version: "1.0.0", merge: merge})
 		w.deploy("1.0.0", func(spec *componentsv1.ComponentSpec, _ *componentsv1.Application) {
 			spec.OnPartition, spec.Reconcile, spec.Durable = components.PartitionKeep, reconcile, durable

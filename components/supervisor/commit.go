@@ -283,8 +283,8 @@ func (s *saver) keepCopies(ctx context.Context) {
 	}
 }
 
-// repair keeps the committed root on as many live holders as it should have: late acknowledgements are recorded, and the copies of
-// dead holders are made again elsewhere. A commit meanwhile makes it pointless, not wrong.
+// repair keeps the committed root on as many live holders as it should have, and in more than one zone where there are: late acknowledgements are
+// recorded, and the copies of dead holders are made again elsewhere. A commit meanwhile makes it pointless, not wrong.
 func (s *saver) repair(ctx context.Context) error {
 	s.mu.Lock()
 	saved := s.saved
@@ -294,10 +294,9 @@ func (s *saver) repair(ctx context.Context) error {
 	}
 	have := slices.DeleteFunc(s.keepers(), func(id peer.ID) bool { return !s.cfg.alive(id) })
 	to, _ := s.cfg.holders()
-	missing := slices.DeleteFunc(slices.Clone(to), func(id peer.ID) bool { return slices.Contains(have, id) })
-	if want := len(to) - len(have); want > 0 && len(missing) > 0 {
+	if give := lacking(to, slices.Compact(slices.Sorted(slices.Values(have))), s.cfg.apart); len(give) > 0 {
 		pctx, cancel := context.WithTimeout(ctx, 10*pushAttempt)
-		got, err := s.cfg.store.Push(pctx, saved.Root, missing[:min(len(missing), want)], 1)
+		got, err := s.cfg.store.Push(pctx, saved.Root, give, 1)
 		cancel()
 		if err != nil {
 			return fmt.Errorf("repair the copies of %s: %w", s.cfg.instance, err)

@@ -137,7 +137,7 @@ func (i *instance) halt(why string) {
 	i.ended()
 }
 
-// rest ends the process with its state saved. The owner stays.
+// rest ends the process with its state saved. The owner stays; its lease, if there is one, is given up.
 func (i *instance) rest(ctx context.Context, as components.State, why string) time.Duration {
 	if i.gen != nil && !i.gen.dead() {
 		sctx, cancel := context.WithTimeout(ctx, restWithin)
@@ -152,6 +152,7 @@ func (i *instance) rest(ctx context.Context, as components.State, why string) ti
 		}
 	}
 	i.halt(why)
+	i.handBack(ctx)
 	i.show(as, why)
 	return 0
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -112,6 +113,47 @@ func (s *Supervisor) succeed(reg arbiter.Register) {
 	})
 }
 
+// sighting is an epoch and since when this node has known of it, by its own clock; the zero time: longer than it has been watching.
+type sighting struct {
+	nonce uint64 // of the claim that made it
+	since time.Time
+}
+
+// sight notes which epochs there are. What is there when the view is first known to be the arbiter's began before that, nobody here knows when.
+func (s *Supervisor) sight(list []arbiter.Register) {
+	now := time.Now()
+	inTouch := s.inTouch()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.watching {
+		now = time.Time{}
+	}
+	s.watching = s.watching || inTouch
+	there := make(map[string]bool, len(list))
+	for _, reg := range list {
+		there[reg.Key] = true
+		if at, ok := s.sightings[reg.Key]; !ok || at.nonce != reg.Nonce {
+			s.sightings[reg.Key] = sighting{reg.Nonce, now}
+		}
+	}
+	maps.DeleteFunc(s.sightings, func(key string, _ sighting) bool { return !there[key] })
+}
+
+// lasted is how long an epoch has lasted, by this node's own clock: what owners write into registers are dates of their clocks. What began before this
+// node watched is old.
+func (s *Supervisor) lasted(reg arbiter.Register) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, ok := s.sightings[reg.Key]
+	if !ok || at.nonce != reg.Nonce { // it began since the last look
+		return 1
+	}
+	if at.since.IsZero() {
+		return components.DeathWindow
+	}
+	return max(time.Since(at.since), 1)
+}
+
 // died says whether a process that was taken for dead still is.
 func (s *Supervisor) died(d death) bool {
 	s.mu.Lock()
@@ -212,7 +254,7 @@ func (s *Supervisor) hosts(id peer.ID) bool {
 func (s *Supervisor) claimFromDead(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, d death) (arbiter.Register, error) {
 	next := components.Takeover(body, components.OwnerDeath{
 		Node: d.node.String(), Name: d.name, Boot: d.boot, Reboot: d.reboot, Planned: d.planned, Evidence: d.evidence,
-		Trigger: "neighbour", To: s.cfg.Self.String(), Now: s.cfg.Now(),
+		Trigger: "neighbour", To: s.cfg.Self.String(), Now: s.cfg.Now(), Lasted: s.lasted(reg),
 	})
 	data, err := proto.Marshal(next)
 	if err != nil {

@@ -231,6 +231,8 @@ func (i *instance) step(ctx context.Context) time.Duration {
 		return i.rest(ctx, components.Stopped, "stopped by a command; try coppice start "+i.name)
 	case i.sup.paused():
 		return i.rest(ctx, components.Stopped, "the cluster is paused")
+	case i.sup.retiring.Load() && body.GetLeased():
+		return i.rest(ctx, components.Stopped, whyRetired)
 	case eff.Leased() != body.GetLeased() && !time.Now().Before(i.regradeAt):
 		return i.regrade(ctx, reg, &body, eff.Leased())
 	case !i.leaseHeld():

@@ -4,15 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
@@ -22,7 +19,6 @@ import (
 	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
-	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
 // What becomes of a branch (notes: consistency §6). It is stored in the cluster first, whatever the policy: its pages on the instance's holders, and a
@@ -472,79 +468,4 @@ func (r *reconciling) take(ctx context.Context, root blobs.Hash, outcome, why st
 		Fields:  map[string]string{"outcome": outcome, "branch": strings.TrimPrefix(r.stored.Key, components.BranchPrefix)},
 	})
 	return nil
-}
-
-// merged asks the running process, which is at rest, to merge three states, and stores the result as a new base.
-func (i *instance) merged(ctx context.Context, base, ours, theirs blobs.Hash) (*chainHead, error) {
-	stream, err := i.gen.comp.Merge(ctx)
-	if err != nil {
-		return nil, mergeError(err)
-	}
-	for _, b := range []struct {
-		branch componentv1.BranchFrame_Branch
-		root   blobs.Hash
-	}{{componentv1.BranchFrame_BASE, base}, {componentv1.BranchFrame_OURS, ours}, {componentv1.BranchFrame_THEIRS, theirs}} {
-		if b.root.IsZero() {
-			continue
-		}
-		steps, _, err := chainSteps(i.sup.cfg.Blobs, b.root, blobs.Hash{})
-		if err != nil {
-			return nil, err
-		}
-		for _, node := range steps {
-			err := stepFrames(i.sup.cfg.Blobs, node, func(f *componentv1.StateFrame) error {
-				return stream.Send(&componentv1.BranchFrame{Branch: b.branch, Frame: f})
-			})
-			if err != nil && !errors.Is(err, io.EOF) { // io.EOF: what it receives says why
-				return nil, err
-			}
-		}
-	}
-	if err := stream.CloseSend(); err != nil {
-		return nil, err
-	}
-	return i.storeMerged(ctx, stream.Recv)
-}
-
-// storeMerged writes the frames of a result.
-func (i *instance) storeMerged(ctx context.Context, recv func() (*componentv1.StateFrame, error)) (*chainHead, error) {
-	first, err := recv()
-	if err != nil {
-		return nil, mergeError(err)
-	}
-	pr, pw := io.Pipe()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		pw.CloseWithError(func() error {
-			for f := first; ; {
-				var buf frameBuffer
-				if err := buf.add(f); err != nil {
-					return err
-				}
-				if _, err := pw.Write(buf.buf.Bytes()); err != nil {
-					return err
-				}
-				var err error
-				if f, err = recv(); errors.Is(err, io.EOF) {
-					return nil
-				} else if err != nil {
-					return mergeError(err)
-				}
-			}
-		}())
-	}()
-	head, err := writeBase(ctx, i.sup.cfg.Blobs, i.gen.saver.meta(first.GetMark()), pr)
-	pr.CloseWithError(err)
-	<-done
-	return head, err
-}
-
-// mergeError tells what trying again may mend from what it does not.
-func mergeError(err error) error {
-	switch status.Code(err) {
-	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded:
-		return err
-	}
-	return &noMergeError{err}
 }

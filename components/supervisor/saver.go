@@ -61,6 +61,8 @@ type saverConfig struct {
 	holders func() (to []peer.ID, w int)
 	// alive says whether a holder still counts.
 	alive func(peer.ID) bool
+	// apart says whether nodes are in more than one zone, as far as that matters; nil: it does not.
+	apart func([]peer.ID) bool
 	// committed is told every mark whose effects cannot be lost any more.
 	committed func(mark uint64)
 	// cut says that the arbiter is out of reach and that checkpoints go on without it; nil: they wait for it. branched makes such a one durable.

@@ -57,7 +57,7 @@ type leaseState struct {
 	leased  atomic.Bool   // a lease is needed
 	until   atomic.Int64  // on Config.BootTime; 0: none
 	round   atomic.Uint64 // raised when it is given up: what was asked before does not count any more
-	handing atomic.Bool   // its process is at rest and kept while another node may claim: nothing is asked for
+	handing atomic.Bool   // it was given up (a move whose target may claim, a stop): nothing is asked for
 
 	mu    sync.Mutex // guards procs
 	procs map[runner.Process]bool
@@ -87,7 +87,9 @@ func (i *instance) leaseState() *leaseState { return &i.sup.service(i.name).leas
 
 // grade notes whether the instance's present epoch is leased.
 func (i *instance) grade(leased bool) {
-	if was := i.leaseState().leased.Swap(leased); leased && !was {
+	st := i.leaseState()
+	if was := st.leased.Swap(leased); leased && !was {
+		st.handing.Store(false)
 		i.sup.session.poke()
 	}
 }
@@ -313,6 +315,7 @@ func (i *instance) regain(ctx context.Context) error {
 // yield ends a process whose lease ends, or waits for the lease that its start needs.
 func (i *instance) yield() time.Duration {
 	if i.gen == nil {
+		i.leaseState().handing.Store(false) // it may have been given up by a stop
 		if st := i.Info().State; st != components.Stopped {
 			i.show(components.Starting, "it waits for its lease: it is exactly-one, and nothing of it runs before the arbiter says that nothing of it runs elsewhere")
 		}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -113,7 +114,9 @@ type Supervisor struct {
 	// lease is this node's right to serve what it owns.
 	lease *lease
 	// session renews the leases of single instances.
-	session    *session
+	session *session
+	// retiring: nothing that is leased runs here any more.
+	retiring   atomic.Bool
 	reconciles chan struct{}
 
 	randMu sync.Mutex // guards cfg.Rand
@@ -128,6 +131,9 @@ type Supervisor struct {
 	deaths   map[peer.ID]death    // the last of each node that was seen
 	// successions are by register.
 	successions map[string]*succession
+	// sightings are the epochs that there are, by register; watching: the view has been that of the arbiter.
+	sightings map[string]sighting
+	watching  bool
 	// branches are those of this node that are not stored in the cluster yet, by instance and ownership.
 	branches map[string]*componentsv1.Branch
 	closed   bool // Run has ended: nothing is started any more
@@ -150,7 +156,7 @@ func New(cfg Config) *Supervisor {
 	s := &Supervisor{
 		cfg: cfg, kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
 		moves: map[string]*prepared{}, services: map[string]*service{}, warming: map[string]time.Time{},
-		deaths: map[peer.ID]death{}, successions: map[string]*succession{}, branches: map[string]*componentsv1.Branch{},
+		deaths: map[peer.ID]death{}, successions: map[string]*succession{}, sightings: map[string]sighting{}, branches: map[string]*componentsv1.Branch{},
 		reconciles: make(chan struct{}, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -179,6 +185,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	s.spawn(func() { s.keepLeases(s.ctx) })
 	s.spawn(func() { s.keepReconciling(s.ctx) })
 	s.spawn(func() { s.watchLeases(s.ctx) })
+	s.spawn(func() { s.keepBranchCopies(s.ctx) })
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	s.sweep()
@@ -243,7 +250,9 @@ func (s *Supervisor) Wake() {
 
 // sweep makes sure that each instance this node owns has an actor, and that actors look.
 func (s *Supervisor) sweep() {
-	for _, reg := range s.registers() {
+	list := s.registers()
+	s.sight(list)
+	for _, reg := range list {
 		if reg.Owner == s.cfg.Self {
 			s.actor(instanceOf(reg.Key))
 			continue

@@ -6,11 +6,9 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"net/http"
 	"os"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -21,12 +19,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"google.golang.org/grpc"
-	grpcbackoff "google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
-	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/dht/events"
@@ -219,7 +213,8 @@ type simNode struct {
 	fs   *vfs.MemFS
 	boot uint64
 	rate float64 // of its clock; 0: 1
-	dir  string  // its files, through all its lives
+	zone string
+	dir  string // its files, through all its lives
 
 	// Of the present life; sup is nil while there is none.
 	clock   *clock
@@ -287,7 +282,7 @@ func (n *simNode) start(bootstrap bool) {
 	quiet := slog.New(slog.DiscardHandler)
 	var err error
 	n.members, err = members.New(members.Config{
-		Self:  members.Info{ID: n.id, Name: n.name, Boot: n.boot, Addrs: []string{"/mem/" + n.name}, Role: "full"},
+		Self:  members.Info{ID: n.id, Name: n.name, Boot: n.boot, Addrs: []string{"/mem/" + n.name}, Role: "full", Zone: n.zone},
 		Peers: n.ep, Links: n.ep, BootTime: n.clock.now, Rand: rand.New(rand.NewPCG(w.rng.Uint64(), 2)), Log: quiet, FlapDeaths: -1,
 	})
 	n.must(err)
@@ -360,9 +355,8 @@ func (n *simNode) stop() {
 }
 
 func (n *simNode) end() {
-	cancel, goes, blobs, arb, caller, disk, id, net := n.cancel, n.goes, n.blobs, n.arb, n.caller, n.disk, n.id, n.w.net
+	cancel, goes, blobs, arb, caller, disk := n.cancel, n.goes, n.blobs, n.arb, n.caller, n.disk
 	runner := n.runner
-	alive := n.ep
 	n.direct.sup.Store(nil)
 	n.door.Store(nil)
 	n.life.Store(nil)
@@ -375,133 +369,8 @@ func (n *simNode) end() {
 		caller.Close()
 		disk.Close() //nolint:errcheck // of a node that is gone
 		runner.killAll()
-		_, _, _ = alive, id, net
 	})
 }
 
 func (n *simNode) freeze() { n.clock.stop(); n.w.net.Freeze(n.id) }
 func (n *simNode) thaw()   { n.clock.cont(); n.w.net.Thaw(n.id) }
-
-// testShell is an instance's membrane, reachable through the node's router.
-type testShell struct {
-	n      *simNode
-	m      *membrane.Membrane
-	router *membrane.Router // of its node's life, which may have begun another one when it is closed
-
-	mu    sync.Mutex
-	creds map[string]bool // true: allowed
-}
-
-func (n *simNode) newShell(instance string, _ *components.Effective, hooks Hooks) (Shell, error) {
-	m := membrane.New(membrane.Config{Instance: instance, Serving: hooks.Serving, OnStale: func(membrane.Token) { hooks.Stale() }, OnHung: hooks.Hung})
-	n.router.Add(m)
-	return &testShell{n: n, m: m, router: n.router, creds: map[string]bool{}}, nil
-}
-
-func (s *testShell) Membrane() *membrane.Membrane     { return s.m }
-func (s *testShell) NodeSocket() string               { return "" }
-func (s *testShell) Bind(*components.Effective) error { return nil }
-func (s *testShell) Close()                           { s.router.Remove(s.m.Instance()) }
-
-func (s *testShell) Credential() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	c := fmt.Sprint(len(s.creds) + 1)
-	s.creds[c] = true
-	return c
-}
-
-func (s *testShell) Forbid(c string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.creds[c] = false
-}
-
-func (s *testShell) allowed() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	n := 0
-	for _, ok := range s.creds {
-		if ok {
-			n++
-		}
-	}
-	return n
-}
-
-// directory routes by the registers, as a node does.
-type directory struct {
-	shelf   *shelf
-	sup     atomic.Pointer[Supervisor] // nil while the node is gone
-	mu      sync.Mutex
-	changed chan struct{}
-}
-
-func (d *directory) tell() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	close(d.changed)
-	d.changed = make(chan struct{})
-}
-
-func (d *directory) Changed(string) <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.changed
-}
-
-func (d *directory) Resolve(target, _ string) (membrane.Route, error) {
-	sup := d.sup.Load()
-	if sup == nil {
-		return membrane.Route{}, membrane.ErrNoOwner
-	}
-	if !strings.Contains(target, "-") {
-		target += "-0"
-	}
-	reg, ok := sup.Register(components.InstanceRegister(target))
-	if !ok || reg.Owner == "" {
-		return membrane.Route{}, membrane.ErrNoOwner
-	}
-	var body componentsv1.InstanceBody
-	if err := proto.Unmarshal(reg.Body, &body); err != nil {
-		return membrane.Route{}, err
-	}
-	b, err := d.shelf.get(body.GetDigest())
-	if err != nil {
-		return membrane.Route{}, err
-	}
-	return membrane.Route{Instance: target, Node: reg.Owner.String(), Token: tokenOf(tokenIn(reg)), Methods: membrane.NewMethods(b.desc)}, nil
-}
-
-// links are a node's connections to other nodes' gates.
-type links struct {
-	ep    *peers.Endpoint
-	mu    sync.Mutex
-	conns map[string]*grpc.ClientConn
-}
-
-func (l *links) Conn(_ context.Context, node string) (grpc.ClientConnInterface, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if c := l.conns[node]; c != nil {
-		return c, nil
-	}
-	c, err := grpc.NewClient("passthrough:///"+node, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(peers.Dialer(l.ep, protoGate)),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: grpcbackoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second}, MinConnectTimeout: 2 * time.Second}))
-	if err == nil {
-		l.conns[node] = c
-	}
-	return c, err
-}
-
-func (l *links) HTTP(context.Context, string) (http.RoundTripper, error) {
-	return nil, fmt.Errorf("no http here")
-}
-
-func (l *links) close() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, c := range l.conns {
-		c.Close()
-	}
-}

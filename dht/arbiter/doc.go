@@ -30,7 +30,7 @@
 // Epochs of a register are unique and rise by one per claim, also beyond its deletion (I1). A commit counts only in the current epoch,
 // with the next seq, and at least W distinct holders (I2). An entry of an unknown format, command or field stops apply, snapshots and
 // votes of the node for good, visibly in Status (never skipped). A node whose disk was emptied, copied or rolled back is refused
-// (ErrRolledBack). Nothing of a lower incarnation is accepted once a higher one was met; that it was met is on disk first (I8). While the rule
+// (ErrRolledBack); it joins with a new identity (package node). Nothing of a lower incarnation is accepted once a higher one was met; that it was met is on disk first (I8). While the rule
 // of two nodes holds no vote changes (I7). Raft's TrailingLogs keeps its default: with a small one a follower can be sent an older snapshot
 // than it has, which the library installs; the transport keeps such snapshots from it as well (transport.go).
 //

@@ -218,7 +218,7 @@ func (a *Arbiter) vouchers(ctx context.Context, h *wirev1.ArbiterHello, ask []pe
 			continue
 		}
 		if why := v.resp.GetRolledBack(); why != "" {
-			return answered, fmt.Errorf("%w: %s; remove the data directory and join with a new identity", ErrRolledBack, why)
+			return answered, fmt.Errorf("%w: %s", ErrRolledBack, why)
 		}
 		answered = append(answered, v.id)
 		a.hear(v.resp.GetWhere())

@@ -290,3 +290,34 @@ func (a *Arbiter) StepDown(ctx context.Context) error {
 		}
 	}
 }
+
+// HandOver hands the leadership to another voter, if this node has it, and returns once another node is known to lead. It is for a node that is about to
+// end and has said so: else the leadership may come back to it. Without another voter it does nothing.
+func (a *Arbiter) HandOver(ctx context.Context) error {
+	r, member := a.inGroup()
+	if !member || r.State() != raft.Leader || !a.serving.enter() {
+		return nil
+	}
+	defer a.serving.leave()
+	if voters, _ := a.configuration(r); len(voters) < 2 {
+		return nil
+	}
+	if err := r.LeadershipTransfer().Error(); err != nil && r.State() == raft.Leader {
+		return fmt.Errorf("hand the leadership over: %w", err)
+	}
+	for ctx.Err() == nil {
+		leader, changed := a.where.current()
+		switch leader {
+		case "":
+			a.findLeader(ctx, changed)
+		case a.cfg.Self:
+			select {
+			case <-changed:
+			case <-ctx.Done():
+			}
+		default:
+			return nil
+		}
+	}
+	return fmt.Errorf("hand the leadership over: no other node leads yet: %w", context.Cause(ctx))
+}

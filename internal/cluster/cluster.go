@@ -26,6 +26,8 @@ type Config struct {
 	Args func(i int) []string
 	// Harm says that the binary was built with the tag "harm": each node obeys the orders that Node.Harm gives.
 	Harm bool
+	// Env is set for every process of it, besides what those inherit.
+	Env []string
 	// Registered says that the nodes announce themselves to the commands of this user, as any node does.
 	Registered bool
 }
@@ -132,6 +134,7 @@ func (c *Cluster) Command(args ...string) *exec.Cmd {
 	if run != "" {
 		cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+run)
 	}
+	cmd.Env = append(cmd.Env, c.Env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C is for us; we end them
 	return cmd
 }

@@ -143,6 +143,15 @@ func (s *namespaces) Dial(addr string) (conn net.Conn, err error) {
 	return conn, err
 }
 
+// Listen opens a door at the hub. A node reaches it unless its own link is cut (Cut); what Block does is between nodes.
+func (s *namespaces) Listen() (ln net.Listener, err error) {
+	err = within(s.hub, func() error {
+		ln, err = net.Listen("tcp", fmt.Sprintf("%s%d:0", subnet, hubHost))
+		return err
+	})
+	return ln, err
+}
+
 func (s *namespaces) Cut(i int) error  { return s.ip(s.hub, fmt.Sprintf("link set v%d down", i)) }
 func (s *namespaces) Heal(i int) error { return s.ip(s.hub, fmt.Sprintf("link set v%d up", i)) }
 

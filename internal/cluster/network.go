@@ -22,6 +22,8 @@ type Network interface {
 	Start(i int, cmd *exec.Cmd) error
 	// Dial connects from outside of all nodes.
 	Dial(addr string) (net.Conn, error)
+	// Listen opens a door outside of all nodes that each of them reaches whose own link is not cut.
+	Listen() (net.Listener, error)
 	// Cut takes node i's link away, Heal gives it back. ErrNoCut.
 	Cut(i int) error
 	Heal(i int) error
@@ -79,6 +81,7 @@ func (l *loopback) Args(i int) []string {
 func (l *loopback) HTTP(i int) string                   { return fmt.Sprintf("127.0.0.1:%d", l.ports[i-1][1]) }
 func (l *loopback) Start(_ int, cmd *exec.Cmd) error    { return cmd.Start() }
 func (l *loopback) Dial(addr string) (net.Conn, error)  { return net.Dial("tcp", addr) }
+func (l *loopback) Listen() (net.Listener, error)       { return net.Listen("tcp", "127.0.0.1:0") }
 func (l *loopback) Cut(int) error                       { return ErrNoCut }
 func (l *loopback) Heal(int) error                      { return ErrNoCut }
 func (l *loopback) Block(int, int, bool) error          { return ErrNoCut }

@@ -77,17 +77,17 @@ func (n *Node) Start(ctx context.Context, extra ...string) error {
 	n.mu.Unlock()
 	lines := make(chan ready, 1)
 	go func() {
-		readReady(out, lines)
+		n.readReady(out, lines)
 		_ = cmd.Wait() // how it ended is in its log; that it ended is what counts here
 		close(exited)
 	}()
 	ctx, cancel := context.WithTimeout(ctx, readyWithin)
 	defer cancel()
 	select {
-	case r, ok := <-lines:
+	case _, ok := <-lines:
 		if ok {
 			n.mu.Lock()
-			n.id, n.ready = r.ID, time.Since(begin)
+			n.ready = time.Since(begin)
 			n.mu.Unlock()
 			return nil
 		}
@@ -98,22 +98,26 @@ func (n *Node) Start(ctx context.Context, extra ...string) error {
 	}
 }
 
-// readReady gives the ready line to lines, and drops what comes after it.
-func readReady(out io.Reader, lines chan<- ready) {
+// readReady gives the first ready line to lines. A later one says that the node goes on with a new identity.
+func (n *Node) readReady(out io.Reader, lines chan<- ready) {
 	defer close(lines)
 	r := bufio.NewReader(out)
-	for {
+	for told := false; ; {
 		line, err := r.ReadBytes('\n')
 		var m ready
 		if json.Unmarshal(line, &m) == nil && m.Ready {
-			lines <- m
-			break
+			n.mu.Lock()
+			n.id = m.ID
+			n.mu.Unlock()
+			if !told {
+				told = true
+				lines <- m
+			}
 		}
 		if err != nil {
-			return
+			return // the process has ended
 		}
 	}
-	_, _ = io.Copy(io.Discard, r) // until the process ends
 }
 
 // Log is the file of its log.

@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -131,4 +133,35 @@ func (c *Cluster) AllAlive(ctx context.Context) error {
 			return true, nil
 		})
 	})
+}
+
+// CopyFolder copies what files and folders are in a folder, as a backup of a data folder would.
+func CopyFolder(from, to string) error {
+	if err := os.MkdirAll(to, 0o700); err != nil {
+		return err
+	}
+	list, err := os.ReadDir(from)
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		a, z := filepath.Join(from, e.Name()), filepath.Join(to, e.Name())
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		switch {
+		case e.IsDir():
+			err = CopyFolder(a, z)
+		case info.Mode().IsRegular():
+			var raw []byte
+			if raw, err = os.ReadFile(a); err == nil {
+				err = os.WriteFile(z, raw, info.Mode().Perm())
+			}
+		} // sockets are made anew
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -9,7 +9,7 @@
 // crash-component, cut, flap (a link that comes and goes), one-way (a node that hears some others no more), reset (live connections are reset),
 // terminate (SIGTERM), roll (one node after the other), starve (other processes take the CPU), wipe (a node loses its disk and comes as a new
 // one), bridge (two halves that meet at one node only), and those of the machine: full-disk, slow-disk, failing-log and failing-disk (fsync fails),
-// roll-back (an old copy of the data folder is put back), clocks (the wall clock jumps by hours), boot-1970. The nodes' binary is built with the tag
+// roll-back (an old copy of the data folder is put back: the node gets a new identity), clocks (the wall clock jumps by hours), boot-1970. The nodes' binary is built with the tag
 // harm for some of them (internal/harm). A power loss, which takes what was not synced, is the business of internal/sim.
 //
 // COPPICE_FAULTS names the faults of TestNemesis. COPPICE_SEED replays a run's choices, as far as timing lets it; COPPICE_NEMESIS says for how long the long run goes on (60m when not set).

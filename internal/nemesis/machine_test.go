@@ -380,7 +380,7 @@ func (b *bed) asNew(ctx context.Context, n, by *cluster.Node) error {
 	return n.Start(ctx, "--join", token)
 }
 
-// rollBack puts an old copy of a node's data folder back. The node is refused, and joins as a new one.
+// rollBack puts an old copy of a node's data folder back. The node finds out, puts it aside and joins with a new identity, by itself.
 func rollBack(ctx context.Context, b *bed) (string, error) {
 	n, err := b.voter(ctx)
 	if err != nil {
@@ -393,7 +393,7 @@ func rollBack(ctx context.Context, b *bed) (string, error) {
 	if err := os.RemoveAll(copied); err != nil {
 		return "", err
 	}
-	if err := copyFolder(n.Data, copied); err != nil {
+	if err := cluster.CopyFolder(n.Data, copied); err != nil {
 		return "", err
 	}
 	if err := n.Start(ctx); err != nil {
@@ -411,54 +411,51 @@ func rollBack(ctx context.Context, b *bed) (string, error) {
 	if err := empty(n.Data); err != nil {
 		return "", err
 	}
-	if err := copyFolder(copied, n.Data); err != nil {
+	if err := cluster.CopyFolder(copied, n.Data); err != nil {
 		return "", err
 	}
-	ectx, cancel := context.WithTimeout(ctx, back)
-	defer cancel()
-	if err := n.Start(ctx); err == nil { // it serves before it is found out
-		code, err := n.Ended(ectx)
-		if err != nil {
-			return "", fmt.Errorf("its data folder went back in time, and nobody noticed: %w", err)
-		}
-		if code <= 0 {
-			return "", fmt.Errorf("%s was refused, and ended with status %d", n.Name, code)
-		}
+	old := n.ID()
+	if err := n.Start(ctx); err != nil {
+		return "", err
 	}
-	if log, err := os.ReadFile(n.Log()); err != nil || !strings.Contains(string(log), "went back in time") {
-		return "", fmt.Errorf("%s does not say why it ended (%w)", n.Name, err)
+	if err := b.renewed(ctx, n, old); err != nil {
+		return "", err
 	}
-	return "an old copy of the disk of " + n.Name + " was put back: it was refused, and joined as a new node", b.asNew(ctx, n, b.other(n))
+	return "an old copy of the disk of " + n.Name + " was put back: it was noticed, and the node has a new identity", os.RemoveAll(filepath.Join(n.Data, "lost+found"))
 }
 
-func copyFolder(from, to string) error {
-	if err := os.MkdirAll(to, 0o700); err != nil {
+// renewed waits until a node has a new identity, with what it held aside, and the old one is no member any more.
+func (b *bed) renewed(ctx context.Context, n *cluster.Node, old string) error {
+	if err := cluster.WaitFor(ctx, back, n.Name+" to have a new identity", func(ctx context.Context) (bool, error) {
+		if n.ID() == old {
+			return false, errors.New("it goes by its old one")
+		}
+		st, err := b.status(ctx, n)
+		if err != nil {
+			return false, err
+		}
+		if !slices.ContainsFunc(st.GetWarnings(), func(w string) bool { return strings.Contains(w, "new identity") && strings.Contains(w, old) }) {
+			return false, fmt.Errorf("its warnings are %q", st.GetWarnings())
+		}
+		return true, nil
+	}); err != nil {
 		return err
 	}
-	list, err := os.ReadDir(from)
+	if kept, err := filepath.Glob(filepath.Join(n.Data, "lost+found", "*", "identity.key")); err != nil || len(kept) != 1 {
+		return fmt.Errorf("what %s held is not aside: %v (%w)", n.Name, kept, err)
+	}
+	c, err := b.other(n).Client()
 	if err != nil {
 		return err
 	}
-	for _, e := range list {
-		a, z := filepath.Join(from, e.Name()), filepath.Join(to, e.Name())
-		info, err := e.Info()
+	return cluster.WaitFor(ctx, back, "the old identity of "+n.Name+" to be no member", func(ctx context.Context) (bool, error) {
+		res, err := c.Nodes(ctx, &apiv1.NodesRequest{})
 		if err != nil {
-			return err
+			return false, err
 		}
-		switch {
-		case e.IsDir():
-			err = copyFolder(a, z)
-		case info.Mode().IsRegular():
-			var raw []byte
-			if raw, err = os.ReadFile(a); err == nil {
-				err = os.WriteFile(z, raw, info.Mode().Perm())
-			}
-		} // sockets are made anew
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+		there := slices.ContainsFunc(res.GetNodes(), func(x *apiv1.Node) bool { return x.GetId() == old })
+		return !there, nil
+	})
 }
 
 // bridge parts the nodes into two halves that hear nothing of each other, but for one node that hears and is heard by all.

@@ -60,6 +60,7 @@ var bugs = []bug{
 	{"lease-of-old-state", "leases", 400, "a new leader decides about claims by what it has applied so far: it does not know who owns what yet"},
 	{"lease-no-drift", "leases", 400, "no margin is left for clocks that run at different rates"},
 	{"lease-no-revoke", "leases", 400, "leases of an epoch are renewed while a claim that ends it is being decided"},
+	{"lease-unverified", "leases", 600, "a leader renews leases without making sure that it still leads"},
 	{"lease-new-leader", "leases", 100, "a new leader does not wait for the leases that its predecessors acknowledged"},
 	{"reply-before-commit", "whole", 100, "an answer is given before its effects are committed"},
 }

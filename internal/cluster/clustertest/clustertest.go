@@ -28,7 +28,8 @@ import (
 
 var (
 	built   = sync.OnceValues(build)
-	harmful = sync.OnceValues(buildHarmful)
+	harmful = sync.OnceValues(func() (string, error) { return buildBeside("harm") })
+	planted = sync.OnceValues(func() (string, error) { return buildBeside("planted") })
 )
 
 // Binary is the path of coppice; its components lie beside it, in components/ and demo/.
@@ -62,13 +63,29 @@ func build() (string, error) {
 	return filepath.Join(bin, "coppice"), err
 }
 
-// buildHarmful builds the binary that obeys internal/harm, and the rest.
-func buildHarmful() (string, error) {
+// buildBeside builds the rest, and the binary with tags of its own: "harm", which obeys internal/harm, or "planted", which also has the bugs of
+// internal/planted to be switched on.
+func buildBeside(name string) (string, error) {
 	if _, err := built(); err != nil {
 		return "", err
 	}
-	bin, err := compile([]program{{"harm/coppice", "", "./cmd/coppice", "harm"}})
-	return filepath.Join(bin, "harm", "coppice"), err
+	tags := "harm"
+	if name != tags {
+		tags += "," + name
+	}
+	bin, err := compile([]program{{name + "/coppice", "", "./cmd/coppice", tags}})
+	return filepath.Join(bin, name, "coppice"), err
+}
+
+// Build builds a program of this repository into bin/<name>.
+func Build(t testing.TB, pkg, name string) string {
+	t.Helper()
+	Binary(t)
+	bin, err := compile([]program{{name, "", "./" + pkg, ""}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(bin, name)
 }
 
 // compile builds into bin, which it returns. Test processes of several packages take turns.
@@ -121,6 +138,9 @@ type Config struct {
 	Args  func(i int) []string // of node i; nil: none
 	// Harm asks for nodes that obey cluster.Node.Harm.
 	Harm bool
+	// Planted asks for nodes that have the planted bugs (internal/planted), and obey orders, too; Bug is the one that is switched on, "" none.
+	Planted bool
+	Bug     string
 	// Namespaces asks for network namespaces; where they are not permitted, and otherwise, it is loopback.
 	Namespaces bool
 }
@@ -129,11 +149,21 @@ type Config struct {
 func New(t testing.TB, cfg Config) *cluster.Cluster {
 	t.Helper()
 	bin := Binary(t)
-	if cfg.Harm {
+	var env []string
+	for _, beside := range []struct {
+		wanted bool
+		build  func() (string, error)
+	}{{cfg.Harm, harmful}, {cfg.Planted, planted}} {
+		if !beside.wanted {
+			continue
+		}
 		var err error
-		if bin, err = harmful(); err != nil {
+		if bin, err = beside.build(); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if cfg.Bug != "" {
+		env = append(env, "COPPICE_PLANTED="+cfg.Bug)
 	}
 	dir, err := os.MkdirTemp("", "cop") // short: there are sockets in it
 	if err != nil {
@@ -150,7 +180,7 @@ func New(t testing.TB, cfg Config) *cluster.Cluster {
 			t.Logf("on loopback: %v", err)
 		}
 	}
-	c, err := cluster.New(cluster.Config{Binary: bin, Dir: dir, Network: net, Nodes: cfg.Nodes, Args: cfg.Args, Harm: cfg.Harm})
+	c, err := cluster.New(cluster.Config{Binary: bin, Dir: dir, Network: net, Nodes: cfg.Nodes, Args: cfg.Args, Harm: cfg.Harm || cfg.Planted, Env: env})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,79 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/coppice-project/coppice/internal/cluster"
+)
+
+// A voter that dies again and again is quarantined, and its vote is given to another node while it is; readmitted it may vote again.
+func TestAFlappingVoterLosesItsVote(t *testing.T) {
+	t.Parallel() // it mostly waits
+	g := plant(t, 4)
+	g.waitVoters()
+	voters := func(on *cluster.Node) ([]string, int) {
+		st, err := g.status(t.Context(), on)
+		must(t, err)
+		return st.GetArbiter().GetVoters(), int(st.GetNodes().GetQuarantined())
+	}
+	var flapping, other *cluster.Node
+	at, _ := voters(g.Nodes[0])
+	for _, n := range g.Nodes {
+		switch {
+		case !slices.Contains(at, n.Name):
+		case flapping == nil:
+			flapping = n
+		default:
+			other = n
+		}
+	}
+	quarantined := false
+	for range 12 { // more than it takes
+		_, err := flapping.Kill()
+		must(t, err)
+		g.wait(flapping.Name+" to be missed", func(ctx context.Context) error {
+			st, err := g.status(ctx, other)
+			if err != nil {
+				return err
+			}
+			if n := st.GetNodes(); int(n.GetAlive()) >= len(g.Nodes) || n.GetDead() == 0 {
+				return fmt.Errorf("%d are alive, %d dead", n.GetAlive(), n.GetDead())
+			}
+			return nil
+		})
+		must(t, flapping.Start(t.Context()))
+		g.wait(flapping.Name+" to be back", func(ctx context.Context) error {
+			st, err := g.status(ctx, other)
+			if err != nil {
+				return err
+			}
+			quarantined = st.GetNodes().GetQuarantined() > 0
+			if !quarantined && int(st.GetNodes().GetAlive()) < len(g.Nodes) {
+				return fmt.Errorf("%d are alive, %d dead", st.GetNodes().GetAlive(), st.GetNodes().GetDead())
+			}
+			return nil
+		})
+		if quarantined {
+			break
+		}
+	}
+	if !quarantined {
+		t.Fatalf("%s died again and again and is not quarantined", flapping.Name)
+	}
+	g.wait("its vote to be given to another node", func(context.Context) error {
+		if v, n := voters(other); slices.Contains(v, flapping.Name) || len(v) != 3 || n != 1 {
+			return fmt.Errorf("the voters are %v, %d nodes are quarantined", v, n)
+		}
+		return nil
+	})
+	g.do(other, "readmit", flapping.Name)
+	g.wait("it to be taken back", func(context.Context) error {
+		if _, n := voters(other); n != 0 {
+			return fmt.Errorf("%d nodes are quarantined", n)
+		}
+		return nil
+	})
+}
