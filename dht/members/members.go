@@ -130,7 +130,7 @@ func New(cfg Config) (*Members, error) {
 	if info.StartedUnixMs == 0 {
 		info.StartedUnixMs = time.Now().UnixMilli()
 	}
-	m.self = &entry{id: m.id, point: keys.OfPeer(m.id), info: info, admitted: true, since: time.Now(), evidence: "this node"}
+	m.self = &entry{id: m.id, point: keys.OfPeer(m.id), info: &info, admitted: true, since: time.Now(), evidence: "this node"}
 	m.entries[m.id] = m.self
 	m.order = append(m.order, m.self)
 	m.load()
