@@ -257,6 +257,7 @@ func (h *netHalf) next() time.Time {
 
 func (h *netHalf) pop() {
 	h.bytes -= len(h.q[0].b)
+	h.q[0] = netChunk{} // the array lives on, the bytes need not
 	h.q = h.q[1:]
 	h.settled--
 	h.pair.sig.raise()
