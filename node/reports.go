@@ -19,7 +19,7 @@ import (
 )
 
 // What a node tells about itself lies in records that only it writes: /kb/facts/<peer id>/host and, for each instance it runs,
-// /kb/facts/<peer id>/inst/<instance>. They are told when they change and at least every reportTTL/3.
+// /kb/facts/<peer id>/inst/<instance>. They are told when they change and at least every pace.reports/3.
 const (
 	factsPrefix   = "/kb/facts/"
 	sampleEvery   = 5 * time.Second
@@ -30,13 +30,21 @@ const (
 	maxRTTs = 32
 )
 
-// reportTTL is how long what a node told counts: each repetition goes to five holders, which over a slow link is most of what an idle node
-// sends.
-func reportTTL(profile string) time.Duration {
+// pace is how often a node tells and compares. What it tells of itself goes to five holders each time, which over a slow link is most of what
+// an idle node sends.
+type pace struct {
+	reports time.Duration // how long what was told counts
+	records time.Duration // between two comparisons of records; 0: their default
+	events  time.Duration // the same of events
+	attempt time.Duration // how long a holder of records may take to answer; 0: their default
+	rounds  time.Duration // of placement, each of which asks all nodes for what was told, where nothing happens; 0: its default
+}
+
+func paceOf(profile string) pace {
 	if profile == members.WAN.Name {
-		return 90 * time.Second
+		return pace{reports: 3 * time.Minute, records: time.Minute, events: 30 * time.Second, attempt: 1500 * time.Millisecond, rounds: 30 * time.Second}
 	}
-	return 30 * time.Second
+	return pace{reports: 30 * time.Second}
 }
 
 // hostReport is what a node tells about its machine.
@@ -94,7 +102,7 @@ func (n *Node) report(ctx context.Context) error {
 			looked, lookedAt = n.lookAtClocks(ctx), time.Now()
 		}
 		// A busy machine's numbers change all the time, which a slow link is not to carry.
-		ttl := reportTTL(n.cfg.Profile)
+		ttl := paceOf(n.cfg.Profile).reports
 		if ago := time.Since(told); ago >= ttl/6 && facts.Changed(last, f) || ago >= ttl/3 {
 			n.faults.set("report", n.tellHost(ctx, f))
 			last, told = f, time.Now()
@@ -143,7 +151,7 @@ func (n *Node) tellHost(ctx context.Context, f facts.Facts) error {
 func (n *Node) tell(ctx context.Context, key string, value []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	if _, _, err := n.records.Put(ctx, key, value, reportTTL(n.cfg.Profile)); err != nil {
+	if _, _, err := n.records.Put(ctx, key, value, paceOf(n.cfg.Profile).reports); err != nil {
 		return fmt.Errorf("tell %s: %w", key, err)
 	}
 	return nil
