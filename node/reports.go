@@ -13,13 +13,12 @@ import (
 	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/components/supervisor"
 	"github.com/coppice-project/coppice/dht/keys"
-	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/dht/records"
 	"github.com/coppice-project/coppice/node/facts"
 )
 
 // What a node tells about itself lies in records that only it writes: /kb/facts/<peer id>/host and, for each instance it runs,
-// /kb/facts/<peer id>/inst/<instance>. They are told when they change and at least every pace.reports/3.
+// /kb/facts/<peer id>/inst/<instance>. They are told when they change and at least every third of facts.Pace.Reports.
 const (
 	factsPrefix   = "/kb/facts/"
 	sampleEvery   = 5 * time.Second
@@ -29,23 +28,6 @@ const (
 	// maxRTTs bounds how many distances a node tells about: those of its watchers and whom it watches.
 	maxRTTs = 32
 )
-
-// pace is how often a node tells and compares. What it tells of itself goes to five holders each time, which over a slow link is most of what
-// an idle node sends.
-type pace struct {
-	reports time.Duration // how long what was told counts
-	records time.Duration // between two comparisons of records; 0: their default
-	events  time.Duration // the same of events
-	attempt time.Duration // how long a holder of records may take to answer; 0: their default
-	rounds  time.Duration // of placement, each of which asks all nodes for what was told, where nothing happens; 0: its default
-}
-
-func paceOf(profile string) pace {
-	if profile == members.WAN.Name {
-		return pace{reports: 3 * time.Minute, records: time.Minute, events: 30 * time.Second, attempt: 1500 * time.Millisecond, rounds: 30 * time.Second}
-	}
-	return pace{reports: 30 * time.Second}
-}
 
 // hostReport is what a node tells about its machine.
 type hostReport struct {
@@ -102,7 +84,7 @@ func (n *Node) report(ctx context.Context) error {
 			looked, lookedAt = n.lookAtClocks(ctx), time.Now()
 		}
 		// A busy machine's numbers change all the time, which a slow link is not to carry.
-		ttl := paceOf(n.cfg.Profile).reports
+		ttl := facts.PaceOf(n.cfg.Profile).Reports
 		if ago := time.Since(told); ago >= ttl/6 && facts.Changed(last, f) || ago >= ttl/3 {
 			n.faults.set("report", n.tellHost(ctx, f))
 			last, told = f, time.Now()
@@ -151,7 +133,7 @@ func (n *Node) tellHost(ctx context.Context, f facts.Facts) error {
 func (n *Node) tell(ctx context.Context, key string, value []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	if _, _, err := n.records.Put(ctx, key, value, paceOf(n.cfg.Profile).reports); err != nil {
+	if _, _, err := n.records.Put(ctx, key, value, facts.PaceOf(n.cfg.Profile).Reports); err != nil {
 		return fmt.Errorf("tell %s: %w", key, err)
 	}
 	return nil

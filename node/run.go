@@ -26,6 +26,7 @@ import (
 	"github.com/coppice-project/coppice/dht/peers"
 	"github.com/coppice-project/coppice/membrane"
 	"github.com/coppice-project/coppice/node/api"
+	"github.com/coppice-project/coppice/node/facts"
 	"github.com/coppice-project/coppice/node/gateway"
 	"github.com/coppice-project/coppice/placement"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
@@ -81,7 +82,7 @@ func (n *Node) openPlatform() (err error) {
 	peers.ServeCalls(p, protoMoveAway, func() *componentsv1.MoveAwayRequest { return &componentsv1.MoveAwayRequest{} }, n.moveAway)
 	peers.ServeCalls(p, protoSurvey, func() *componentsv1.SurveyRequest { return &componentsv1.SurveyRequest{} }, n.serveSurvey)
 	c := coordinator{n}
-	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Interval: paceOf(n.cfg.Profile).rounds, Log: n.log}); err != nil {
+	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Interval: facts.PaceOf(n.cfg.Profile).Rounds, Log: n.log}); err != nil {
 		return err
 	}
 	return n.registerTables()

@@ -19,6 +19,7 @@ type Config struct {
 	Binary   string // coppice; its components lie beside it
 	Runs     int    // samples of each figure
 	Nodes    int    // of scale; 0: as many as it takes by itself
+	Profile  string // of traffic and scale; "": both, and lan
 	Progress io.Writer
 }
 
