@@ -17,6 +17,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
+	"github.com/coppice-project/coppice/dht"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/dht/peers"
@@ -228,8 +229,20 @@ func (w *forest) idle(ctx context.Context) ([]Result, error) {
 	what := fmt.Sprintf("idle, %s, %d simulated nodes", w.profile.Name, w.size)
 	head := fmt.Sprintf("idle, %s, the leader of %d simulated nodes", w.profile.Name, w.size)
 	all, lead := causes(what, before, after, scaleIdle, ""), causes(head, before, after, scaleIdle, leader)
+	asks := w.questions()
+	for i, of := range []*[]Result{&all, &lead} {
+		*of = append(*of, mean(fmt.Sprintf("%s: of that questions and answers of yamux on %d idle connections", []string{what, head}[i], w.connections()), "B/s", []float64{asks}))
+	}
 	w.cfg.say("nodes were idle for %s: %d B are added for each write (TCP/IP, TLS, yamux), %d B for each that was received (its acknowledgement)", scaleIdle, perWrite, perSegment)
 	return slices.Concat([]Result{total(what, all), total(head, lead)}, all, lead), ctx.Err()
+}
+
+// connections is how many a node has in the long run, for it meets all others: more than are simulated.
+func (w *forest) connections() int { return min(w.size-1, dht.MaxConns) }
+
+// questions is what a node sends for them: each end asks and answers now and then, and acknowledges the other's answer.
+func (w *forest) questions() float64 {
+	return round(float64(w.connections()) * (2*perWrite + perSegment) / dht.KeepAlive(w.profile.Name).Seconds())
 }
 
 // total adds causes up.
