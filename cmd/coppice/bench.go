@@ -38,7 +38,7 @@ func (c *cli) benchCmd() *cobra.Command {
 	})
 	cmd.Flags().IntVar(&runs, "runs", 10, "samples of each figure")
 	cmd.Flags().StringVar(&profile, "profile", "", "lan or wan, of traffic (default both) and scale (default lan)")
-	cmd.Flags().IntVar(&nodes, "nodes", 0, "of scale (default 1000, which take 7 GiB of memory)")
+	cmd.Flags().IntVar(&nodes, "nodes", 0, "of scale (default 250, which take a minute of CPU; time and memory grow with their square)")
 	return cmd
 }
 

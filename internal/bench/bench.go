@@ -51,7 +51,7 @@ var benchmarks = map[string]struct {
 }{
 	"failover":  {"kill -9 of a node, or of a component, until its component with 1 MiB of state answers again", failover},
 	"ownership": {"the arbiter: its leader killed until the next commit, a node killed or cut off until the others call it dead, 10,000 claims", ownership},
-	"scale":     {"the protocol core of 1,000 nodes (--nodes) in memory and in virtual time: they join, idle, lose a quarter at once, and settle", scale},
+	"scale":     {"the protocol core of 250 nodes (--nodes) in memory and in virtual time: they join, idle, lose a quarter at once, and settle", scale},
 	"swap":      {"hot swap of a component with 1 MiB of state under 2,000 calls/s: pause, failed and lost calls", swap},
 	"node":      {"a node: start until ready, memory, CPU and traffic while idle", node},
 	"traffic":   {"what nodes and their leader send while nothing happens, by cause: 25 processes, in profiles lan and wan (--profile)", traffic},

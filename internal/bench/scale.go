@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	scaleNodes = 1000 // unless Config.Nodes says otherwise
-	scaleLost  = 4    // one in so many is lost at once
+	scaleNodes = 250 // unless Config.Nodes says otherwise
+	scaleLost  = 4   // one in so many is lost at once
 	// joining is the time in which all nodes come, evenly.
 	joining = 20 * time.Second
 	// scaleSettle is how long nothing happens before traffic is counted, for scaleIdle.
