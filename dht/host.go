@@ -29,7 +29,7 @@ const DefaultPort = 7400
 const (
 	ProfileLAN   = "lan"
 	ProfileWAN   = "wan"
-	ProfileLocal = "local" // lan's times; listens on a free port of the loopback interface
+	ProfileLocal = "local" // lan's times, but for idle connections, of which it has few; listens on a free port of the loopback interface
 )
 
 // timing is a profile's patience. A connection is cut when something sent over it stays unacknowledged for unheard, and when a question
@@ -41,10 +41,16 @@ type timing struct {
 }
 
 var timings = map[string]timing{
-	ProfileLAN:   {10 * time.Second, 2 * time.Second, 3 * time.Second, 2 * time.Second, time.Second, 300 * time.Millisecond},
+	ProfileLAN:   {time.Minute, 2 * time.Second, 3 * time.Second, 2 * time.Second, time.Second, 300 * time.Millisecond},
 	ProfileLocal: {10 * time.Second, 2 * time.Second, 3 * time.Second, 2 * time.Second, time.Second, 300 * time.Millisecond},
-	ProfileWAN:   {time.Minute, 10 * time.Second, 20 * time.Second, 5 * time.Second, time.Second, 1500 * time.Millisecond},
+	ProfileWAN:   {5 * time.Minute, 10 * time.Second, 20 * time.Second, 5 * time.Second, time.Second, 1500 * time.Millisecond},
 }
+
+// KeepAlive is how long an idle connection goes without a question in a profile.
+func KeepAlive(profile string) time.Duration { return timings[profile].keepAlive }
+
+// MaxConns is how many connections a node keeps at most for longer than a moment.
+const MaxConns = connsHigh
 
 // Connection limits: the manager trims unprotected connections above the high mark down to the low one.
 const (
@@ -65,7 +71,7 @@ func newHost(cfg *Config, adv *advertiser, count *traffic) (host.Host, error) {
 	}
 	mux := *yamux.DefaultTransport
 	mux.KeepAliveInterval, mux.ConnectionWriteTimeout = t.keepAlive, t.writeTimeout
-	mux.MeasureRTTInterval = max(mux.MeasureRTTInterval, 5*time.Minute) // it sizes windows only, and is one more question on each idle connection
+	mux.MeasureRTTInterval = max(mux.MeasureRTTInterval, 6*t.keepAlive) // it sizes windows only, and is one more question on each idle connection
 	build := cfg.NewHost
 	if build == nil {
 		build = tcpHost

@@ -116,8 +116,22 @@ func addTCP(net *swarm.Swarm, p HostParams) error {
 
 // socketOptions is what a member's socket is told: a low-water mark on unsent bytes, so that bulk waits in the streams, where it can be
 // overtaken, and not in the kernel's buffer in front of a heartbeat; and for how long the kernel waits for an acknowledgement. That one costs
-// no traffic, where asking each silent peer every second would cost more than all the rest that an idle node of a large cluster sends.
+// no traffic, where asking each silent peer every second would cost more than all the rest that an idle node of a large cluster sends. For the
+// same reason the kernel asks no idle peer whether it is there: the multiplexer does, less often.
 type socketOptions struct{ unheard time.Duration }
+
+// quietUpgrader takes back what libp2p tells the sockets that it dials: to ask the other side every 30 s.
+type quietUpgrader struct{ transport.Upgrader }
+
+// Upgrade implements transport.Upgrader. A connection that goes on asking works all the same.
+func (u quietUpgrader) Upgrade(
+	ctx context.Context, t transport.Transport, c manet.Conn, dir network.Direction, p peer.ID, scope network.ConnManagementScope,
+) (transport.CapableConn, error) {
+	if k, ok := c.(interface{ SetKeepAlive(on bool) error }); ok {
+		_ = k.SetKeepAlive(false) //nolint:errcheck // see above
+	}
+	return u.Upgrader.Upgrade(ctx, t, c, dir, p, scope)
+}
 
 // tcpTransport is libp2p's TCP with these options.
 type tcpTransport struct {
@@ -128,7 +142,7 @@ type tcpTransport struct {
 
 func newTCP(u transport.Upgrader, r network.ResourceManager, o socketOptions) (*tcpTransport, error) {
 	dialer := func(ma.Multiaddr) (tcp.ContextDialer, error) { return &net.Dialer{Control: o.set}, nil }
-	t, err := tcp.NewTCPTransport(u, r, nil, tcp.DisableReuseport(), tcp.WithDialerForAddr(dialer))
+	t, err := tcp.NewTCPTransport(quietUpgrader{u}, r, nil, tcp.DisableReuseport(), tcp.WithDialerForAddr(dialer))
 	if err != nil {
 		return nil, err
 	}
@@ -141,7 +155,7 @@ func (t *tcpTransport) Listen(a ma.Multiaddr) (transport.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := (&net.ListenConfig{}).Listen(context.Background(), nw, addr)
+	l, err := (&net.ListenConfig{KeepAlive: -1}).Listen(context.Background(), nw, addr)
 	if err != nil {
 		return nil, err
 	}

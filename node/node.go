@@ -276,10 +276,11 @@ func (n *Node) openOverlay() (err error) {
 	}); err != nil {
 		return err
 	}
+	pace := facts.PaceOf(n.cfg.Profile)
 	n.records, err = records.Open(records.Config{
 		Self: n.id, Key: n.key, Store: n.store.Datastore("kad/", store.NoSync()), Peers: p, Caller: n.caller, Member: isMember,
 		View: n.recordsView(), Route: n.route, Everyone: records.FromMembers(n.members).Alive,
-		Incarnation: func() uint64 { return n.arbiter.Status().Incarnation }, Low: n.store.Low, Log: n.log,
+		AttemptTimeout: pace.Attempt, SyncEvery: pace.Records, Incarnation: func() uint64 { return n.arbiter.Status().Incarnation }, Low: n.store.Low, Log: n.log,
 	})
 	if err != nil {
 		return err
@@ -460,7 +461,8 @@ func (n *Node) openControl() error {
 
 func (n *Node) openEvents(p peers.Peers) (err error) {
 	n.events, err = events.Open(events.Config{
-		Self: n.id, Name: n.cfg.Name, Boot: n.boot, DB: n.store.DB(), Peers: p, Caller: n.caller, Alive: n.aliveIDs, Log: n.log,
+		Self: n.id, Name: n.cfg.Name, Boot: n.boot, DB: n.store.DB(), Peers: p, Caller: n.caller, Alive: n.aliveIDs,
+		SyncEvery: facts.PaceOf(n.cfg.Profile).Events, Log: n.log,
 	})
 	return err
 }

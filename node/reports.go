@@ -13,13 +13,12 @@ import (
 	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/components/supervisor"
 	"github.com/coppice-project/coppice/dht/keys"
-	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/dht/records"
 	"github.com/coppice-project/coppice/node/facts"
 )
 
 // What a node tells about itself lies in records that only it writes: /kb/facts/<peer id>/host and, for each instance it runs,
-// /kb/facts/<peer id>/inst/<instance>. They are told when they change and at least every reportTTL/3.
+// /kb/facts/<peer id>/inst/<instance>. They are told when they change and at least every third of facts.Pace.Reports.
 const (
 	factsPrefix   = "/kb/facts/"
 	sampleEvery   = 5 * time.Second
@@ -29,15 +28,6 @@ const (
 	// maxRTTs bounds how many distances a node tells about: those of its watchers and whom it watches.
 	maxRTTs = 32
 )
-
-// reportTTL is how long what a node told counts: each repetition goes to five holders, which over a slow link is most of what an idle node
-// sends.
-func reportTTL(profile string) time.Duration {
-	if profile == members.WAN.Name {
-		return 90 * time.Second
-	}
-	return 30 * time.Second
-}
 
 // hostReport is what a node tells about its machine.
 type hostReport struct {
@@ -94,7 +84,7 @@ func (n *Node) report(ctx context.Context) error {
 			looked, lookedAt = n.lookAtClocks(ctx), time.Now()
 		}
 		// A busy machine's numbers change all the time, which a slow link is not to carry.
-		ttl := reportTTL(n.cfg.Profile)
+		ttl := facts.PaceOf(n.cfg.Profile).Reports
 		if ago := time.Since(told); ago >= ttl/6 && facts.Changed(last, f) || ago >= ttl/3 {
 			n.faults.set("report", n.tellHost(ctx, f))
 			last, told = f, time.Now()
@@ -143,7 +133,7 @@ func (n *Node) tellHost(ctx context.Context, f facts.Facts) error {
 func (n *Node) tell(ctx context.Context, key string, value []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	if _, _, err := n.records.Put(ctx, key, value, reportTTL(n.cfg.Profile)); err != nil {
+	if _, _, err := n.records.Put(ctx, key, value, facts.PaceOf(n.cfg.Profile).Reports); err != nil {
 		return fmt.Errorf("tell %s: %w", key, err)
 	}
 	return nil

@@ -26,6 +26,7 @@ import (
 	"github.com/coppice-project/coppice/dht/peers"
 	"github.com/coppice-project/coppice/membrane"
 	"github.com/coppice-project/coppice/node/api"
+	"github.com/coppice-project/coppice/node/facts"
 	"github.com/coppice-project/coppice/node/gateway"
 	"github.com/coppice-project/coppice/placement"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
@@ -68,7 +69,7 @@ func (n *Node) openPlatform() (err error) {
 	n.sup = supervisor.New(supervisor.Config{
 		Self: n.id, Name: n.cfg.Name, Boot: n.boot, Arbiter: n.arbiter, Members: n.members, Blobs: n.blobs, Artifacts: n.registry, Runner: n.runner, Peers: p, Caller: n.caller,
 		Events: n.events, Shell: n.newShell, RunDir: n.runDir(), LogDir: n.logDir(), DataDir: filepath.Join(n.cfg.Data, "components"), Log: n.log,
-		Now: n.clusterNow, BootTime: n.cfg.BootTime, Touch: n.arbiter.HeardLeader, Changed: n.changedInstances,
+		Now: n.clusterNow, Profile: n.cfg.Profile, BootTime: n.cfg.BootTime, Touch: n.arbiter.HeardLeader, Changed: n.changedInstances,
 		Adopted: func(reg arbiter.Register) {
 			if name := components.InstanceOfKey(reg.Key); name != "" {
 				n.direct.tell(componentOf(name))
@@ -81,7 +82,7 @@ func (n *Node) openPlatform() (err error) {
 	peers.ServeCalls(p, protoMoveAway, func() *componentsv1.MoveAwayRequest { return &componentsv1.MoveAwayRequest{} }, n.moveAway)
 	peers.ServeCalls(p, protoSurvey, func() *componentsv1.SurveyRequest { return &componentsv1.SurveyRequest{} }, n.serveSurvey)
 	c := coordinator{n}
-	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Log: n.log}); err != nil {
+	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Interval: facts.PaceOf(n.cfg.Profile).Rounds, Log: n.log}); err != nil {
 		return err
 	}
 	return n.registerTables()

@@ -17,6 +17,7 @@ import (
 
 func (c *cli) benchCmd() *cobra.Command {
 	var runs, nodes int
+	var profile string
 	var about strings.Builder
 	for _, n := range bench.Names() {
 		fmt.Fprintf(&about, "  %-10s %s\n", n, bench.About(n))
@@ -31,25 +32,31 @@ func (c *cli) benchCmd() *cobra.Command {
 			"coppice bench swap --runs 20 -o json", "for a script",
 			"coppice bench all", ""),
 		min: 1, max: 1, args: func(context.Context, []string) []string { return append(bench.Names(), "all") },
-		run: func(ctx context.Context, args []string) error { return c.bench(ctx, args[0], runs, nodes) },
+		run: func(ctx context.Context, args []string) error {
+			return c.bench(ctx, args[0], bench.Config{Runs: runs, Nodes: nodes, Profile: profile})
+		},
 	})
 	cmd.Flags().IntVar(&runs, "runs", 10, "samples of each figure")
-	cmd.Flags().IntVar(&nodes, "nodes", 0, "of scale (default 200, which take 2 GiB of memory; it grows with their square)")
+	cmd.Flags().StringVar(&profile, "profile", "", "lan or wan, of traffic (default both) and scale (default lan)")
+	cmd.Flags().IntVar(&nodes, "nodes", 0, "of scale (default 250, which take a minute of CPU; time and memory grow with their square)")
 	return cmd
 }
 
-func (c *cli) bench(ctx context.Context, what string, runs, nodes int) error {
+func (c *cli) bench(ctx context.Context, what string, cfg bench.Config) error {
 	names := []string{what}
 	if what == "all" {
 		names = slices.DeleteFunc(bench.Names(), func(n string) bool { return n == "scale" }) // which takes many minutes
 	} else if bench.About(what) == "" {
 		return usagef("there is no benchmark %q: want %s or all", what, strings.Join(bench.Names(), ", "))
 	}
-	if runs < 1 || runs > 1000 {
-		return usagef("--runs %d: want 1 to 1000", runs)
+	if cfg.Runs < 1 || cfg.Runs > 1000 {
+		return usagef("--runs %d: want 1 to 1000", cfg.Runs)
 	}
-	if nodes != 0 && (nodes < 8 || what != "scale") {
-		return usagef("--nodes %d: it is for scale, and at least 8", nodes)
+	if cfg.Nodes != 0 && (cfg.Nodes < 8 || what != "scale") {
+		return usagef("--nodes %d: it is for scale, and at least 8", cfg.Nodes)
+	}
+	if cfg.Profile != "" && (what != "scale" && what != "traffic" || cfg.Profile != "lan" && cfg.Profile != "wan") {
+		return usagef("--profile %q: it is lan or wan, for traffic and scale", cfg.Profile)
 	}
 	bin, err := os.Executable()
 	if err != nil {
@@ -58,7 +65,7 @@ func (c *cli) bench(ctx context.Context, what string, runs, nodes int) error {
 	if err := cluster.EnterUserNamespace(bin); err != nil {
 		return err
 	}
-	cfg := bench.Config{Binary: bin, Runs: runs, Nodes: nodes, Progress: c.err}
+	cfg.Binary, cfg.Progress = bin, c.err
 	if c.json() {
 		cfg.Progress = io.Discard
 	}

@@ -43,13 +43,13 @@ func (s *Supervisor) CutOff() bool { return s.lease.cutOff() }
 // cutOff: it was not heard for outOfTouch, or never since this process started.
 func (l *lease) cutOff() bool {
 	away := l.touch()
-	return away > outOfTouch || away < 0 && l.boot()-l.begun > autonomyAfter
+	return away > l.bears.outOfTouch || away < 0 && l.boot()-l.begun > autonomyAfter
 }
 
 // inTouch says whether the arbiter is heard and what the log says is known: what lies between this and CutOff is not decided upon.
 func (s *Supervisor) inTouch() bool {
 	away := s.lease.touch()
-	return s.lease.holds() && away >= 0 && away < outOfTouch
+	return s.lease.holds() && away >= 0 && away < s.lease.bears.outOfTouch
 }
 
 // branchKey names a branch by its instance and the ownership that it belongs to.

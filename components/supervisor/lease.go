@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/internal/planted"
 )
 
@@ -15,7 +16,7 @@ const (
 	// looked up again before it serves.
 	pausedFor = 800 * time.Millisecond
 	// outOfTouch: a node that has not heard of the arbiter for so long stops serving what it owns; elsewhere it is taken over
-	// (notes §5: about 3 s).
+	// (notes §5: about 3 s). In profile wan see patienceOf, as for awayFor and confirmWithin.
 	outOfTouch = 3 * time.Second
 	// confirmWithin bounds one try to read the log. It is less than the silence after which others act.
 	confirmWithin = time.Second
@@ -32,6 +33,19 @@ const (
 	reunitedFor = 1500 * time.Millisecond
 )
 
+// patience is how long a node goes without a word of the arbiter.
+type patience struct{ outOfTouch, away, confirm time.Duration }
+
+// patienceOf a profile. What is healthy is never longer without a word than the arbiter's Timings have it: a voter hears the leader's heartbeat
+// every half of Heartbeat, and tells followers what it knows every FeedKeepalive: 5 s in wan. Who is shorter than that doubts his leases all
+// the time, and asks the leader, who asks all voters.
+func patienceOf(profile string) patience {
+	if profile == members.WAN.Name {
+		return patience{7 * time.Second, 5500 * time.Millisecond, 2500 * time.Millisecond} // arbiter.Unheard is 5 s
+	}
+	return patience{outOfTouch, awayFor, confirmWithin}
+}
+
 // lease is a node's right to serve what it owns, by what it heard. It is no proof: a leader that was deposed and does not know it yet, or wakes from
 // a suspension, is heard like any other, so a node cut off together with one may go on for longer than outOfTouch. That is enough where the
 // epoch fences (safe). What is exactly-one needs a lease besides that the leader acknowledges for it (session.go).
@@ -42,6 +56,7 @@ type lease struct {
 	touch  func() time.Duration
 	sync   func(ctx context.Context) error
 	log    *slog.Logger
+	bears  patience
 	begun  time.Duration
 	ticked atomic.Int64  // boot time of the last tick
 	late   atomic.Int64  // boot time of the last tick that came late
@@ -51,7 +66,7 @@ type lease struct {
 }
 
 func newLease(cfg Config) *lease {
-	l := &lease{boot: cfg.BootTime, touch: cfg.Touch, sync: cfg.Arbiter.Sync, log: cfg.Log}
+	l := &lease{boot: cfg.BootTime, touch: cfg.Touch, sync: cfg.Arbiter.Sync, log: cfg.Log, bears: patienceOf(cfg.Profile)}
 	if l.boot == nil {
 		start := time.Now()
 		l.boot = func() time.Duration { return time.Since(start) }
@@ -83,7 +98,7 @@ func (l *lease) steady(found time.Duration) bool {
 	if away-found > strangeFor {
 		wait = reunitedFor
 	}
-	return l.holds() && l.boot()-away > wait && l.touch() < awayFor
+	return l.holds() && l.boot()-away > wait && l.touch() < l.bears.away
 }
 
 // doubt has the ownership confirmed before anything is served again: others have given this node up.
@@ -116,14 +131,14 @@ func (l *lease) look(wake func()) {
 		l.late.Store(int64(now))
 	}
 	away := l.touch()
-	if away > awayFor {
+	if away > l.bears.away {
 		l.away.Store(int64(now))
 	}
 	switch {
 	case gap >= pausedFor:
 		l.log.Warn("this node did not run for a while: nothing is served before its ownership is confirmed", "gap", gap.Round(time.Millisecond))
 		l.lost.Add(1)
-	case away > outOfTouch && held && !planted.Bug("serves-out-of-touch"):
+	case away > l.bears.outOfTouch && held && !planted.Bug("serves-out-of-touch"):
 		l.log.Warn("the arbiter is out of reach: nothing is served until it is back", "since", away.Round(time.Millisecond))
 		l.lost.Add(1)
 		wake()
@@ -134,7 +149,7 @@ func (l *lease) look(wake func()) {
 // confirm has the local view catch up with the log, and takes up serving again. What was lost meanwhile stays lost.
 func (l *lease) confirm(ctx context.Context, lost uint64, judge, wake func()) {
 	begun := l.boot()
-	sctx, cancel := context.WithTimeout(ctx, confirmWithin)
+	sctx, cancel := context.WithTimeout(ctx, l.bears.confirm)
 	defer cancel()
 	if l.sync(sctx) != nil {
 		now := int64(l.boot())
@@ -144,7 +159,7 @@ func (l *lease) confirm(ctx context.Context, lost uint64, judge, wake func()) {
 	}
 	judge()
 	now := l.boot()
-	if now-begun > confirmWithin+lateBy {
+	if now-begun > l.bears.confirm+lateBy {
 		return // it was suspended between the log's answer and now: who knows who owns what since
 	}
 	l.away.Store(int64(now))

@@ -93,6 +93,8 @@ type Config struct {
 	Log       *slog.Logger
 	// Now is what time it is in the cluster, for dates that other nodes compare with theirs. Default: this machine's clock.
 	Now func() time.Time
+	// Profile is lan (default), local or wan: how long the node goes without a word of the arbiter.
+	Profile string
 	// BootTime is CLOCK_BOOTTIME; Touch says how long ago the arbiter was last heard of (negative: never).
 	BootTime func() time.Duration
 	Touch    func() time.Duration

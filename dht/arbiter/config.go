@@ -76,7 +76,7 @@ type Config struct {
 // Timings are the durations of the arbiter. A zero field takes the profile's value.
 type Timings struct {
 	Heartbeat     time.Duration // without a word of the leader for so long, a voter stands for election: 1 s lan, 5 s wan
-	Idle          time.Duration // raft's CommitTimeout, between appends of an idle leader: 1 s lan, 2.5 s wan
+	Idle          time.Duration // raft's CommitTimeout, between appends of an idle leader: 1 s lan, 5 s wan
 	RPC           time.Duration // of one exchange between voters or with the leader: 1 s lan, 4 s wan
 	Keeper        time.Duration // between looks of the keeper: 500 ms
 	DeadFor       time.Duration // a voter is replaced when it was confirmed dead for so long: 1 s
@@ -86,7 +86,7 @@ type Timings struct {
 	Transfer      time.Duration // between hand-overs of a healthy leader: 10 min
 	Stagger       time.Duration // between the voters' elections after a proven death: 50 ms lan, 250 ms wan
 	FeedCoalesce  time.Duration // pure checkpoints of a key go to followers once in so long: 1 s
-	FeedKeepalive time.Duration // of an idle feed: 1 s lan, 5 s wan
+	FeedKeepalive time.Duration // of an idle feed: 1 s lan, 2.5 s wan
 	Mirror        time.Duration // between batches to Mirror: 50 ms
 	Alone         time.Duration // the primary of two nodes goes on alone after so long without the other: 3 s lan, 10 s wan
 	Verify        time.Duration // how long a restarted voter waits for others to vouch for its disk: 1 s lan, 4 s wan
@@ -106,13 +106,20 @@ func profile(name string) (Timings, error) {
 	case "", "lan", "local":
 		return t, nil
 	case "wan":
-		t.Heartbeat, t.Idle, t.RPC = 5*time.Second, 2500*time.Millisecond, 4*time.Second
-		t.Stagger, t.FeedKeepalive, t.Verify = 250*time.Millisecond, 5*time.Second, 4*time.Second
+		t.Heartbeat, t.Idle, t.RPC = 5*time.Second, 5*time.Second, 4*time.Second
+		t.Stagger, t.FeedKeepalive, t.Verify = 250*time.Millisecond, 2500*time.Millisecond, 4*time.Second
 		t.Lease = 6 * time.Second
 		t.Alone = 10 * time.Second
 		return t, nil
 	}
 	return t, fmt.Errorf("profile %q; lan, wan and local are known", name)
+}
+
+// Unheard is how long a healthy node hears nothing of the leader at most, messages' own time apart: a voter hears its heartbeats every half of
+// Timings.Heartbeat (see leaderPace), and tells its followers what it knows every FeedKeepalive.
+func Unheard(name string) (time.Duration, error) {
+	t, err := profile(name)
+	return t.Heartbeat/2 + t.FeedKeepalive, err
 }
 
 // or fills t's zero fields from d.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -84,7 +85,7 @@ func (f *follower) run(ctx context.Context) {
 			continue
 		}
 		f.a.view.leaveMachine()
-		heard, err := f.follow(ctx, to)
+		heard, err := f.follow(ctx, to, failed)
 		if heard {
 			wait = 20 * time.Millisecond
 		}
@@ -106,9 +107,11 @@ func (f *follower) pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// choose picks a voter that did not fail of late, any of them alike, so that the load spreads.
+// choose picks a voter that did not fail of late, any of them alike, so that the load spreads; the leader, which has more to send than the
+// others, only while there is nobody else.
 func (f *follower) choose(failed map[peer.ID]time.Time) peer.ID {
 	voters, _, _ := f.a.where.group()
+	leader, _ := f.a.where.current()
 	var good []peer.ID
 	for _, v := range voters {
 		if at, bad := failed[v]; v != f.a.cfg.Self && (!bad || time.Since(at) > 2*f.a.t.FeedKeepalive) {
@@ -118,11 +121,14 @@ func (f *follower) choose(failed map[peer.ID]time.Time) peer.ID {
 	if len(good) == 0 {
 		return ""
 	}
+	if i := slices.Index(good, leader); i >= 0 && len(good) > 1 {
+		good = slices.Delete(good, i, i+1)
+	}
 	return good[f.a.cfg.Rand()%uint64(len(good))]
 }
 
-// follow reads one feed until it ends, is too old, or the own machine is current.
-func (f *follower) follow(ctx context.Context, to peer.ID) (heard bool, err error) {
+// follow reads one feed until it ends, is too old, somebody better is there, or the own machine is current.
+func (f *follower) follow(ctx context.Context, to peer.ID, failed map[peer.ID]time.Time) (heard bool, err error) {
 	open, cancel := context.WithTimeout(ctx, f.a.t.RPC)
 	s, err := f.a.cfg.Peers.Open(open, to, protoFeed)
 	cancel()
@@ -161,6 +167,9 @@ func (f *follower) follow(ctx context.Context, to peer.ID) (heard bool, err erro
 		}
 		if f.a.machineCurrent() || f.a.view.now().fromRaft {
 			return heard, nil // the machine has caught up; should it fall behind again, the feed must begin anew
+		}
+		if leader, _ := f.a.where.current(); leader == to && whole == nil && f.choose(failed) != to {
+			return heard, nil // it has come to lead: the next feed goes on from here
 		}
 	}
 }

@@ -89,3 +89,44 @@ func TestOnlyTheLeaderIsSlow(t *testing.T) {
 		}
 	})
 }
+
+// Every node of a healthy group hears of the leader as often as Unheard says, and the leader feeds nobody while other voters can.
+func TestAHealthyNodeHearsOfTheLeader(t *testing.T) {
+	for _, profile := range []string{"lan", "wan"} {
+		t.Run(profile, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newCluster(t, 33)
+				defer c.close()
+				c.adjust = func(cfg *Config) { cfg.Profile, cfg.Timings = profile, Timings{} }
+				c.grow(8)
+				c.settled(2*time.Minute, 5, 0)
+				most, err := Unheard(profile)
+				if err != nil {
+					t.Fatal(err)
+				}
+				c.eventually(time.Minute, "the leader feeds nobody", func() bool { return c.leader().arb().Status().Followers == 0 })
+				fed := 0
+				for _, n := range c.live() {
+					fed += n.arb().Status().Followers
+				}
+				if fed != 3 {
+					t.Errorf("%d followers are fed, want 3", fed)
+				}
+				for begun := time.Now(); time.Since(begun) < 2*time.Minute; time.Sleep(10 * time.Millisecond) {
+					for _, n := range c.live() {
+						if age := n.arb().HeardLeader(); age < 0 || age > most+50*time.Millisecond {
+							t.Fatalf("%s has heard nothing of the leader for %s, want at most %s", n.id, age, most)
+						}
+					}
+				}
+				if err := c.leader().arb().raft.Load().LeadershipTransfer().Error(); err != nil {
+					t.Fatal(err)
+				}
+				c.eventually(time.Minute, "the next leader feeds nobody either", func() bool {
+					l := c.leader()
+					return l != nil && l.arb().Status().Followers == 0
+				})
+			})
+		})
+	}
+}

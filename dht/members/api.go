@@ -135,11 +135,11 @@ func (m *Members) UpdateSelf(f func(*Info)) {
 	info := old.clone()
 	f(&info)
 	info.ID, info.Boot, info.Counter, info.StartedUnixMs, info.Watchers = old.ID, old.Boot, old.Counter, old.StartedUnixMs, old.Watchers
-	if info = sane(info); info.sameFor(old) {
+	if info = sane(info); info.sameFor(*old) {
 		return
 	}
 	info.Counter++
-	m.self.info = info
+	m.self.info = &info
 	m.touch(m.self, "update")
 	m.announce(m.id)
 }
@@ -167,13 +167,13 @@ func (m *Members) Admit(info Info) {
 	}
 	e.admitted, e.expelled = true, false
 	if info = sane(info.clone()); e.info.Name == "" || info.version().compare(e.info.version()) > 0 {
-		e.info = info
+		e.info = &info
 	}
 	if m.cfg.Learned != nil && len(e.info.Addrs) > 0 && e != m.self {
 		m.cfg.Learned(e.id, e.info.Addrs)
 	}
 	if again {
-		e.verdict = verdict{}
+		e.verdict = nil
 	}
 	e.unheard = false
 	e.evidence = "admitted; not heard yet"
@@ -219,7 +219,7 @@ func (m *Members) Readmit(id peer.ID) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if e := m.entries[id]; e != nil {
-		e.quarantined, e.deaths, e.level = time.Time{}, nil, 0
+		e.flaps = nil
 		m.touch(e, "readmitted")
 	}
 }
@@ -235,7 +235,7 @@ func (m *Members) Goodbye(ctx context.Context) {
 	m.leaving = true
 	at := m.self.info.version()
 	at.counter += verdictReach
-	m.self.verdict = verdict{kind: Left, at: at, evidence: "said goodbye", by: []peer.ID{m.id}, proof: true, since: time.Now()}
+	m.self.verdict = &verdict{kind: Left, at: at, evidence: "said goodbye", by: []peer.ID{m.id}, proof: true, since: time.Now()}
 	m.touch(m.self, "goodbye")
 	m.mu.Unlock()
 	m.pushNow(ctx, m.id)

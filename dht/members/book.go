@@ -95,7 +95,9 @@ func (m *Members) loadFrom(data []byte) error {
 		return fmt.Errorf("format %d: this version reads %d", book.GetFormat(), bookFormat)
 	}
 	if at := book.GetStartedUnixMs(); at >= m.self.info.StartedUnixMs {
-		m.self.info.StartedUnixMs = at + 1 // the clock went back: this life still comes after the last
+		info := *m.self.info
+		info.StartedUnixMs = at + 1 // the clock went back: this life still comes after the last
+		m.self.info = &info
 	}
 	for _, w := range book.GetEntries() {
 		info, err := infoFromWire(w.GetInfo())
@@ -111,7 +113,7 @@ func (m *Members) loadFrom(data []byte) error {
 			continue
 		}
 		m.unknown--
-		e.info, e.admitted, e.expelled, e.unheard = info, w.GetAdmitted(), w.GetExpelled(), true
+		e.info, e.admitted, e.expelled, e.unheard = m.shared(&info), w.GetAdmitted(), w.GetExpelled(), true
 		e.seen = time.UnixMilli(w.GetSeenUnixMs())
 		if m.cfg.Learned != nil && len(info.Addrs) > 0 && !e.expelled {
 			m.cfg.Learned(e.id, info.Addrs)
@@ -135,7 +137,7 @@ func (m *Members) save() {
 	for _, e := range m.entries {
 		if e != m.self && (e.admitted || e.expelled) {
 			book.Entries = append(book.Entries, &wirev1.MemberBook_Entry{
-				Info: infoToWire(e.info), Admitted: e.admitted, Expelled: e.expelled, SeenUnixMs: e.seen.UnixMilli(),
+				Info: infoToWire(*e.info), Admitted: e.admitted, Expelled: e.expelled, SeenUnixMs: e.seen.UnixMilli(),
 			})
 		}
 	}

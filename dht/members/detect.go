@@ -319,7 +319,7 @@ func (q *inquiry) again() {
 func (m *Members) condemn(e *entry, by []peer.ID, proof bool, evidence string) {
 	at := e.info.version()
 	at.counter += verdictReach
-	e.verdict = verdict{kind: Dead, at: at, evidence: clip(evidence), by: by[:min(len(by), maxPeers)], proof: proof, since: time.Now()}
+	e.verdict = &verdict{kind: Dead, at: at, evidence: clip(evidence), by: by[:min(len(by), maxPeers)], proof: proof, since: time.Now()}
 	e.suspect, e.lonely = "", 0
 	m.deaths.Add(1)
 	m.lostNow(e)

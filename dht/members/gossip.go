@@ -271,7 +271,7 @@ func (m *Members) against(id peer.ID) *wirev1.Verdict {
 func (m *Members) hearAgainst(w *wirev1.Verdict) {
 	if v, err := verdictFromWire(w); err != nil {
 		m.badMessages.Add(1)
-	} else if v.kind != Alive {
+	} else if v != nil {
 		m.refute(v.at, v.evidence)
 	}
 }

@@ -13,7 +13,6 @@ const (
 	urgentEvery   = 100 * time.Millisecond // at most, news of deaths and the like is passed on; what comes in between goes together
 	newsEvery     = 500 * time.Millisecond // the same of the rest
 	meetAfterNews = time.Second            // after urgent news an exchange follows soon, for gossip misses a few
-	exchangeEvery = 10 * time.Second       // anti-entropy, with one random member
 	tickEvery     = 100 * time.Millisecond // of the loop; also measures the node's own delay
 	lateAfter     = 200 * time.Millisecond
 	lateWindow    = 5 // seconds over which the worst delay counts
@@ -57,19 +56,20 @@ type Profile struct {
 	RTTs      int           // so many p99 round trips are added to Silence
 	Watchers  int           // k; fewer in small clusters
 	Probe     time.Duration // how long a fresh dial may take
+	Exchange  time.Duration // between two exchanges with a random member, which carry what pushes have missed
 	Ask       time.Duration // how long another watcher may take to answer; more than Probe, which it may have to wait for
 }
 
 // LAN confirms a silent machine within two seconds; for local it is the same.
 var LAN = Profile{
 	Name: "lan", Heartbeat: 350 * time.Millisecond, Silence: 1250 * time.Millisecond, Watchers: 5,
-	Probe: 250 * time.Millisecond, Ask: 400 * time.Millisecond,
+	Probe: 250 * time.Millisecond, Ask: 400 * time.Millisecond, Exchange: 10 * time.Second,
 }
 
 // WAN costs a fifth of LAN's traffic and confirms a silent machine within six seconds.
 var WAN = Profile{
 	Name: "wan", Heartbeat: time.Second, Silence: 3500 * time.Millisecond, RTTs: 4, Watchers: 3,
-	Probe: time.Second, Ask: 1500 * time.Millisecond,
+	Probe: time.Second, Ask: 1500 * time.Millisecond, Exchange: 30 * time.Second,
 }
 
 // ProfileOf returns the profile of a name: lan, wan or local.

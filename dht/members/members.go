@@ -130,7 +130,7 @@ func New(cfg Config) (*Members, error) {
 	if info.StartedUnixMs == 0 {
 		info.StartedUnixMs = time.Now().UnixMilli()
 	}
-	m.self = &entry{id: m.id, point: keys.OfPeer(m.id), info: info, admitted: true, since: time.Now(), evidence: "this node"}
+	m.self = &entry{id: m.id, point: keys.OfPeer(m.id), info: &info, admitted: true, since: time.Now(), evidence: "this node"}
 	m.entries[m.id] = m.self
 	m.order = append(m.order, m.self)
 	m.load()
@@ -154,8 +154,8 @@ func (c Config) check() error {
 		errs = append(errs, errors.New("members: Peers and Links are required"))
 	}
 	p := c.Profile
-	if p.Heartbeat <= 0 || p.Silence <= p.Heartbeat || p.Watchers <= 0 || p.Probe <= 0 || p.Ask <= p.Probe {
-		errs = append(errs, fmt.Errorf("members: profile %+v: needs 0 < Heartbeat < Silence, Watchers > 0, 0 < Probe < Ask", p))
+	if p.Heartbeat <= 0 || p.Silence <= p.Heartbeat || p.Watchers <= 0 || p.Probe <= 0 || p.Ask <= p.Probe || p.Exchange <= 0 {
+		errs = append(errs, fmt.Errorf("members: profile %+v: needs 0 < Heartbeat < Silence, Watchers > 0, 0 < Probe < Ask, Exchange > 0", p))
 	}
 	return errors.Join(errs...)
 }
@@ -207,7 +207,7 @@ func (m *Members) tick(late time.Duration) {
 		if !m.nextMeet.IsZero() {
 			m.meetSomebody()
 		}
-		m.nextMeet = now.Add(exchangeEvery*3/4 + m.jitter(exchangeEvery/2))
+		m.nextMeet = now.Add(m.cfg.Profile.Exchange*3/4 + m.jitter(m.cfg.Profile.Exchange/2))
 	}
 	if !now.Before(m.nextLook) {
 		m.nextLook = now.Add(4 * tickEvery)

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -205,6 +206,7 @@ func TestPartitionHealsAndViewsMerge(t *testing.T) {
 					return c.agree(right)
 				})
 				c.nodes[left[0]].UpdateSelf(func(i *Info) { i.Labels = map[string]string{"disk": "ssd"} })
+				synctest.Wait() // the last deaths have been told
 				check := c.never(right...)
 				if cut > 1 {
 					check = func() {}
@@ -405,7 +407,7 @@ func TestAnUpdateSentJustBeforeADeathDoesNotUndoIt(t *testing.T) {
 		}
 		last.Counter += 2 // sent to n4 alone in its last moment
 		n4 := c.nodes["n4"]
-		n4.locked(func() { n4.merge("n3", state{info: last}) })
+		n4.locked(func() { n4.merge("n3", state{info: &last}) })
 		time.Sleep(15 * time.Second)
 		if err := c.holds("n2", Dead); err != nil {
 			t.Error(err)

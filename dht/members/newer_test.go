@@ -11,7 +11,7 @@ import (
 
 // In a cluster of mixed versions an older node tells others about a newer one: what it does not know itself must not be lost on the way.
 func TestWhatANewerVersionSaysIsPassedOn(t *testing.T) {
-	newer := infoToWire(full.info)
+	newer := infoToWire(*full.info)
 	extra := protowire.AppendTag(nil, 1000, protowire.BytesType)
 	extra = protowire.AppendString(extra, "of a later version")
 	newer.ProtoReflect().SetUnknown(extra)

@@ -15,6 +15,14 @@ type rttStats struct {
 
 const rttWindow = 64
 
+// measured notes a round trip to a node.
+func (e *entry) measured(d time.Duration) {
+	if e.rtt == nil {
+		e.rtt = &rttStats{}
+	}
+	e.rtt.add(d)
+}
+
 func (r *rttStats) add(d time.Duration) {
 	if r.mean == 0 {
 		r.mean = d
@@ -32,7 +40,7 @@ func (r *rttStats) add(d time.Duration) {
 // p99 returns the largest but the worst hundredth of the window, which is the largest of so few; 0 when nothing was measured. It is asked at
 // each look for silence.
 func (r *rttStats) p99() time.Duration {
-	if len(r.window) == 0 {
+	if r == nil || len(r.window) == 0 {
 		return 0
 	}
 	return slices.Max(r.window)

@@ -102,9 +102,9 @@ func (v version) compare(o version) int {
 
 func (v version) sameBoot(o version) bool { return v.started == o.started && v.boot == o.boot }
 
-// verdict ends what a node says of itself, up to a version. The zero value is none.
+// verdict ends what a node says of itself, up to a version. It is replaced, never changed; nil is none.
 type verdict struct {
-	kind     State // Dead, Left; Alive for none
+	kind     State // Dead or Left
 	at       version
 	evidence string
 	by       []peer.ID
@@ -113,12 +113,12 @@ type verdict struct {
 }
 
 // covers reports whether the verdict ends this version.
-func (v verdict) covers(i version) bool { return v.kind != Alive && v.at.compare(i) >= 0 }
+func (v *verdict) covers(i version) bool { return v != nil && v.at.compare(i) >= 0 }
 
 // newer orders verdicts; of two at the same version the goodbye counts.
-func (v verdict) newer(o verdict) bool {
-	if o.kind == Alive || v.kind == Alive {
-		return v.kind != Alive
+func (v *verdict) newer(o *verdict) bool {
+	if o == nil || v == nil {
+		return v != nil
 	}
 	return cmp.Or(v.at.compare(o.at), cmp.Compare(v.kind, o.kind)) > 0
 }

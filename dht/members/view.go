@@ -14,25 +14,22 @@ import (
 type entry struct {
 	id       peer.ID
 	point    keys.Point
-	info     Info
-	verdict  verdict
-	admitted bool // by a committed record
-	expelled bool // by a committed record; sticks until admitted again
-	unheard  bool // known from the book only
-	met      bool // heard, or told of by one who heard it, since this node started
+	info     *Info    // replaced, never changed
+	verdict  *verdict // likewise; nil: none
+	admitted bool     // by a committed record
+	expelled bool     // by a committed record; sticks until admitted again
+	unheard  bool     // known from the book only
+	met      bool     // heard, or told of by one who heard it, since this node started
 	suspect  string
 	since    time.Time // in its state
 	seen     time.Time // last known to run
 	evidence string    // while alive
-	shown    Member    // as subscribers know it
-
-	deaths      []time.Time
-	quarantined time.Time // until then
-	level       int       // quarantines in a row
+	shown    shown
+	flaps    *flaps // nil while it has not died
 
 	connected bool
 	lastByte  time.Duration // boot time of its last sign of life to this node itself
-	rtt       rttStats
+	rtt       *rttStats     // nil where no heartbeats pass between the two
 
 	dialing  bool // a contact is under way
 	nextDial time.Time
@@ -47,20 +44,24 @@ type entry struct {
 	sumOf summed
 }
 
+// shown is a node as subscribers know it.
+type shown struct {
+	info     *Info // nil: they do not
+	state    State
+	since    time.Time
+	evidence string
+}
+
 // summed is what a hash of an entry depends on.
 type summed struct {
-	info, verdict version
-	kind          State
-	unheard       bool
-	known         bool // the hash was made
+	info    *Info // nil: the hash was not made
+	verdict *verdict
+	unheard bool
 }
 
 // hash is told().hash(), made once for each state: digests are asked for all the time, and few entries change.
 func (e *entry) hash() uint64 {
-	of := summed{info: e.info.version(), unheard: e.unheard, known: true}
-	if e.verdict.covers(of.info) {
-		of.verdict, of.kind = e.verdict.at, e.verdict.kind
-	}
+	of := summed{e.info, e.verdict, e.unheard}
 	if of != e.sumOf {
 		e.sum, e.sumOf = e.told().hash(), of
 	}
@@ -79,7 +80,7 @@ func (e *entry) state(now time.Time) State {
 		return Dead
 	case e.suspect != "":
 		return Suspect
-	case now.Before(e.quarantined):
+	case e.flaps != nil && now.Before(e.flaps.until):
 		return Quarantined
 	}
 	return Alive
@@ -109,7 +110,7 @@ func (e *entry) why(s State) string {
 	case s == Suspect:
 		return e.suspect
 	case s == Quarantined:
-		return fmt.Sprintf("%d deaths within %v; not used until %s", len(e.deaths), flapWindow, e.quarantined.UTC().Format(time.TimeOnly))
+		return fmt.Sprintf("%d deaths within %v; not used until %s", len(e.flaps.deaths), flapWindow, e.flaps.until.UTC().Format(time.TimeOnly))
 	}
 	return e.evidence
 }
@@ -140,28 +141,39 @@ func (m *Members) touch(e *entry, trigger string) {
 	if !e.admitted && !e.expelled {
 		return // nobody's business before it is admitted
 	}
-	if s != old.State || old.ID == "" {
+	if s != old.state || old.info == nil {
 		e.since = now
 	}
 	if s.Running() {
 		e.seen = now
 	}
-	next := m.memberOf(e, s)
 	m.unsaved = true
 	m.recheck(e, old, s)
 	m.snap.Store(nil)
-	e.shown = next
-	if old.ID == next.ID && old.State == next.State && old.sameFor(next.Info) && trigger != "refuted" {
+	e.shown = shown{e.info, s, e.since, e.why(s)}
+	if old.info != nil && old.state == s && (old.info == e.info || old.info.sameFor(*e.info)) && trigger != "refuted" {
 		return
 	}
-	if old.Boot != 0 && next.Boot != old.Boot {
-		trigger = "reboot"
+	var before Member
+	if old.info != nil {
+		if old.info.Boot != 0 && e.info.Boot != old.info.Boot {
+			trigger = "reboot"
+		}
+		before = m.memberShown(e, old)
 	}
-	m.changes.add(Change{Old: old, New: next, Trigger: trigger})
+	m.changes.add(Change{Old: before, New: m.memberShown(e, e.shown), Trigger: trigger})
 }
 
 func (m *Members) memberOf(e *entry, s State) Member {
-	out := Member{Info: e.info, State: s, Since: e.since, Evidence: e.why(s), RTT: e.rtt.mean}
+	return m.memberShown(e, shown{e.info, s, e.since, e.why(s)})
+}
+
+// memberShown is a node in a state of its own, with the connection and the round trips of now.
+func (m *Members) memberShown(e *entry, s shown) Member {
+	out := Member{Info: *s.info, State: s.state, Since: s.since, Evidence: s.evidence}
+	if e.rtt != nil {
+		out.RTT = e.rtt.mean
+	}
 	switch {
 	case e == m.self:
 		out.Connection = "self"
@@ -171,54 +183,6 @@ func (m *Members) memberOf(e *entry, s State) Member {
 		out.Connection = "direct"
 	}
 	return out
-}
-
-// countDeath notes a death, by verdict or by reboot, and quarantines who dies too often. Locked.
-func (m *Members) countDeath(e *entry, old Member, now time.Time) {
-	if e == m.self || old.ID == "" || !old.State.Running() {
-		return
-	}
-	died := e.verdict.kind == Dead && e.verdict.covers(e.info.version())
-	if !died && (old.Boot == 0 || old.Boot == e.info.Boot) {
-		return
-	}
-	if n := len(e.deaths); n > 0 && now.Sub(e.deaths[n-1]) > flapForget {
-		e.level = 0
-	}
-	e.deaths = append(e.deaths, now)
-	for len(e.deaths) > 0 && now.Sub(e.deaths[0]) > flapWindow {
-		e.deaths = e.deaths[1:]
-	}
-	if m.cfg.FlapDeaths > 0 && len(e.deaths) > m.cfg.FlapDeaths {
-		e.quarantined = now.Add(min(flapMost, flapBackoff<<min(e.level, 8)))
-		m.freeAt(e.quarantined)
-		e.level++
-		m.log.Warn("node dies too often and is not used for a while", "node", m.name(e.id), "deaths", len(e.deaths), "until", e.quarantined)
-	}
-}
-
-func (m *Members) endQuarantines(now time.Time) {
-	if m.nextFree.IsZero() || now.Before(m.nextFree) {
-		return
-	}
-	m.nextFree = time.Time{}
-	for _, e := range m.order {
-		switch {
-		case e.shown.State != Quarantined:
-		case now.Before(e.quarantined):
-			m.freeAt(e.quarantined)
-		default:
-			e.deaths = nil
-			m.touch(e, "quarantine")
-		}
-	}
-}
-
-// freeAt notes that a quarantine ends then. Locked.
-func (m *Members) freeAt(at time.Time) {
-	if m.nextFree.IsZero() || at.Before(m.nextFree) {
-		m.nextFree = at
-	}
 }
 
 // add returns the entry of a node, made if need be; nil when there are too many strangers. Locked.
@@ -231,10 +195,29 @@ func (m *Members) add(id peer.ID) *entry {
 		return nil
 	}
 	m.unknown++
-	e := &entry{id: id, point: keys.OfPeer(id), info: Info{ID: id}, since: time.Now()}
+	e := &entry{id: id, point: keys.OfPeer(id), info: &Info{ID: id}, since: time.Now()}
 	m.entries[id] = e
 	m.order = append(m.order, e)
 	return e
+}
+
+// shared has what a node says of itself use the ids that this node holds already: without it each would lie here once for each node that
+// names it as watcher. Locked.
+func (m *Members) shared(i *Info) *Info {
+	if e := m.entries[i.ID]; e != nil {
+		i.ID = e.id
+	}
+	for k, id := range i.Watchers {
+		if e := m.entries[id]; e != nil {
+			i.Watchers[k] = e.id
+		}
+	}
+	for _, s := range []struct{ text, own *string }{{&i.Version, &m.self.info.Version}, {&i.Platform, &m.self.info.Platform}, {&i.Role, &m.self.info.Role}, {&i.Zone, &m.self.info.Zone}} {
+		if *s.text == *s.own {
+			*s.text = *s.own
+		}
+	}
+	return i
 }
 
 // merge takes in what from says of a node. direct: the node says it itself. Locked.
@@ -250,7 +233,7 @@ func (m *Members) merge(from peer.ID, s state) {
 	direct := from == e.id
 	wasCovered := e.verdict.covers(e.info.version())
 	trigger := m.mergeInfo(e, s, direct)
-	if s.verdict.kind != Alive && s.verdict.newer(e.verdict) && s.verdict.covers(e.info.version()) {
+	if s.verdict.newer(e.verdict) && s.verdict.covers(e.info.version()) {
 		if t := m.mergeVerdict(from, e, s.verdict); t != "" {
 			trigger = t
 		}
@@ -276,7 +259,7 @@ func (m *Members) mergeInfo(e *entry, s state, direct bool) string {
 		return ""
 	}
 	trigger := "update"
-	if e.unheard || e.shown.ID == "" || e.info.Boot == 0 {
+	if e.unheard || e.shown.info == nil || e.info.Boot == 0 {
 		trigger = "heard"
 	}
 	e.unheard = s.unheard && (e.unheard || !e.admitted)
@@ -284,9 +267,9 @@ func (m *Members) mergeInfo(e *entry, s state, direct bool) string {
 		if e.info.Boot != 0 && e.info.Boot != s.info.Boot {
 			trigger = "reboot"
 			e.suspect, e.lonely = "", 0
-			e.rtt = rttStats{}
+			e.rtt = nil
 		}
-		e.info = s.info
+		e.info = m.shared(s.info)
 		if m.cfg.Learned != nil && len(s.info.Addrs) > 0 {
 			m.cfg.Learned(e.id, s.info.Addrs)
 		}
@@ -303,7 +286,7 @@ func (m *Members) mergeInfo(e *entry, s state, direct bool) string {
 }
 
 // mergeVerdict takes over a verdict on a node that this node holds to run only if it has reason to; "" if not.
-func (m *Members) mergeVerdict(from peer.ID, e *entry, v verdict) string {
+func (m *Members) mergeVerdict(from peer.ID, e *entry, v *verdict) string {
 	trigger := "goodbye"
 	if v.kind == Dead {
 		trigger = "silence"
@@ -323,7 +306,7 @@ func (m *Members) mergeVerdict(from peer.ID, e *entry, v verdict) string {
 }
 
 // believe: fresh, and a proof, or agreed on by most of the node's own watchers; and not against what this node hears itself.
-func (m *Members) believe(from peer.ID, e *entry, v verdict) bool {
+func (m *Members) believe(from peer.ID, e *entry, v *verdict) bool {
 	if time.Since(v.since) > freshVerdict || m.hears(e.id) {
 		return false
 	}
@@ -337,7 +320,7 @@ func (m *Members) believe(from peer.ID, e *entry, v verdict) bool {
 }
 
 // deciders counts who agreed on a verdict and is taken to run: of the given ones, or of all when nil.
-func (m *Members) deciders(from peer.ID, v verdict, of []peer.ID) int {
+func (m *Members) deciders(from peer.ID, v *verdict, of []peer.ID) int {
 	n := 0
 	for _, id := range v.by {
 		e := m.entries[id]
@@ -352,7 +335,7 @@ func (m *Members) deciders(from peer.ID, v verdict, of []peer.ID) int {
 }
 
 // hint has this node look for itself, unless the report has too little behind it: a node that was cut off calls everybody dead.
-func (m *Members) hint(from peer.ID, e *entry, v verdict) {
+func (m *Members) hint(from peer.ID, e *entry, v *verdict) {
 	need := 2
 	if v.proof || m.runningCount() <= 3 {
 		need = 1
@@ -383,7 +366,7 @@ func (m *Members) healed() {
 	}
 	m.lastHeal = now
 	for _, e := range m.entries {
-		if e.member() && e.verdict.kind == Dead && !e.verdict.proof && e.verdict.covers(e.info.version()) {
+		if e.member() && e.verdict.covers(e.info.version()) && e.verdict.kind == Dead && !e.verdict.proof {
 			if soon := now.Add(m.jitter(2 * time.Second)); soon.Before(e.nextDial) {
 				e.backoff = redialFirst
 				m.dialAt(e, soon)
@@ -394,7 +377,7 @@ func (m *Members) healed() {
 
 // hearOfSelf refutes what is said against this node, and outranks an earlier life whose clock was ahead. Locked.
 func (m *Members) hearOfSelf(s state) {
-	if s.verdict.kind != Alive {
+	if s.verdict != nil {
 		m.refute(s.verdict.at, s.verdict.evidence)
 	}
 	v := s.info.version()
@@ -423,7 +406,7 @@ func (m *Members) refute(at version, evidence string) {
 		info.StartedUnixMs = at.started + 1
 		info.Counter++
 	}
-	m.self.info = info
+	m.self.info = &info
 	m.log.Info("refuting what others hold against this node", "evidence", evidence)
 	m.touch(m.self, "refuted")
 	m.announce(m.id)

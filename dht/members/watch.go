@@ -60,7 +60,7 @@ func (m *Members) chooseWatchers() {
 		info := m.self.info.clone()
 		info.Watchers = ids
 		info.Counter++
-		m.self.info = info
+		m.self.info = &info
 		m.dirty[m.id] = true
 		m.touch(m.self, "update")
 		m.refresh = false // nothing that matters here changed
@@ -68,9 +68,9 @@ func (m *Members) chooseWatchers() {
 }
 
 // recheck notes whom a change of one node may concern: itself, as watched or as watcher, and if it runs no more those it watched. Locked.
-func (m *Members) recheck(e *entry, old Member, now State) {
+func (m *Members) recheck(e *entry, old shown, now State) {
 	m.look = append(m.look, e)
-	was := old.ID != "" && old.State.Running()
+	was := old.info != nil && old.state.Running()
 	if was && !now.Running() {
 		m.lookAll = time.Now()
 	} else if !was && m.lookAll.IsZero() {
@@ -327,7 +327,7 @@ func (p *beats) readAcks() {
 		p.w.acked = p.m.boot()
 		p.m.heard(p.to)
 		if e := p.m.entries[p.to]; ok && e != nil {
-			e.rtt.add(rtt)
+			e.measured(rtt)
 		}
 		p.m.hearAgainst(ack.GetVerdict())
 		p.m.mu.Unlock()
@@ -417,7 +417,7 @@ func (m *Members) takeBeat(from peer.ID, w *watched, beat *wirev1.WatchBeat) *wi
 		m.mergeAll(from, []*wirev1.MemberState{self})
 	}
 	if e := m.entries[from]; e != nil && beat.GetRttUs() != 0 {
-		e.rtt.add(time.Duration(beat.GetRttUs()) * time.Microsecond)
+		e.measured(time.Duration(beat.GetRttUs()) * time.Microsecond)
 	}
 	if m.watched[from] == nil && w.stream != nil {
 		m.watched[from] = w // it was given up and lives

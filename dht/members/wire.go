@@ -88,8 +88,8 @@ func idsFromWire(bs [][]byte) ([]peer.ID, error) {
 	return out, nil
 }
 
-func verdictToWire(v verdict) *wirev1.Verdict {
-	if v.kind == Alive {
+func verdictToWire(v *verdict) *wirev1.Verdict {
+	if v == nil {
 		return nil
 	}
 	kind := wirev1.Verdict_DEAD
@@ -102,25 +102,25 @@ func verdictToWire(v verdict) *wirev1.Verdict {
 	}
 }
 
-func verdictFromWire(w *wirev1.Verdict) (verdict, error) {
+func verdictFromWire(w *wirev1.Verdict) (*verdict, error) {
 	if w == nil {
-		return verdict{}, nil
+		return nil, nil
 	}
-	v := verdict{
+	v := &verdict{
 		at: version{w.GetStartedUnixMs(), w.GetBoot(), w.GetCounter()}, evidence: w.GetEvidence(), proof: w.GetProof(),
 	}
 	switch w.GetKind() {
 	case wirev1.Verdict_NONE:
-		return verdict{}, nil
+		return nil, nil
 	case wirev1.Verdict_DEAD:
 		v.kind = Dead
 	case wirev1.Verdict_LEFT:
 		v.kind = Left
 	default:
-		return verdict{}, fmt.Errorf("a verdict of kind %d, unknown here", w.GetKind())
+		return nil, fmt.Errorf("a verdict of kind %d, unknown here", w.GetKind())
 	}
 	if len(w.GetBy()) > maxPeers || len(v.evidence) > maxText {
-		return verdict{}, errors.New("a verdict too large")
+		return nil, errors.New("a verdict too large")
 	}
 	var err error
 	v.by, err = idsFromWire(w.GetBy())
@@ -130,8 +130,8 @@ func verdictFromWire(w *wirev1.Verdict) (verdict, error) {
 
 // state is one node as a message tells of it.
 type state struct {
-	info    Info
-	verdict verdict
+	info    *Info
+	verdict *verdict
 	unheard bool
 }
 
@@ -141,11 +141,11 @@ func stateFromWire(w *wirev1.MemberState) (state, error) {
 		return state{}, err
 	}
 	v, err := verdictFromWire(w.GetVerdict())
-	return state{info, v, w.GetUnheard()}, err
+	return state{&info, v, w.GetUnheard()}, err
 }
 
 func (s state) toWire() *wirev1.MemberState {
-	return &wirev1.MemberState{Info: infoToWire(s.info), Verdict: verdictToWire(s.verdict), Unheard: s.unheard}
+	return &wirev1.MemberState{Info: infoToWire(*s.info), Verdict: verdictToWire(s.verdict), Unheard: s.unheard}
 }
 
 // hash is equal on two nodes that hold the same of a node.
@@ -154,12 +154,17 @@ func (s state) hash() uint64 {
 	var b []byte
 	b = append(b, s.info.ID...)
 	if !s.unheard {
-		for _, v := range []version{s.info.version(), s.verdict.at} {
+		var until version
+		kind := Alive
+		if s.verdict != nil {
+			until, kind = s.verdict.at, s.verdict.kind
+		}
+		for _, v := range []version{s.info.version(), until} {
 			b = binary.LittleEndian.AppendUint64(b, uint64(v.started))
 			b = binary.LittleEndian.AppendUint64(b, v.boot)
 			b = binary.LittleEndian.AppendUint64(b, v.counter)
 		}
-		b = append(b, byte(s.verdict.kind))
+		b = append(b, byte(kind))
 	}
 	_, _ = h.Write(b) // never fails
 	return h.Sum64()

@@ -19,12 +19,12 @@ import (
 )
 
 var full = state{
-	info: Info{
+	info: &Info{
 		ID: "n1", Name: "one", Addrs: []string{"/ip4/10.0.0.1/tcp/7400"}, Zone: "west", Role: "full", Labels: map[string]string{"a": "b"},
 		CPUMillis: 1, MemoryBytes: 2, DiskBytes: 3, Version: "v", Platform: "linux/amd64", Boot: 4, Counter: 5, StartedUnixMs: 6,
 		Draining: true, NoVoter: true, NoHolder: true, MaxFormat: 7, Watchers: []peer.ID{"n2", "n3"},
 	},
-	verdict: verdict{kind: Dead, at: version{6, 4, 9}, evidence: "silent", by: []peer.ID{"n2"}, proof: true, since: time.Now()},
+	verdict: &verdict{kind: Dead, at: version{6, 4, 9}, evidence: "silent", by: []peer.ID{"n2"}, proof: true, since: time.Now()},
 	unheard: true,
 }
 
@@ -41,7 +41,7 @@ func TestWhatANodeSaysSurvivesTheWire(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !got.info.sameFor(full.info) || got.info.version() != full.info.version() || !slices.Equal(got.info.Watchers, full.info.Watchers) {
+	if !got.info.sameFor(*full.info) || got.info.version() != full.info.version() || !slices.Equal(got.info.Watchers, full.info.Watchers) {
 		t.Errorf("got %+v", got.info)
 	}
 	v := got.verdict
@@ -76,7 +76,7 @@ func TestWhatIsTooLargeIsRefusedOrClipped(t *testing.T) {
 }
 
 func TestOrderOfVersionsAndVerdicts(t *testing.T) {
-	v := verdict{kind: Dead, at: version{5, 1, 7}}
+	v := &verdict{kind: Dead, at: version{5, 1, 7}}
 	for at, want := range map[version]bool{
 		{5, 1, 7}: true, {5, 1, 6}: true, {5, 1, 8}: false, {5, 2, 1}: false, {6, 0, 0}: false, {4, 9, 9}: true,
 	} {
@@ -84,8 +84,8 @@ func TestOrderOfVersionsAndVerdicts(t *testing.T) {
 			t.Errorf("a verdict at %v covers %v: %v", v.at, at, !want)
 		}
 	}
-	left := verdict{kind: Left, at: v.at}
-	if !left.newer(v) || v.newer(left) || v.newer(v) || !v.newer(verdict{}) || (verdict{}).newer(v) {
+	left := &verdict{kind: Left, at: v.at}
+	if !left.newer(v) || v.newer(left) || v.newer(v) || !v.newer(nil) || (*verdict)(nil).newer(v) {
 		t.Error("order of verdicts")
 	}
 }
@@ -141,7 +141,7 @@ func FuzzStates(f *testing.F) {
 }
 
 func FuzzBook(f *testing.F) {
-	b, err := proto.Marshal(&wirev1.MemberBook{Format: 1, Entries: []*wirev1.MemberBook_Entry{{Info: infoToWire(full.info), Admitted: true}}})
+	b, err := proto.Marshal(&wirev1.MemberBook{Format: 1, Entries: []*wirev1.MemberBook_Entry{{Info: infoToWire(*full.info), Admitted: true}}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -284,7 +284,7 @@ func TestACopiedIdentityMakesNoStorm(t *testing.T) {
 			n1.locked(func() {
 				info := n1.self.info.clone()
 				info.Boot, info.StartedUnixMs = 99, info.StartedUnixMs+1000
-				n1.merge("n2", state{info: info})
+				n1.merge("n2", state{info: &info})
 			})
 			time.Sleep(time.Millisecond)
 		}

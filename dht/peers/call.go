@@ -154,7 +154,7 @@ func (c *Caller) call(ctx context.Context, key laneKey, req, resp proto.Message,
 	if err != nil {
 		return err
 	}
-	s := &callStream{Stream: raw, r: bufio.NewReaderSize(raw, 4<<10)}
+	s := &callStream{Stream: raw, r: bufio.NewReaderSize(raw, readAhead)}
 	_, err = s.roundTrip(ctx, req, resp)
 	return c.done(l, s, err)
 }

@@ -21,6 +21,9 @@ const (
 	statusFailure = 1
 )
 
+// readAhead is the buffer of a stream of calls. There are many streams, and few of them move anything: what is larger is read past it.
+const readAhead = 256
+
 var (
 	errGarbage     = errors.New("not a call of this protocol")
 	errMessageSize = fmt.Errorf("message exceeds %d bytes", MaxMessage)

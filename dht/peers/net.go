@@ -246,8 +246,14 @@ type Endpoint struct {
 	by            map[protocol.ID]Sent
 }
 
-// Sent is what a node handed to the streams of one protocol.
-type Sent struct{ Writes, Bytes uint64 }
+// Sent is what a node handed to the streams of one protocol. Heard are the writes of others to it.
+type Sent struct{ Writes, Bytes, Heard uint64 }
+
+func (e *Endpoint) count(p protocol.ID, more Sent) {
+	e.writes, e.bytes = e.writes+more.Writes, e.bytes+more.Bytes
+	by := e.by[p]
+	e.by[p] = Sent{by.Writes + more.Writes, by.Bytes + more.Bytes, by.Heard + more.Heard}
+}
 
 type netEvent struct {
 	id peer.ID

@@ -257,6 +257,7 @@ func (h *netHalf) next() time.Time {
 
 func (h *netHalf) pop() {
 	h.bytes -= len(h.q[0].b)
+	h.q[0] = netChunk{} // the array lives on, the bytes need not
 	h.q = h.q[1:]
 	h.settled--
 	h.pair.sig.raise()
@@ -413,10 +414,7 @@ func (s *netStream) Write(b []byte) (int, error) {
 
 func (s *netStream) send(b []byte) {
 	c, e := s.pair.conn, s.end()
-	e.writes++
-	e.bytes += uint64(len(b))
-	by := e.by[s.pair.proto]
-	e.by[s.pair.proto] = Sent{by.Writes + 1, by.Bytes + uint64(len(b))}
+	e.count(s.pair.proto, Sent{Writes: 1, Bytes: uint64(len(b))})
 	if c.net.loss > 0 && c.net.rng.Float64() < c.net.loss && !c.lost {
 		c.settle(time.Now())
 		c.lost = true
@@ -425,6 +423,7 @@ func (s *netStream) send(b []byte) {
 	if peer := s.pair.side[1-s.at]; peer.closedRead || peer.broken {
 		return // nobody will read it
 	}
+	c.ends[1-s.at].count(s.pair.proto, Sent{Heard: 1})
 	s.out().push(netChunk{b: append([]byte(nil), b...)})
 }
 

@@ -96,20 +96,16 @@ func (v *CallServer) serveStream(from peer.ID, s Stream) error {
 		cancel()
 		<-answered // never leave a call behind
 	}()
-	r := bufio.NewReaderSize(s, 4<<10)
+	r := bufio.NewReaderSize(s, readAhead)
 	wait := servedIdle
-	buf := getBuffer()
-	defer putBuffer(buf)
 	for {
 		if err := s.SetReadDeadline(time.Now().Add(wait)); err != nil {
 			return err
 		}
-		timeout, body, err := readRequest(r, (*buf)[:0])
-		*buf = body
-		if err != nil {
+		if _, err := r.Peek(1); err != nil { // most streams wait here most of the time, and hold nothing else meanwhile
 			return err
 		}
-		call, err := v.decode(body)
+		timeout, call, err := v.read(r)
 		if err != nil {
 			return err
 		}
@@ -120,6 +116,17 @@ func (v *CallServer) serveStream(from peer.ID, s Stream) error {
 		wait = servedIdle + timeout
 		go func() { answered <- v.answer(ctx, from, s, timeout, call) }()
 	}
+}
+
+// read reads one request.
+func (v *CallServer) read(r *bufio.Reader) (timeout time.Duration, call request, err error) {
+	buf := getBuffer()
+	defer putBuffer(buf)
+	timeout, *buf, err = readRequest(r, (*buf)[:0])
+	if err == nil {
+		call, err = v.decode(*buf)
+	}
+	return timeout, call, err
 }
 
 func (v *CallServer) answer(ctx context.Context, from peer.ID, s Stream, timeout time.Duration, call request) error {

@@ -19,6 +19,7 @@ type Config struct {
 	Binary   string // coppice; its components lie beside it
 	Runs     int    // samples of each figure
 	Nodes    int    // of scale; 0: as many as it takes by itself
+	Profile  string // of traffic and scale; "": both, and lan
 	Progress io.Writer
 }
 
@@ -50,10 +51,10 @@ var benchmarks = map[string]struct {
 }{
 	"failover":  {"kill -9 of a node, or of a component, until its component with 1 MiB of state answers again", failover},
 	"ownership": {"the arbiter: its leader killed until the next commit, a node killed or cut off until the others call it dead, 10,000 claims", ownership},
-	"scale":     {"the protocol core of 200 nodes (--nodes) in memory and in virtual time: they join, lose a quarter at once, and settle", scale},
+	"scale":     {"the protocol core of 250 nodes (--nodes) in memory and in virtual time: they join, idle, lose a quarter at once, and settle", scale},
 	"swap":      {"hot swap of a component with 1 MiB of state under 2,000 calls/s: pause, failed and lost calls", swap},
 	"node":      {"a node: start until ready, memory, CPU and traffic while idle", node},
-	"traffic":   {"what nodes send while nothing happens, by cause: 25 processes, in profiles lan and wan", traffic},
+	"traffic":   {"what nodes and their leader send while nothing happens, by cause: 25 processes, in profiles lan and wan (--profile)", traffic},
 	"call":      {"an HTTP call through the gateway and the gate, beside the same call straight to the component's socket", call},
 }
 

@@ -80,7 +80,10 @@ func node(ctx context.Context, cfg Config) (_ []Result, err error) {
 }
 
 // flow is what a protocol has moved on a node.
-type flow struct{ bytes, writes float64 }
+type flow struct {
+	bytes, writes float64
+	heard         float64 // writes of others to it; not known of real nodes, whose acknowledgements are counted with the rest
+}
 
 // traffic asks each node what its protocols have sent: protocol, then node.
 func (s *stand) traffic(ctx context.Context) (map[string]map[string]flow, error) {
@@ -99,7 +102,7 @@ func (s *stand) traffic(ctx context.Context) (map[string]map[string]flow, error)
 			if out[v[0].GetText()] == nil {
 				out[v[0].GetText()] = map[string]flow{}
 			}
-			out[v[0].GetText()][n.Name] = flow{float64(v[1].GetInteger()), float64(v[2].GetInteger())}
+			out[v[0].GetText()][n.Name] = flow{bytes: float64(v[1].GetInteger()), writes: float64(v[2].GetInteger())}
 		}
 	}
 	return out, nil

@@ -27,7 +27,11 @@ const (
 // traffic measures what nodes send while nothing happens, by cause, in both profiles.
 func traffic(ctx context.Context, cfg Config) ([]Result, error) {
 	var out []Result
-	for _, profile := range []string{"lan", "wan"} {
+	profiles := []string{"lan", "wan"}
+	if cfg.Profile != "" {
+		profiles = []string{cfg.Profile}
+	}
+	for _, profile := range profiles {
 		res, err := realTraffic(ctx, cfg, profile)
 		out = append(out, res...)
 		if err != nil {
@@ -60,19 +64,36 @@ func realTraffic(ctx context.Context, cfg Config, profile string) (_ []Result, e
 	if err != nil {
 		return nil, err
 	}
+	leads, err := s.leaderIndex(ctx)
+	if err != nil {
+		return nil, err
+	}
 	what := fmt.Sprintf("%s, %d nodes", profile, trafficNodes)
+	leader := s.cluster.Nodes[leads].Name
+	why := causes(what, before, after, time.Since(begun), "")
+	whyLeader := causes(profile+", the leader", before, after, time.Since(begun), leader)
 	var out []Result
 	if cost.Counted {
-		all := summary(what+": sent by a node, all framing included", "B/s", cost.EachBytes)
-		out = append(out, mean(what+": sent by a node, all framing included, mean", "B/s", cost.EachBytes), all)
-		leads, err := s.leaderIndex(ctx)
-		if err != nil {
-			return out, err
-		}
-		out = append(out, summary(what+": sent by the leader", "B/s", []float64{cost.EachBytes[leads]}))
+		out = append(out,
+			mean(what+": sent by a node, all framing included, mean", "B/s", cost.EachBytes),
+			summary(what+": sent by a node, all framing included", "B/s", cost.EachBytes),
+			summary(profile+", the leader: sent, all framing included", "B/s", []float64{cost.EachBytes[leads]}))
+		why = append(why, rest(what, cost.EachBytes, why))
+		whyLeader = append(whyLeader, rest(profile+", the leader", cost.EachBytes[leads:leads+1], whyLeader))
 	}
-	out = append(out, causes(what, before, after, time.Since(begun))...)
+	out = append(append(out, why...), whyLeader...)
 	return append(out, mean(what+": CPU of a node, mean", "% of a core", []float64{cost.CPU})), nil
+}
+
+// rest is what of all that was sent no stream is the cause of: acknowledgements of TCP above all, the multiplexer's own questions, handshakes.
+func rest(what string, sent []float64, why []Result) Result {
+	r := mean(what+": the rest: acknowledgements of TCP, the multiplexer", "B/s", sent)
+	for _, c := range why {
+		r.Median -= c.Median
+	}
+	r.Median = round(r.Median)
+	r.P99, r.Min, r.Max = r.Median, r.Median, r.Median
+	return r
 }
 
 // mean is a figure whose median is the mean of the samples.
@@ -102,23 +123,27 @@ func (s *stand) leaderIndex(ctx context.Context) (at int, err error) {
 	return at, err
 }
 
-// causes tells for each protocol what a node sent on average between two looks, framing by count included, the costliest first.
-func causes(what string, before, after map[string]map[string]flow, span time.Duration) []Result {
-	var out []Result
-	all := 0
+// causes tells for each protocol what a node sent on average between two looks, framing by count included, the costliest first; with only, what
+// that node sent.
+func causes(what string, before, after map[string]map[string]flow, span time.Duration, only string) []Result {
+	all := map[string]bool{}
 	for _, nodes := range after {
-		all = max(all, len(nodes))
+		for node := range nodes {
+			if only == "" || node == only {
+				all[node] = true
+			}
+		}
 	}
+	var out []Result
 	for protocol, nodes := range after {
 		var sent []float64
 		bytes, writes := 0.0, 0.0
-		for node, f := range nodes {
-			b := before[protocol][node]
-			sent = append(sent, (f.bytes-b.bytes+(f.writes-b.writes)*perWrite)/span.Seconds())
-			bytes += (f.bytes - b.bytes) / span.Seconds() / float64(all)
-			writes += (f.writes - b.writes) / span.Seconds() / float64(all)
+		for node := range all { // some do not speak it
+			f, b := nodes[node], before[protocol][node]
+			sent = append(sent, (f.bytes-b.bytes+(f.writes-b.writes)*perWrite+(f.heard-b.heard)*perSegment)/span.Seconds())
+			bytes += (f.bytes - b.bytes) / span.Seconds() / float64(len(all))
+			writes += (f.writes - b.writes) / span.Seconds() / float64(len(all))
 		}
-		sent = append(sent, make([]float64, all-len(nodes))...) // the others do not speak it
 		r := mean(fmt.Sprintf("%s: of that %s: %.0f B in %.2f writes a second, with framing", what, strings.TrimPrefix(protocol, "/coppice/"), bytes, writes), "B/s", sent)
 		if r.Max > 0 {
 			out = append(out, r)

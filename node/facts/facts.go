@@ -108,9 +108,23 @@ func (s *Sensor) Sample(ctx context.Context) (Facts, error) {
 	for k, v := range f {
 		if math.IsNaN(v) || math.IsInf(v, 0) {
 			delete(f, k)
+		} else {
+			f[k] = rounded(v)
 		}
 	}
 	return f, errors.Join(errs...)
+}
+
+// rounded keeps five digits that count: the rest is noise, and half of what telling it costs.
+func rounded(v float64) float64 {
+	if v == 0 {
+		return 0
+	}
+	unit := math.Pow(10, math.Floor(math.Log10(math.Abs(v)))-4)
+	if unit >= 1 {
+		return math.Round(v/unit) * unit
+	}
+	return math.Round(v/unit) / math.Round(1/unit) // so that the quotient is the closest to the decimal
 }
 
 func (s *Sensor) cpu(ctx context.Context, f Facts, first bool) error {

@@ -1,6 +1,7 @@
 package facts
 
 import (
+	"strconv"
 	"testing"
 	"time"
 )
@@ -44,5 +45,13 @@ func TestChanged(t *testing.T) {
 	}
 	if !Changed(Facts{"free_mib": 1000}, Facts{"free_mib": 800}) {
 		t.Error("a change by a fifth is not told")
+	}
+}
+
+func TestRounded(t *testing.T) {
+	for v, want := range map[float64]string{0: "0", 12.3456789: "12.346", 24105.26: "24105", 1234567: "1234600", 0.000123456: "0.00012346", -3.3333333: "-3.3333", 99999.7: "100000"} {
+		if got := strconv.FormatFloat(rounded(v), 'f', -1, 64); got != want {
+			t.Errorf("%v is told as %s, want %s", v, got, want)
+		}
 	}
 }

@@ -1,0 +1,62 @@
+package members
+
+import "time"
+
+// flaps is what is remembered of a node's deaths.
+type flaps struct {
+	deaths []time.Time
+	until  time.Time // quarantined
+	level  int       // quarantines in a row
+}
+
+// countDeath notes a death, by verdict or by reboot, and quarantines who dies too often. Locked.
+func (m *Members) countDeath(e *entry, old shown, now time.Time) {
+	if e == m.self || old.info == nil || !old.state.Running() {
+		return
+	}
+	died := e.verdict.covers(e.info.version()) && e.verdict.kind == Dead
+	if !died && (old.info.Boot == 0 || old.info.Boot == e.info.Boot) {
+		return
+	}
+	if e.flaps == nil {
+		e.flaps = &flaps{}
+	}
+	f := e.flaps
+	if n := len(f.deaths); n > 0 && now.Sub(f.deaths[n-1]) > flapForget {
+		f.level = 0
+	}
+	f.deaths = append(f.deaths, now)
+	for len(f.deaths) > 0 && now.Sub(f.deaths[0]) > flapWindow {
+		f.deaths = f.deaths[1:]
+	}
+	if m.cfg.FlapDeaths > 0 && len(f.deaths) > m.cfg.FlapDeaths {
+		f.until = now.Add(min(flapMost, flapBackoff<<min(f.level, 8)))
+		m.freeAt(f.until)
+		f.level++
+		m.log.Warn("node dies too often and is not used for a while", "node", m.name(e.id), "deaths", len(f.deaths), "until", f.until)
+	}
+}
+
+func (m *Members) endQuarantines(now time.Time) {
+	if m.nextFree.IsZero() || now.Before(m.nextFree) {
+		return
+	}
+	m.nextFree = time.Time{}
+	for _, e := range m.order {
+		switch {
+		case e.flaps == nil || e.shown.state != Quarantined:
+		case now.Before(e.flaps.until):
+			m.freeAt(e.flaps.until)
+		default:
+			e.flaps.deaths = nil
+			m.touch(e, "quarantine")
+		}
+	}
+}
+
+// freeAt notes that a quarantine ends then. Locked.
+func (m *Members) freeAt(at time.Time) {
+	if m.nextFree.IsZero() || at.Before(m.nextFree) {
+		m.nextFree = at
+	}
+}
