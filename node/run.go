@@ -155,6 +155,14 @@ func (n *Node) liveRoots() []blobs.Hash {
 	for _, reg := range n.arbiter.List(components.BranchPrefix) {
 		add(reg.Root)
 	}
+	for _, reg := range n.arbiter.List(components.HistoryPrefix) {
+		roots, err := supervisor.HistoryRoots(reg)
+		if err != nil {
+			n.log.Error("nothing is collected: what is kept of earlier checkpoints is not known", "register", reg.Key, "error", err)
+			return nil
+		}
+		out = append(out, roots...)
+	}
 	out = append(out, n.sup.BranchRoots()...)
 	for _, in := range n.sup.Infos() {
 		if !in.Saved.Root.IsZero() {

@@ -18,13 +18,9 @@ import (
 )
 
 // restore is the command: the version that the supervisor chose, with the desired state that says so.
-func (w *world) restore(on *simNode, at components.Moment) (Replaced, *componentsv1.HistoryEntry, error) {
+func (w *world) restore(on *simNode, at components.Moment) (Replaced, error) {
 	w.t.Helper()
-	return on.sup.Restore(within(w.t, 60*time.Second), testInstance, at, func(digest string) (Wish, error) {
-		info, _ := on.sup.Info(testInstance)
-		if digest == info.Digest {
-			return Wish{Digest: digest, Version: info.Version, Trigger: "operator", Cause: "test"}, nil
-		}
+	return on.sup.Restore(within(w.t, 60*time.Second), testInstance, at, Wish{Trigger: "operator", Cause: "test"}, func(digest string) (Wish, error) {
 		return w.wish(strings.TrimPrefix(digest, "sha256:counter-"))
 	})
 }
@@ -84,15 +80,14 @@ func TestRestoreUnderLoadAndBack(t *testing.T) {
 		n := w.nodes[0]
 		w.raise(n, 5)
 		c1 := w.kept(n)
-		before, _ := w.register()
 		l := w.load(6, w.nodes...)
 		l.more(100)
-		out, entry, err := w.restore(n, id(c1))
+		out, err := w.restore(n, id(c1))
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		if entry.GetSeq() != before.Seq || out.Kept == "" || out.Epoch != 2 || out.From != "1.0.0" || out.To != "1.0.0" || out.Pause > 100*time.Millisecond {
-			w.t.Errorf("%+v, entry %v", out, entry)
+		if out.Kept == "" || out.Epoch != 2 || out.From != "1.0.0" || out.To != "1.0.0" || out.Pause > 100*time.Millisecond {
+			w.t.Errorf("%+v", out)
 		}
 		l.more(100)
 		l.cancel()
@@ -101,7 +96,7 @@ func TestRestoreUnderLoadAndBack(t *testing.T) {
 		if err != nil || l.failed != 0 {
 			w.t.Fatalf("%v; %d calls failed: %v", err, l.failed, l.last)
 		}
-		if _, _, err := w.restore(n, id(out.Kept)); err != nil {
+		if _, err := w.restore(n, id(out.Kept)); err != nil {
 			w.t.Fatal(err)
 		}
 		left, err := n.get(within(w.t, 10*time.Second))
@@ -128,7 +123,7 @@ func TestRestoreUnderLoadAndBack(t *testing.T) {
 func TestRestoreRefusesWhatIsNotKept(t *testing.T) {
 	scene(t, 1, func(w *world) {
 		n := w.nodes[0]
-		if _, _, err := w.restore(n, id("c1")); !errors.Is(err, components.ErrNoCheckpoint) {
+		if _, err := w.restore(n, id("c1")); !errors.Is(err, components.ErrNoCheckpoint) {
 			w.t.Errorf("of an empty history: %v", err)
 		}
 		start := time.Now()
@@ -136,7 +131,7 @@ func TestRestoreRefusesWhatIsNotKept(t *testing.T) {
 		w.kept(n)
 		w.raise(n, 1)
 		for _, at := range []components.Moment{id("c99"), id("yesterday"), {Time: start.Add(-time.Hour)}} {
-			if _, _, err := w.restore(n, at); !errors.Is(err, components.ErrNoCheckpoint) {
+			if _, err := w.restore(n, at); !errors.Is(err, components.ErrNoCheckpoint) {
 				w.t.Errorf("at %s: %v", at, err)
 			}
 		}
@@ -144,7 +139,7 @@ func TestRestoreRefusesWhatIsNotKept(t *testing.T) {
 			w.t.Errorf("epoch %d after nothing was done", reg.Epoch)
 		}
 		w.shows(n, 4)
-		if _, _, err := w.restore(n, components.Moment{Time: time.Now()}); err != nil {
+		if _, err := w.restore(n, components.Moment{Time: time.Now()}); err != nil {
 			w.t.Error(err)
 		}
 		w.shows(n, 3)
@@ -178,7 +173,7 @@ func TestWhatIsKeptByTheClockAndBySwaps(t *testing.T) {
 		if e.GetWhy() != components.WhyBeforeSwap || e.GetVersion() != "1.0.0" || e.GetSchema() != 1 || e.GetBytes() == 0 || e.GetEpoch() != 1 || len(e.GetHolders()) != 1 {
 			w.t.Errorf("a swap left %v", e)
 		}
-		if _, _, err := w.restore(n, id(components.CheckpointID(quiet.GetLast()))); err != nil {
+		if _, err := w.restore(n, id(components.CheckpointID(quiet.GetLast()))); err != nil {
 			w.t.Fatal(err)
 		}
 		w.shows(n, 50)
@@ -201,7 +196,7 @@ func TestRestoreTakesTheVersionThatTheSchemaDemands(t *testing.T) {
 			w.raise(n, 1)
 		}
 		w.settled()
-		out, _, err := w.restore(n, id(c1))
+		out, err := w.restore(n, id(c1))
 		if err != nil || out.To != "1.0.0" {
 			w.t.Fatalf("%+v, %v", out, err)
 		}
@@ -231,7 +226,7 @@ func TestAStaleOwnerKeepsNothing(t *testing.T) {
 		}
 		c1 := w.kept(n)
 		w.raise(n, 1)
-		if _, _, err := w.restore(n, id(c1)); err != nil { // epoch 2
+		if _, err := w.restore(n, id(c1)); err != nil { // epoch 2
 			w.t.Fatal(err)
 		}
 		was := w.history()
@@ -253,7 +248,7 @@ func TestRestoreAndUndoAtRest(t *testing.T) {
 		w.raise(n, 5)
 		w.overlay(func(o *componentsv1.Overlay) { o.Stopped = true })
 		w.eventually(20*time.Second, "it is stopped", func() bool { return n.state() == components.Stopped })
-		out, _, err := w.restore(n, id(c1))
+		out, err := w.restore(n, id(c1))
 		if err != nil || out.Kept == "" {
 			w.t.Fatalf("%+v, %v", out, err)
 		}
@@ -269,7 +264,7 @@ func TestRestoreAndUndoAtRest(t *testing.T) {
 		w.overlay(func(o *componentsv1.Overlay) { o.Stopped = false })
 		w.running(n, "1.0.0")
 		w.shows(w.nodes[1], 2)
-		if _, _, err := w.restore(n, id(out.Kept)); err != nil {
+		if _, err := w.restore(n, id(out.Kept)); err != nil {
 			w.t.Fatal(err)
 		}
 		w.shows(w.nodes[1], 7)
@@ -311,7 +306,7 @@ func TestCopiesOfWhatIsKeptAreMadeAnew(t *testing.T) {
 		})
 		w.shows(owner, 6)
 		w.eventually(60*time.Second, "a third node holds it once more", func() bool { return len(w.up()) == 3 && whole() })
-		if _, _, err := w.restore(owner, id(c1)); err != nil {
+		if _, err := w.restore(owner, id(c1)); err != nil {
 			w.t.Fatal(err)
 		}
 		w.shows(w.nodes[4], 3)
@@ -370,7 +365,7 @@ func TestCollectionsLeaveWhatIsKept(t *testing.T) {
 		ids := []string{c1}
 		for i := range 8 {
 			time.Sleep(11 * time.Minute)
-			if _, _, err := w.restore(n, id(ids[len(ids)-1])); err != nil {
+			if _, err := w.restore(n, id(ids[len(ids)-1])); err != nil {
 				w.t.Errorf("restore %d: %v", i, err)
 			}
 			ids = append(ids, w.kept(n))
@@ -387,7 +382,7 @@ func TestCollectionsLeaveWhatIsKept(t *testing.T) {
 				}
 			}
 		}
-		if _, _, err := w.restore(n, id(ids[len(ids)-1])); err != nil {
+		if _, err := w.restore(n, id(ids[len(ids)-1])); err != nil {
 			w.t.Error(err)
 		}
 	})
@@ -434,7 +429,7 @@ func TestWhatIsKeptSurvivesACrashOfAll(t *testing.T) {
 			return at >= 0
 		})
 		w.shows(owner, 10)
-		if _, _, err := w.restore(owner, id(c1)); err != nil {
+		if _, err := w.restore(owner, id(c1)); err != nil {
 			w.t.Fatal(err)
 		}
 		w.shows(owner, 9)

@@ -43,24 +43,26 @@ func (s *Supervisor) Keep(ctx context.Context, name string) (Saved, string, erro
 }
 
 // Restore takes an instance of this node back to an earlier checkpoint, in the version that runs now where that can read it, else in the one that wrote it. It
-// is one replace: calls are held, and what is left is kept in the history. wish tells the desired state that goes with a version.
-func (s *Supervisor) Restore(ctx context.Context, name string, at components.Moment, wish func(digest string) (Wish, error)) (Replaced, *componentsv1.HistoryEntry, error) {
-	var entry *componentsv1.HistoryEntry
-	out, err := s.onInstance(ctx, name, func(ctx context.Context, i *instance, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) (Replaced, error) {
+// is one replace: calls are held, and what is left is kept in the history. other tells the desired state that goes with another version than the present one.
+func (s *Supervisor) Restore(ctx context.Context, name string, at components.Moment, w Wish, other func(digest string) (Wish, error)) (Replaced, error) {
+	return s.onInstance(ctx, name, func(ctx context.Context, i *instance, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) (Replaced, error) {
 		v, err := i.hist.read(ctx)
 		if err != nil {
 			return Replaced{}, err
 		}
-		if entry, err = components.Find(v.History, at); err != nil {
+		entry, err := components.Find(v.History, at)
+		if err != nil {
 			return Replaced{}, err
 		}
 		digest, err := i.reader(ctx, body, entry)
 		if err != nil {
 			return Replaced{}, err
 		}
-		w, err := wish(digest)
-		if err != nil {
-			return Replaced{}, err
+		w.Digest, w.Artifact, w.Version = digest, body.GetArtifactName(), body.GetVersion()
+		if digest != body.GetDigest() {
+			if w, err = other(digest); err != nil {
+				return Replaced{}, err
+			}
 		}
 		p := s.plan(w, body, hashFrom(entry.GetRoot()))
 		p.back, p.why = true, components.WhyBeforeRestore
@@ -75,7 +77,6 @@ func (s *Supervisor) Restore(ctx context.Context, name string, at components.Mom
 		}
 		return out, err
 	})
-	return out, entry, err
 }
 
 // keepMeanwhile pins a root until nothing more than the register is needed to keep it.
