@@ -114,6 +114,10 @@ const (
 	ControlCheckpointsProcedure = "/coppice.api.v1.Control/Checkpoints"
 	// ControlRestoreProcedure is the fully-qualified name of the Control's Restore RPC.
 	ControlRestoreProcedure = "/coppice.api.v1.Control/Restore"
+	// ControlForkProcedure is the fully-qualified name of the Control's Fork RPC.
+	ControlForkProcedure = "/coppice.api.v1.Control/Fork"
+	// ControlExportProcedure is the fully-qualified name of the Control's Export RPC.
+	ControlExportProcedure = "/coppice.api.v1.Control/Export"
 	// ControlCallProcedure is the fully-qualified name of the Control's Call RPC.
 	ControlCallProcedure = "/coppice.api.v1.Control/Call"
 	// ControlWhyProcedure is the fully-qualified name of the Control's Why RPC.
@@ -184,6 +188,10 @@ type ControlClient interface {
 	Checkpoints(context.Context, *v1.CheckpointsRequest) (*v1.CheckpointsResponse, error)
 	// Restore takes a component back to one of them; calls are held meanwhile.
 	Restore(context.Context, *v1.RestoreRequest) (*v1.ReplaceResponse, error)
+	// Fork makes a new component beside another one, with the state of one of its earlier checkpoints.
+	Fork(context.Context, *v1.ForkRequest) (*v1.ForkResponse, error)
+	// Export streams a file with such a component: state, manifest and artifact. The last message says what is in it.
+	Export(context.Context, *v1.ExportRequest) (*connect.ServerStreamForClient[v1.ExportChunk], error)
 	Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error)
 	Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error)
 	// ---- what is known
@@ -433,6 +441,18 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("Restore")),
 			connect.WithClientOptions(opts...),
 		),
+		fork: connect.NewClient[v1.ForkRequest, v1.ForkResponse](
+			httpClient,
+			baseURL+ControlForkProcedure,
+			connect.WithSchema(controlMethods.ByName("Fork")),
+			connect.WithClientOptions(opts...),
+		),
+		export: connect.NewClient[v1.ExportRequest, v1.ExportChunk](
+			httpClient,
+			baseURL+ControlExportProcedure,
+			connect.WithSchema(controlMethods.ByName("Export")),
+			connect.WithClientOptions(opts...),
+		),
 		call: connect.NewClient[v1.CallRequest, v1.CallResponse](
 			httpClient,
 			baseURL+ControlCallProcedure,
@@ -522,6 +542,8 @@ type controlClient struct {
 	checkpoint   *connect.Client[v1.CheckpointRequest, v1.CheckpointResponse]
 	checkpoints  *connect.Client[v1.CheckpointsRequest, v1.CheckpointsResponse]
 	restore      *connect.Client[v1.RestoreRequest, v1.ReplaceResponse]
+	fork         *connect.Client[v1.ForkRequest, v1.ForkResponse]
+	export       *connect.Client[v1.ExportRequest, v1.ExportChunk]
 	call         *connect.Client[v1.CallRequest, v1.CallResponse]
 	why          *connect.Client[v1.WhyRequest, v1.WhyResponse]
 	logs         *connect.Client[v1.LogsRequest, v1.LogLine]
@@ -831,6 +853,20 @@ func (c *controlClient) Restore(ctx context.Context, req *v1.RestoreRequest) (*v
 	return nil, err
 }
 
+// Fork calls coppice.api.v1.Control.Fork.
+func (c *controlClient) Fork(ctx context.Context, req *v1.ForkRequest) (*v1.ForkResponse, error) {
+	response, err := c.fork.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Export calls coppice.api.v1.Control.Export.
+func (c *controlClient) Export(ctx context.Context, req *v1.ExportRequest) (*connect.ServerStreamForClient[v1.ExportChunk], error) {
+	return c.export.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // Call calls coppice.api.v1.Control.Call.
 func (c *controlClient) Call(ctx context.Context, req *v1.CallRequest) (*v1.CallResponse, error) {
 	response, err := c.call.CallUnary(ctx, connect.NewRequest(req))
@@ -940,6 +976,10 @@ type ControlHandler interface {
 	Checkpoints(context.Context, *v1.CheckpointsRequest) (*v1.CheckpointsResponse, error)
 	// Restore takes a component back to one of them; calls are held meanwhile.
 	Restore(context.Context, *v1.RestoreRequest) (*v1.ReplaceResponse, error)
+	// Fork makes a new component beside another one, with the state of one of its earlier checkpoints.
+	Fork(context.Context, *v1.ForkRequest) (*v1.ForkResponse, error)
+	// Export streams a file with such a component: state, manifest and artifact. The last message says what is in it.
+	Export(context.Context, *v1.ExportRequest, *connect.ServerStream[v1.ExportChunk]) error
 	Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error)
 	Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error)
 	// ---- what is known
@@ -1185,6 +1225,18 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("Restore")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlForkHandler := connect.NewUnaryHandlerSimple(
+		ControlForkProcedure,
+		svc.Fork,
+		connect.WithSchema(controlMethods.ByName("Fork")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlExportHandler := connect.NewServerStreamHandlerSimple(
+		ControlExportProcedure,
+		svc.Export,
+		connect.WithSchema(controlMethods.ByName("Export")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlCallHandler := connect.NewUnaryHandlerSimple(
 		ControlCallProcedure,
 		svc.Call,
@@ -1307,6 +1359,10 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlCheckpointsHandler.ServeHTTP(w, r)
 		case ControlRestoreProcedure:
 			controlRestoreHandler.ServeHTTP(w, r)
+		case ControlForkProcedure:
+			controlForkHandler.ServeHTTP(w, r)
+		case ControlExportProcedure:
+			controlExportHandler.ServeHTTP(w, r)
 		case ControlCallProcedure:
 			controlCallHandler.ServeHTTP(w, r)
 		case ControlWhyProcedure:
@@ -1472,6 +1528,14 @@ func (UnimplementedControlHandler) Checkpoints(context.Context, *v1.CheckpointsR
 
 func (UnimplementedControlHandler) Restore(context.Context, *v1.RestoreRequest) (*v1.ReplaceResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Restore is not implemented"))
+}
+
+func (UnimplementedControlHandler) Fork(context.Context, *v1.ForkRequest) (*v1.ForkResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Fork is not implemented"))
+}
+
+func (UnimplementedControlHandler) Export(context.Context, *v1.ExportRequest, *connect.ServerStream[v1.ExportChunk]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Export is not implemented"))
 }
 
 func (UnimplementedControlHandler) Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error) {
