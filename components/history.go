@@ -172,13 +172,33 @@ func (m Moment) String() string {
 // ErrNoCheckpoint is wrapped where a history has no such entry.
 var ErrNoCheckpoint = errors.New("there is no such checkpoint")
 
-// Find returns the entry that is meant: of a time the last one that was made until then.
+// numbered finds an entry by its number; nil: it is not kept.
+func numbered(list []*componentsv1.HistoryEntry, number uint64) *componentsv1.HistoryEntry {
+	if at := slices.IndexFunc(list, func(e *componentsv1.HistoryEntry) bool { return e.GetNumber() == number }); at >= 0 {
+		return list[at]
+	}
+	return nil
+}
+
+// Replaced notes that the state of another entry took the place of one, if there is an entry of that state.
+func Replaced(h *componentsv1.History, left *componentsv1.HistoryEntry, root []byte) {
+	for _, e := range h.GetEntries() {
+		if slices.Equal(e.GetRoot(), root) {
+			left.Then = e.GetNumber()
+		}
+	}
+}
+
+// Find returns the entry that is meant: of a time the last one that was made until then, or what was gone back to from it.
 func Find(h *componentsv1.History, m Moment) (*componentsv1.HistoryEntry, error) {
 	list := h.GetEntries()
 	if len(list) == 0 {
 		return nil, fmt.Errorf("%w: its history is empty", ErrNoCheckpoint)
 	}
-	has := fmt.Sprintf("its history has %d, from %s to %s", len(list), CheckpointID(list[0].GetNumber()), CheckpointID(list[len(list)-1].GetNumber()))
+	has := fmt.Sprintf("its history has %d, %s to %s", len(list), CheckpointID(list[0].GetNumber()), CheckpointID(list[len(list)-1].GetNumber()))
+	if len(list) == 1 {
+		has = "its history has " + CheckpointID(list[0].GetNumber())
+	}
 	if m.ID != "" {
 		for _, e := range slices.Backward(list) {
 			if CheckpointID(e.GetNumber()) == m.ID || strconv.FormatUint(e.GetSeq(), 10) == m.ID {
@@ -189,9 +209,13 @@ func Find(h *componentsv1.History, m Moment) (*componentsv1.HistoryEntry, error)
 	}
 	at := m.Time.UnixMilli()
 	for _, e := range slices.Backward(list) {
-		if int64(e.GetUnixMs()) <= at {
-			return e, nil
+		if int64(e.GetUnixMs()) > at {
+			continue
 		}
+		if then := numbered(list, e.GetThen()); then != nil {
+			return then, nil
+		}
+		return e, nil
 	}
 	return nil, fmt.Errorf("%w: the oldest that is kept, %s, is of %s, which is after %s", ErrNoCheckpoint, CheckpointID(list[0].GetNumber()),
 		time.UnixMilli(int64(list[0].GetUnixMs())).UTC().Format(time.RFC3339), m)

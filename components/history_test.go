@@ -148,6 +148,13 @@ func TestFindACheckpoint(t *testing.T) {
 			t.Errorf("%s: %v, %v", m, e, err)
 		}
 	}
+	Replaced(h, h.Entries[2], h.Entries[0].Root) // c4 was left for c2
+	if e, err := Find(h, at(99*minuteMs)); err != nil || e.GetNumber() != 2 {
+		t.Errorf("after it went back to c2: %v, %v", e, err)
+	}
+	if e, err := Find(h, Moment{ID: "c4"}); err != nil || e.GetNumber() != 4 {
+		t.Errorf("what was left: %v, %v", e, err)
+	}
 	if _, err := Find(nil, Moment{ID: "c1"}); !errors.Is(err, ErrNoCheckpoint) {
 		t.Error(err)
 	}

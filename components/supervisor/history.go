@@ -257,14 +257,17 @@ func (b *before) close() {
 	}
 }
 
-// with adds to a transaction that p is kept.
-func (b *before) with(req *arbiter.TxnRequest, p point, t components.Token) error {
+// with adds to a transaction that p is kept; next is the state that takes its place, zero where it goes on from p.
+func (b *before) with(req *arbiter.TxnRequest, p point, t components.Token, next blobs.Hash) error {
 	if b.v.History == nil || p.saved.Root.IsZero() {
 		return nil
 	}
 	x := volume{proto.CloneOf(b.v.History), b.v.revision}
 	if b.kept = components.Remember(x.History, b.h.sup.entry(p, t, b.why), b.h.retention()); b.kept == nil {
 		return nil
+	}
+	if !next.IsZero() {
+		components.Replaced(x.History, b.kept, next[:])
 	}
 	cmp, op, err := b.h.put(x)
 	if err != nil {

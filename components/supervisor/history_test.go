@@ -143,6 +143,10 @@ func TestRestoreRefusesWhatIsNotKept(t *testing.T) {
 			w.t.Error(err)
 		}
 		w.shows(n, 3)
+		time.Sleep(time.Second)
+		if e, err := components.Find(w.history(), components.Moment{Time: time.Now()}); err != nil || e.GetNumber() != components.Newest(w.history()).GetThen() || e.GetWhy() != components.WhyByHand {
+			w.t.Errorf("the state of now is %v, %v", e, err)
+		}
 	})
 }
 

@@ -351,7 +351,7 @@ func (i *instance) claimBoth(ctx context.Context, claim *arbiter.ClaimRequest, l
 	if p.rest != nil {
 		req.Compares = append(req.Compares, *p.rest)
 	}
-	if err := p.keep.with(&req, left, t); err != nil {
+	if err := p.keep.with(&req, left, t, p.root); err != nil {
 		return arbiter.Register{}, err
 	}
 	if len(req.Then) == 1 && len(req.Compares) == 0 {

@@ -1662,6 +1662,7 @@ type HistoryEntry struct {
 	Bytes         uint64                 `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	Why           string                 `protobuf:"bytes,12,opt,name=why,proto3" json:"why,omitempty"`         // by hand | before swap | before restore | before undo | periodic
 	Holders       []string               `protobuf:"bytes,13,rep,name=holders,proto3" json:"holders,omitempty"` // node ids
+	Then          uint64                 `protobuf:"varint,14,opt,name=then,proto3" json:"then,omitempty"`      // the entry whose state took its place; 0: it went on from this one
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1785,6 +1786,13 @@ func (x *HistoryEntry) GetHolders() []string {
 		return x.Holders
 	}
 	return nil
+}
+
+func (x *HistoryEntry) GetThen() uint64 {
+	if x != nil {
+		return x.Then
+	}
+	return 0
 }
 
 type Fallback struct {
@@ -2371,7 +2379,7 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12=\n" +
 	"\aentries\x18\x03 \x03(\v2#.coppice.components.v1.HistoryEntryR\aentries\x12\x12\n" +
-	"\x04last\x18\x04 \x01(\x04R\x04last\"\xbd\x02\n" +
+	"\x04last\x18\x04 \x01(\x04R\x04last\"\xd1\x02\n" +
 	"\fHistoryEntry\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -2386,7 +2394,8 @@ const file_components_v1_components_proto_rawDesc = "" +
 	" \x01(\rR\x06schema\x12\x14\n" +
 	"\x05bytes\x18\v \x01(\x04R\x05bytes\x12\x10\n" +
 	"\x03why\x18\f \x01(\tR\x03why\x12\x18\n" +
-	"\aholders\x18\r \x03(\tR\aholders\"\x87\x01\n" +
+	"\aholders\x18\r \x03(\tR\aholders\x12\x12\n" +
+	"\x04then\x18\x0e \x01(\x04R\x04then\"\x87\x01\n" +
 	"\bFallback\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
 	"\rartifact_name\x18\x02 \x01(\tR\fartifactName\x12\x18\n" +

@@ -61,7 +61,7 @@ func TestCheckpointsRestoreUndoForkExportImport(t *testing.T) {
 	n1, n2 := g.Nodes[0], g.Nodes[1]
 	g.push(n1, component(t, "kv", "1.0.0"))
 	g.deploy(n1, kvApp)
-	g.running(n1, "data/kv-0", protected(3))
+	g.running(n1, "data/kv-0", nil)
 	g.put(n1, "data/kv", "a", "first")
 	c1 := g.keep(n2, "data/kv")
 	g.put(n2, "data/kv", "a", "second")
