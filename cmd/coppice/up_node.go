@@ -36,7 +36,7 @@ func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(ready
 	}
 	nc := node.Config{
 		Import: open,
-		Data: cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
+		Data:   cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
 		Labels: cfg.Labels, Capacity: node.Capacity{CPUMillis: cfg.CPUMillis, MemoryBytes: cfg.MemoryBytes, DiskBytes: cfg.DiskBytes}, Plugins: cfg.Plugins,
 		Profile: cfg.Profile, MaxVoters: cfg.Voters, View: cfg.View, Version: cfg.Version, Log: log, Die: die,
 		FS: harm.FS(vfs.Default), Format: harm.Format(arbiter.MaxFormat),
