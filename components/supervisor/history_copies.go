@@ -112,7 +112,7 @@ func (c *custodian) keepCopies(ctx context.Context) error {
 			c.again[n] = now.Add(historyVerify)
 		}
 		have := slices.DeleteFunc(idsFrom(e.GetHolders()), func(id peer.ID) bool { return !c.s.cfg.alive(id) })
-		if now.Before(c.again[n]) && (len(have) >= len(to) || c.failed[n]) {
+		if now.Before(c.again[n]) && (c.failed[n] || len(lacking(to, have, c.s.cfg.apart)) == 0) {
 			continue
 		}
 		got, err := c.copyEntry(ctx, hashFrom(e.GetRoot()), have, to)
@@ -127,7 +127,7 @@ func (c *custodian) keepCopies(ctx context.Context) error {
 	return nil
 }
 
-// copyEntry makes sure that those who have a root have all of it, gives it to as many others as are missing, and returns who has it now.
+// copyEntry makes sure that those who have a root have all of it, gives it to those who are missing, and returns who has it now.
 func (c *custodian) copyEntry(ctx context.Context, root blobs.Hash, have, to []peer.ID) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, historyCopyWithin)
 	defer cancel()
@@ -138,11 +138,7 @@ func (c *custodian) copyEntry(ctx context.Context, root blobs.Hash, have, to []p
 	if !slices.Contains(give, c.sup.cfg.Self) {
 		give = append(give, c.sup.cfg.Self)
 	}
-	for _, id := range to {
-		if len(give) < len(to) && !slices.Contains(give, id) {
-			give = append(give, id)
-		}
-	}
+	give = append(give, lacking(to, give, c.s.cfg.apart)...)
 	got, err := c.sup.cfg.Blobs.Push(ctx, root, give, len(give))
 	if _, some := errors.AsType[*blobs.PushError](err); err != nil && (!some || len(got) == 0) {
 		return nil, fmt.Errorf("copy an earlier checkpoint of %s: %w", c.instance, err)
