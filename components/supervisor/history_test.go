@@ -367,7 +367,7 @@ func TestCollectionsLeaveWhatIsKept(t *testing.T) {
 			}
 		})
 		ids := []string{c1}
-		for i := range 8 {
+		for i := range 4 {
 			time.Sleep(11 * time.Minute)
 			if _, err := w.restore(n, id(ids[len(ids)-1])); err != nil {
 				w.t.Errorf("restore %d: %v", i, err)
