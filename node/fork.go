@@ -309,7 +309,13 @@ func (b *beginning) where(ctx context.Context) (members.Member, error) {
 
 // commit brings the state to where it is to run and makes the component part of desired state, in one transaction with its instance, which owns the state.
 func (b *beginning) commit(ctx context.Context) (peer.ID, error) {
-	n := b.n
+	n, named := b.n, 0
+	for _, c := range b.next.GetManifest().GetComponents() {
+		named += btoi(c.GetName() == b.name)
+	}
+	if named > 1 { // it was made meanwhile
+		return "", api.Fail(connect.CodeAlreadyExists, b.what, "there is a component "+components.ComponentKey(b.next.GetName(), b.name)+" already", "--as with another name")
+	}
 	m, err := b.where(ctx)
 	if err != nil {
 		return "", err
