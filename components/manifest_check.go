@@ -353,8 +353,11 @@ func (c *checker) state(spec *componentsv1.ComponentSpec, path string) {
 	if c.said(path+".min_replicas") && (s.GetMinReplicas() < 1 || s.GetMinReplicas() > replicas) {
 		c.problem(path+".min_replicas", "found %d, expected a whole number from 1 to replicas (%d)", s.GetMinReplicas(), replicas)
 	}
-	if s.GetHistory() > 10_000 {
-		c.problem(path+".history", "found %d, expected at most 10000", s.GetHistory())
+	if s.GetHistory() > MaxHistory {
+		c.problem(path+".history", "found %d, expected a whole number from 0 (none are kept) to %d", s.GetHistory(), MaxHistory)
+	}
+	if _, err := parseAge(s.GetHistoryAge()); err != nil && c.said(path+".history_age") {
+		c.problem(path+".history_age", "%s", err)
 	}
 	if why, ok := unsupportedValues["state.standby"][s.GetStandby()]; ok {
 		c.problem(path+".standby", "standby: %s is not supported by this version: %s", s.GetStandby(), why)

@@ -35,10 +35,14 @@ var unsupported = map[string]map[string]string{
 var notYet = map[string]map[string]string{
 	"ComponentSpec": {
 		"run":     "it runs components that speak component.v1, not ordinary programs",
-		"state":   "a checkpoint is kept on the owner and its successors",
 		"restart": "the node chooses when a component that ended is started again",
 	},
 	"Sandbox": {"network": "all components have the same"},
+	"State": {
+		"replicas":     "a checkpoint is kept on the owner and its successors",
+		"min_replicas": "a checkpoint is acknowledged by most of those that should keep it",
+		"standby":      "a successor holds the pages and starts cold",
+	},
 }
 
 // unsupportedValues is the same for single values, by key within a component.

@@ -62,6 +62,7 @@ const (
 	ArtifactPrefix     = "artifact/"
 	ArtifactNamePrefix = "artifact-name/"
 	BranchPrefix       = "branch/"
+	HistoryPrefix      = "history/"
 )
 
 // ApplicationRegister is the key of an application's desired state.
@@ -79,6 +80,9 @@ func BranchName(instance, node string, n uint32) string {
 func BranchRegister(instance, node string, n uint32) string {
 	return BranchPrefix + BranchName(instance, node, n)
 }
+
+// HistoryRegister is the key of an instance's earlier checkpoints.
+func HistoryRegister(instance string) string { return HistoryPrefix + instance }
 
 // InstanceOfKey is the reverse of InstanceRegister; "" when key is not the register of an instance.
 func InstanceOfKey(key string) string {

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/coppice-project/coppice/components"
+	"github.com/coppice-project/coppice/components/supervisor"
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/backup"
@@ -183,6 +184,14 @@ func rootsOf(regs []arbiter.Register, count *apiv1.BackupSummary) ([]wantedRoot,
 			add(body.GetPrevious().GetRoot(), false, "the state that undo gives %s", name)
 		case strings.HasPrefix(reg.Key, components.BranchPrefix):
 			add(reg.Root, false, "branch %s", strings.TrimPrefix(reg.Key, components.BranchPrefix))
+		case strings.HasPrefix(reg.Key, components.HistoryPrefix):
+			h, err := supervisor.ReadHistory(reg)
+			if err != nil {
+				return nil, err
+			}
+			for _, e := range h.GetEntries() {
+				add(e.GetRoot(), false, "earlier checkpoint %s of %s", components.CheckpointID(e.GetNumber()), h.GetInstance())
+			}
 		case strings.HasPrefix(reg.Key, components.ArtifactPrefix):
 			var art componentsv1.Artifact
 			if err := proto.Unmarshal(reg.Body, &art); err != nil {

@@ -182,6 +182,7 @@ func (n *Node) inspectInstance(ctx context.Context, in *apiv1.Instance) *apiv1.I
 		Successors: in.GetSuccessors(), Version: in.GetVersion(), Calls: &apiv1.CallStats{},
 		Checkpoint: &apiv1.CheckpointInfo{Seq: in.GetCheckpointSeq(), Bytes: in.GetCheckpointBytes(), AgeMs: in.CheckpointAgeMs, Replicas: in.GetReplicas()},
 	}
+	n.inspectHistory(out)
 	reg, ok := n.arbiter.Get(components.InstanceRegister(in.GetInstance()))
 	if !ok {
 		return out

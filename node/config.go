@@ -40,6 +40,8 @@ type Config struct {
 	Profile   string // lan | wan | local
 	Version   string
 	Log       *slog.Logger
+	// Import opens the file of a component (coppice fork --export) that is taken in before the node says that it is ready; it is read three times. nil: none.
+	Import func() (io.ReadCloser, error)
 
 	// What differs in tests and simulations.
 	FS        vfs.FS               // default: the disk

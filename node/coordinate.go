@@ -229,7 +229,8 @@ func (c coordinator) SetSuccessors(ctx context.Context, all []placement.Successi
 func (c coordinator) Retire(ctx context.Context, r placement.Retiring) error {
 	key := components.InstanceRegister(r.Instance)
 	_, err := c.n.arbiter.Txn(ctx, arbiter.TxnRequest{
-		Nonce: c.n.nonce(), Compares: []arbiter.Compare{{Key: key, Field: "epoch", Equal: r.Epoch}}, Then: []arbiter.Op{{Delete: key}},
+		Nonce: c.n.nonce(), Compares: []arbiter.Compare{{Key: key, Field: "epoch", Equal: r.Epoch}},
+		Then: []arbiter.Op{{Delete: key}, {Delete: components.HistoryRegister(r.Instance)}},
 	})
 	if wait, ok := errors.AsType[*arbiter.WaitError](err); ok {
 		time.AfterFunc(wait.For, c.n.coord.Trigger)

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/coppice-project/coppice/components"
+	"github.com/coppice-project/coppice/components/supervisor"
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht"
 	"github.com/coppice-project/coppice/dht/arbiter"
@@ -326,6 +327,15 @@ func restored(regs []arbiter.Register, self peer.ID) ([]arbiter.Register, error)
 				body = &componentsv1.InstanceBody{Format: body.GetFormat(), Component: body.GetComponent(), EachNode: body.GetEachNode()} // another node's now
 			}
 			m = body
+		case strings.HasPrefix(reg.Key, components.HistoryPrefix):
+			h, err := supervisor.ReadHistory(reg)
+			if err != nil {
+				return nil, err
+			}
+			for _, e := range h.GetEntries() {
+				e.Holders = []string{self.String()}
+			}
+			m = h
 		}
 		if m != nil {
 			b, err := proto.Marshal(m)

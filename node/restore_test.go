@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
+	"github.com/coppice-project/coppice/components/supervisor"
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/records"
@@ -123,6 +124,29 @@ func TestCopiesOfRegisters(t *testing.T) {
 	}
 	if got, err := registerIn(records.Record{Key: entries[0].Key, Deleted: true, Incarnation: 2, Epoch: 41}, nil); err != nil || !got.Deleted || got.Key != reg.Key || got.Index != 41 {
 		t.Errorf("read back: %+v, %v", got, err)
+	}
+}
+
+// What is kept of earlier checkpoints goes into a backup, and lies on the new node only after a restore.
+func TestABackupHasTheHistory(t *testing.T) {
+	self := peer.ID("self")
+	root := bytes.Repeat([]byte{7}, 32)
+	body, err := proto.Marshal(&componentsv1.History{Format: 1, Instance: "shop/web-0", Last: 3, Entries: []*componentsv1.HistoryEntry{{Number: 3, Root: root, Holders: []string{"old"}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	regs := []arbiter.Register{{Key: components.HistoryRegister("shop/web-0"), Body: body}}
+	wanted, err := rootsOf(regs, &apiv1.BackupSummary{})
+	if err != nil || len(wanted) != 1 || !bytes.Equal(wanted[0].root[:], root) || wanted[0].must || !strings.Contains(wanted[0].what, "c3 of shop/web-0") {
+		t.Errorf("%v, %v", wanted, err)
+	}
+	out, err := restored(regs, self)
+	if err != nil || len(out) != 1 {
+		t.Fatal(out, err)
+	}
+	h, err := supervisor.ReadHistory(out[0])
+	if err != nil || h.GetLast() != 3 || len(h.GetEntries()) != 1 || !slices.Equal(h.GetEntries()[0].GetHolders(), []string{self.String()}) {
+		t.Errorf("%v, %v", h, err)
 	}
 }
 

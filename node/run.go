@@ -20,7 +20,6 @@ import (
 	"github.com/coppice-project/coppice/components/supervisor"
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
-	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/dht/peers"
@@ -116,50 +115,6 @@ func (n *Node) holdersOf(key string, count int) []peer.ID {
 	var out []peer.ID
 	for _, m := range n.members.Closest(key, count, holds) {
 		out = append(out, m.ID)
-	}
-	return out
-}
-
-// collectViewAge is how old the view may be by which pages are collected. What was acknowledged since is pinned for ten minutes, so it must be
-// less: a node that is cut off for longer may be named as the holder of a checkpoint that its view has never shown. When the view is up to
-// date again after it was not, as much time passes before anything is collected: what waited for the arbiter to come back, with pages that
-// were pushed long ago, is committed first.
-const collectViewAge = time.Minute
-
-// liveRoots are the roots that garbage collection keeps: what the registers of instances and the registry name. Until this node has heard
-// the arbiter nothing is known to be dead.
-func (n *Node) liveRoots() []blobs.Hash {
-	if age := n.arbiter.Status().FeedAge; age < 0 || age > collectViewAge {
-		n.behind.Store(int64(n.cfg.BootTime()))
-		return nil
-	}
-	if at := n.behind.Load(); at != 0 && n.cfg.BootTime()-time.Duration(at) < collectViewAge {
-		return nil
-	}
-	out := n.registry.Roots()
-	if out == nil {
-		out = []blobs.Hash{}
-	}
-	add := func(b []byte) {
-		if len(b) == len(blobs.Hash{}) {
-			out = append(out, blobs.Hash(b))
-		}
-	}
-	for _, reg := range n.arbiter.List(components.InstancePrefix) {
-		add(reg.Root)
-		if body, err := bodyOf(reg); err == nil {
-			add(body.GetFallback().GetRoot())
-			add(body.GetPrevious().GetRoot())
-		}
-	}
-	for _, reg := range n.arbiter.List(components.BranchPrefix) {
-		add(reg.Root)
-	}
-	out = append(out, n.sup.BranchRoots()...)
-	for _, in := range n.sup.Infos() {
-		if !in.Saved.Root.IsZero() {
-			out = append(out, in.Saved.Root)
-		}
 	}
 	return out
 }
@@ -264,6 +219,13 @@ func (n *Node) serve(ctx, told context.Context, ready func(Ready) error) error {
 	if n.cfg.HTTP != "" {
 		if r.HTTP, err = n.serveHTTP(ctx); err != nil {
 			return err
+		}
+	}
+	if n.cfg.Import != nil {
+		ictx, stop := context.WithCancel(ctx)
+		defer context.AfterFunc(told, stop)()
+		if err := n.takeIn(ictx, n.cfg.Import); err != nil {
+			return fmt.Errorf("import: %w", err)
 		}
 	}
 	if r.New {

@@ -212,7 +212,7 @@ func (n *Node) wish(s subject, art *componentsv1.Artifact, cause string) (superv
 		return supervisor.Wish{}, err
 	}
 	body, err := proto.Marshal(app)
-	return supervisor.Wish{Digest: art.GetDigest(), App: body, Revision: reg.Revision, Trigger: "operator", Cause: cause}, err
+	return supervisor.Wish{Digest: art.GetDigest(), Artifact: art.GetName(), Version: art.GetVersion(), App: body, Revision: reg.Revision, Trigger: "operator", Cause: cause}, err
 }
 
 func (v *verbs) Undo(ctx context.Context, r *apiv1.UndoRequest) (*apiv1.ReplaceResponse, error) {
@@ -312,6 +312,7 @@ func (v *verbs) onOwner(ctx context.Context, what, name string, timeoutMs uint64
 	}
 	return &apiv1.ReplaceResponse{
 		Component: componentOf(name), From: res.From, To: res.To, PauseMs: ms(res.Pause), Bytes: res.Bytes, CallsHeld: res.CallsHeld, TookMs: ms(res.Took), Instances: []string{name},
+		State: res.State, Kept: res.Kept,
 	}, nil
 }
 
@@ -319,7 +320,7 @@ func merge(out, one *apiv1.ReplaceResponse, name string) {
 	if out.From == "" {
 		out.From = one.GetFrom()
 	}
-	out.To = one.GetTo()
+	out.To, out.State, out.Kept = one.GetTo(), one.GetState(), one.GetKept()
 	out.PauseMs = max(out.PauseMs, one.GetPauseMs())
 	out.Bytes += one.GetBytes()
 	out.CallsHeld += one.GetCallsHeld()
@@ -380,11 +381,11 @@ func (v *verbs) Checkpoint(ctx context.Context, r *apiv1.CheckpointRequest) (*ap
 		}
 		return c.Checkpoint(ctx, &apiv1.CheckpointRequest{Component: name, TimeoutMs: r.GetTimeoutMs()})
 	}
-	saved, err := n.sup.Checkpoint(ctx, name)
+	saved, id, err := n.sup.Keep(ctx, name)
 	if err != nil {
 		return nil, fail(what, err)
 	}
-	out := &apiv1.CheckpointResponse{Component: s.component, Seq: saved.Seq, Bytes: saved.Bytes, TookMs: ms(time.Since(begin))}
+	out := &apiv1.CheckpointResponse{Component: s.component, Id: id, Seq: saved.Seq, Bytes: saved.Bytes, TookMs: ms(time.Since(begin))}
 	for _, h := range saved.Holders {
 		out.Replicas = append(out.Replicas, n.nameOf(h))
 	}

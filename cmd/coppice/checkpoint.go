@@ -13,7 +13,8 @@ import (
 func (c *cli) checkpointCmd() *cobra.Command {
 	return c.command(spec{
 		group: groupOne, use: "checkpoint COMPONENT", short: "Save a component's state on other nodes now",
-		long:    "Save a component's state now. It prints when the checkpoint is acknowledged: durable on enough nodes and committed.",
+		long: "Save a component's state now. It prints when the checkpoint is acknowledged: durable on enough nodes and committed. It is kept in the\n" +
+			"component's history (coppice checkpoints) under the id that is printed.",
 		example: examples("coppice checkpoint shop/store", ""),
 		min:     1, max: 1, timeout: actTimeout + transferSlack, args: c.componentNames(true),
 		run: func(ctx context.Context, args []string) error {
@@ -26,7 +27,11 @@ func (c *cli) checkpointCmd() *cobra.Command {
 				return err
 			}
 			return c.show(res, func(w io.Writer) {
-				fmt.Fprintf(w, "%s: checkpoint %d, %s, on %s, in %s\n", res.Component, res.Seq, bytesText(res.Bytes), join(res.Replicas), msText(res.TookMs))
+				kept := ""
+				if res.Id != "" {
+					kept = ", kept as " + res.Id
+				}
+				fmt.Fprintf(w, "%s: checkpoint %d, %s, on %s, in %s%s\n", res.Component, res.Seq, bytesText(res.Bytes), join(res.Replicas), msText(res.TookMs), kept)
 			})
 		},
 	})

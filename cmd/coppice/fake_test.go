@@ -213,7 +213,20 @@ func (f *fake) Swap(_ context.Context, r *apiv1.SwapRequest) (*apiv1.ReplaceResp
 }
 
 func (f *fake) Checkpoint(_ context.Context, r *apiv1.CheckpointRequest) (*apiv1.CheckpointResponse, error) {
-	return &apiv1.CheckpointResponse{Component: r.Component, Seq: 18, Bytes: 1 << 20, Replicas: []string{"n1", "n2"}, TookMs: 9}, nil
+	return &apiv1.CheckpointResponse{Component: r.Component, Seq: 18, Bytes: 1 << 20, Replicas: []string{"n1", "n2"}, TookMs: 9, Id: "c7"}, nil
+}
+
+func (f *fake) Checkpoints(_ context.Context, r *apiv1.CheckpointsRequest) (*apiv1.CheckpointsResponse, error) {
+	at := timestamppb.New(time.Date(2026, 11, 21, 9, 30, 0, 0, time.UTC))
+	return &apiv1.CheckpointsResponse{Component: r.Component, History: 10, Checkpoints: []*apiv1.Checkpoint{
+		{Instance: "shop/store-0", Id: "c3", Seq: 11, Time: at, AgeMs: 5_400_000, Version: "1.1.0", Bytes: 1 << 20, Why: "before swap", Holders: []string{"n1", "n2", "n3"}, HoldersAlive: 2},
+		{Instance: "shop/store-0", Id: "c7", Seq: 18, Time: at, AgeMs: 61_000, Version: "1.2.0", Bytes: 3 << 19, Why: "by hand", Holders: []string{"n1", "n2"}, HoldersAlive: 2, Present: true},
+	}}, nil
+}
+
+func (f *fake) Restore(_ context.Context, r *apiv1.RestoreRequest) (*apiv1.ReplaceResponse, error) {
+	f.asked = r
+	return &apiv1.ReplaceResponse{Component: r.Component, From: "1.2.0", To: "1.2.0", PauseMs: 7.5, Bytes: 1 << 20, CallsHeld: 3, TookMs: 140, State: "that of c3 (checkpoint 11)", Kept: "c8"}, nil
 }
 
 func (f *fake) Call(_ context.Context, r *apiv1.CallRequest) (*apiv1.CallResponse, error) {

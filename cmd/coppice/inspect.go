@@ -88,6 +88,9 @@ func (c *cli) inspectInstance(w io.Writer, i *apiv1.InspectInstance) {
 	if k := i.Checkpoint; k != nil && k.Seq > 0 {
 		t.field("  checkpoint", fmt.Sprintf("%d, %s, %s ago, on %s", k.Seq, bytesText(k.Bytes), optAge(k.AgeMs), join(k.Replicas)))
 	}
+	if i.EarlierCheckpoints > 0 {
+		t.field("  earlier", fmt.Sprintf("%s, the oldest %s old", plural(int(i.EarlierCheckpoints), "checkpoint", "checkpoints"), optAge(i.OldestCheckpointAgeMs)))
+	}
 	t.field("  successors", join(i.Successors))
 	t.write(w)
 }

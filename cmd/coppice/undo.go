@@ -10,8 +10,10 @@ import (
 
 func (c *cli) undoCmd() *cobra.Command {
 	return c.command(spec{
-		group: groupOne, use: "undo COMPONENT", short: "Go back to the previous version with the state it had",
-		long:    "Go back to the version before the last swap, with the state that version had at the swap, or the present state where it can read it.",
+		group: groupOne, use: "undo COMPONENT", short: "Go back to what was before the last swap, restore or undo",
+		long: "After a swap: go back to the version before, with today's state where that version can read it, else with the state it had at the swap.\n" +
+			"After a restore: go back to the state that was left. What an undo leaves is kept as an earlier checkpoint (coppice checkpoints), and\n" +
+			"another undo returns to it.",
 		example: examples("coppice undo shop/store", ""),
 		min:     1, max: 1, timeout: actTimeout + transferSlack, args: c.componentNames(false),
 		run: func(ctx context.Context, args []string) error {

@@ -39,6 +39,7 @@ func (c *cli) upCmd() *cobra.Command {
 			"coppice up --join TOKEN", "another machine joins it; coppice token prints one",
 			"coppice up --profile local --name n2 --join TOKEN", "another node on the same machine",
 			"coppice up --config /etc/coppice.yaml", "",
+			"coppice up --profile local --name lab --import store.coppice", "a lone node with a component of another cluster (coppice fork --export)",
 			"coppice up --http 127.0.0.1:8080 --label region=eu --capacity cpu=4,memory=8GiB", "a dashboard, a label, a limit"),
 		run: nil,
 	})

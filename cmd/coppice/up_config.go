@@ -19,6 +19,7 @@ type upConfig struct {
 	Listen, Advertise []string
 	Zone, Role        string
 	Join              string // the token itself
+	Import            string // file of a component; empty: none
 	API, HTTP         string
 	Labels            map[string]string
 	CPUMillis         uint64 // capacity; 0: measured
@@ -38,6 +39,7 @@ type upConfig struct {
 type upFlags struct {
 	file                                       string
 	data, name, zone, role, join, api, http    string
+	imported                                   string
 	listen, advertise, labels                  []string
 	capacity, plugins, profile, level, logForm string
 	allowExec                                  bool
@@ -56,6 +58,7 @@ func (f *upFlags) register(fs *pflag.FlagSet) {
 	fs.IntVar(&f.voters, "voters", 5, "how many nodes vote at most: 1, 3, 5 or 7; the same at all nodes")
 	fs.IntVar(&f.view, "view", 0, "how many members records and lookups go by, 16 or more; for clusters of hundreds (default: all)")
 	fs.StringVar(&f.join, "join", "", "token of the cluster to join, @FILE or - for stdin")
+	fs.StringVar(&f.imported, "import", "", "file that coppice fork --export wrote: its component is made one of this cluster, once")
 	fs.StringVar(&f.api, "api", "", "address of the control API (default: a unix socket in the data folder)")
 	fs.StringVar(&f.http, "http", "", "host:port of the gateway and the dashboard (default: none)")
 	fs.StringSliceVar(&f.labels, "label", nil, "k=v, repeatable")
@@ -73,7 +76,7 @@ func (f *upFlags) config(c *cli, fs *pflag.FlagSet) (upConfig, error) {
 		return upConfig{}, err
 	}
 	cfg := upConfig{
-		Data: f.data, Name: f.name, Listen: f.listen, Advertise: f.advertise, Zone: f.zone, Role: f.role, API: f.api, HTTP: f.http,
+		Data: f.data, Name: f.name, Import: f.imported, Listen: f.listen, Advertise: f.advertise, Zone: f.zone, Role: f.role, API: f.api, HTTP: f.http,
 		Plugins: f.plugins, AllowExec: f.allowExec, Profile: f.profile, LogJSON: f.logForm == "json", Version: version(),
 	}
 	if cfg.Name == "" {

@@ -15,6 +15,7 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/internal/harm"
 	"github.com/coppice-project/coppice/node"
+	"github.com/coppice-project/coppice/node/api"
 	"github.com/coppice-project/coppice/plugins/placement/component"
 )
 
@@ -29,8 +30,13 @@ func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(ready
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
+	open, err := importing(ctx, cfg.Import)
+	if err != nil {
+		return err
+	}
 	nc := node.Config{
-		Data: cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
+		Import: open,
+		Data:   cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
 		Labels: cfg.Labels, Capacity: node.Capacity{CPUMillis: cfg.CPUMillis, MemoryBytes: cfg.MemoryBytes, DiskBytes: cfg.DiskBytes}, Plugins: cfg.Plugins,
 		Profile: cfg.Profile, MaxVoters: cfg.Voters, View: cfg.View, Version: cfg.Version, Log: log, Die: die,
 		FS: harm.FS(vfs.Default), Format: harm.Format(arbiter.MaxFormat),
@@ -39,13 +45,19 @@ func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(ready
 		return &usageError{why: err.Error()}
 	}
 	for {
-		what, err := live(ctx, nc, ready)
+		what, err := live(ctx, nc, func(r readyInfo) error {
+			nc.Import = nil // it is taken in once
+			return ready(r)
+		})
+		refused, told := api.ProblemOf(err)
 		renewed, again := errors.AsType[*node.RenewError](err)
 		switch {
 		case ctx.Err() != nil && what == "run":
 			return nil
 		case again && ctx.Err() == nil:
 			log.Warn("the node is started again", "error", renewed)
+		case told:
+			return &failure{what: refused.GetWhat(), why: refused.GetWhy(), try: refused.GetTry(), cause: err}
 		case err != nil:
 			return &failure{what: what + " node " + cfg.Name, why: err.Error()}
 		default:

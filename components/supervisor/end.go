@@ -186,7 +186,7 @@ func (i *instance) remove(ctx context.Context, reg arbiter.Register, body *compo
 	i.halt("it is being removed")
 	app, _, _ := strings.Cut(body.GetComponent(), "/")
 	res, err := i.sup.cfg.Arbiter.Txn(ctx, arbiter.TxnRequest{
-		Nonce: i.sup.nonce(), Then: []arbiter.Op{{Delete: i.key}},
+		Nonce: i.sup.nonce(), Then: []arbiter.Op{{Delete: i.key}, {Delete: i.hist.key}},
 		Compares: []arbiter.Compare{{Key: i.key, Field: "epoch", Equal: reg.Epoch}, {Key: components.ApplicationRegister(app), Field: "revision", Equal: revision}},
 	})
 	if err != nil || !res.Succeeded {

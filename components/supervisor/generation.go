@@ -291,14 +291,20 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 	if !g.saved.Root.IsZero() && i.sup.cfg.Blobs.Complete(g.saved.Root) {
 		have = append([]peer.ID{i.sup.cfg.Self}, have...)
 	}
+	head := g.head
+	if head != nil && head.meta.GetSchema() != g.desc.GetState().GetWritesSchema() {
+		head = nil // a chain has one schema: the next checkpoint is a base
+	}
 	g.nonce, g.endSaver = reg.Nonce, cancel
+	token := tokenIn(reg)
 	g.saver = newSaver(saverConfig{
 		self: i.sup.cfg.Self, key: reg.Key, instance: i.name, digest: g.digest, version: g.version, schema: g.desc.GetState().GetWritesSchema(),
-		epoch: reg.Epoch, nonce: reg.Nonce, mode: mode(g, eff), interval: interval(g, eff), incremental: g.has(componentv1.FeatureIncremental),
+		incarnation: reg.Incarnation, epoch: reg.Epoch, nonce: reg.Nonce, mode: mode(g, eff), interval: interval(g, eff), incremental: g.has(componentv1.FeatureIncremental),
 		component: g.comp, store: i.sup.cfg.Blobs, ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive, apart: i.sup.apart,
 		committed: g.back.SetCommitted, log: i.sup.cfg.Log, cut: i.sup.cutFor(eff),
 		branched: func(head *chainHead, before Saved) error { return i.branched(g, head, before) }, local: i.sup.branch(i.name, g.token) != nil,
-	}, g.head, g.saved, have)
+		history: func(ctx context.Context, s *saver) { i.hist.keep(ctx, s, token) },
+	}, head, g.saved, have)
 	i.mu.Lock()
 	i.sv = g.saver
 	i.mu.Unlock()

@@ -34,6 +34,7 @@ type instance struct {
 	wake chan struct{}
 	cmds chan func(ctx context.Context)
 	gone chan struct{} // closed when the actor has ended
+	hist *historian
 
 	// Of the loop's goroutine only.
 	shell     Shell
@@ -97,7 +98,7 @@ type Info struct {
 func newInstance(s *Supervisor, name string) *instance {
 	return &instance{
 		sup: s, name: name, key: components.InstanceRegister(name), wake: make(chan struct{}, 1), cmds: make(chan func(context.Context)),
-		gone: make(chan struct{}), refused: map[string]string{}, info: Info{Instance: name, State: components.Pending},
+		gone: make(chan struct{}), hist: newHistorian(s, name), refused: map[string]string{}, info: Info{Instance: name, State: components.Pending},
 	}
 }
 
@@ -221,6 +222,7 @@ func (i *instance) step(ctx context.Context) time.Duration {
 		return i.remove(ctx, reg, &body)
 	}
 	i.sup.service(i.name).keeps.Store(eff.Keeps())
+	i.hist.want(components.RetentionOf(eff.Spec))
 	if revision != i.wanted {
 		i.wanted, i.refused, i.follows = revision, map[string]string{}, retries{}
 	}

@@ -150,7 +150,7 @@ func (i *instance) retoken(ctx context.Context, reg arbiter.Register, eff *compo
 // follow swaps to the version that is desired now. A version that fails is not tried again until desired state changes; what was not its
 // fault is tried again after a while.
 func (i *instance) follow(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) time.Duration {
-	_, err := i.swap(ctx, reg, body, eff, swapPlan{digest: eff.Digest, artifact: eff.ArtifactName, version: eff.Version, trigger: "operator", cause: "deployed", again: true})
+	_, err := i.swap(ctx, reg, body, eff, swapPlan{digest: eff.Digest, artifact: eff.ArtifactName, version: eff.Version, trigger: "operator", cause: "deployed", again: true, why: components.WhyBeforeSwap})
 	if err == nil {
 		return time.Millisecond
 	}

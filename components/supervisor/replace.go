@@ -43,6 +43,8 @@ type Replaced struct {
 	CallsHeld uint64
 	Took      time.Duration
 	Epoch     uint64
+	Kept      string // id of the earlier checkpoint that keeps the state which was left; "" it is not kept
+	State     string // which state it has now, in words
 }
 
 // versionError says that a version is at fault: trying it again does not help.
@@ -63,8 +65,15 @@ type swapPlan struct {
 	again bool
 	// undo: the version that is left is none to return to.
 	undo bool
-	// root, when set, is the state to go back to (undo where the versions' schemas differ); else the running state is carried over.
+	// root, when set, is the state to go back to (restore, and undo where the versions' schemas differ); else the running state is carried over.
 	root blobs.Hash
+	// back: the state is left, not the version: an undo returns to it.
+	back bool
+	// why what is left is kept in the history, and the change of that, while the claim is made.
+	why  string
+	keep *before
+	// rest, of an instance that does not run, asks for the checkpoint that was found to be its last.
+	rest *arbiter.Compare
 }
 
 // swap replaces the running process by one of another version with the same state: start, pre-copy, freeze, drain, last delta, commit,
@@ -83,6 +92,11 @@ func (i *instance) swap(ctx context.Context, reg arbiter.Register, body *compone
 		i.sup.end(i.shell, next, 0)
 		return out, err
 	}
+	if p.keep, err = i.hist.open(ctx, p.why); err != nil {
+		i.sup.end(i.shell, next, 0)
+		return out, fmt.Errorf("swap %s to %s: %w", i.name, next.version, err)
+	}
+	defer p.keep.close()
 	pauseBegin := time.Now()
 	claimed, tail, err := i.cutOver(ctx, reg, body, eff, old, next, carried.mark, p)
 	if err != nil {
@@ -90,6 +104,7 @@ func (i *instance) swap(ctx context.Context, reg arbiter.Register, body *compone
 		return out, i.goOn(ctx, fmt.Errorf("swap %s to %s: %w", i.name, next.version, err))
 	}
 	old.stopSaver()
+	p.keep.close()
 	i.adoptSwapped(old, next, claimed, carried, p)
 	out.CallsHeld = i.held()
 	i.save(next, claimed, eff, carried.keepers)
@@ -103,7 +118,7 @@ func (i *instance) swap(ctx context.Context, reg arbiter.Register, body *compone
 		return out, fmt.Errorf("swap %s: %s took over, but does not serve: %w", i.name, next.version, err)
 	}
 	out.Pause, out.Bytes = time.Since(pauseBegin), carried.bytes+tail
-	out.Took, out.Epoch = time.Since(begin), claimed.Epoch
+	out.Took, out.Epoch, out.Kept = time.Since(begin), claimed.Epoch, p.keep.id()
 	if !frozen {
 		i.show(components.Running, "")
 	}
@@ -290,8 +305,8 @@ func (i *instance) claimSwap(ctx context.Context, reg arbiter.Register, body *co
 	b.Digest, b.ArtifactName, b.Version = next.digest, next.artifact, next.version
 	b.Trigger, b.Cause, b.ClaimedUnixMs, b.Settled, b.ReturnedFrom = p.trigger, p.cause, i.sup.date(), false, ""
 	b.Fallback = &componentsv1.Fallback{Digest: old.digest, ArtifactName: old.artifact, Version: old.version, Root: rootBytes(saved.Root), Seq: saved.Seq}
-	b.Previous = &componentsv1.Previous{Digest: old.digest, ArtifactName: old.artifact, Version: old.version, Root: rootBytes(saved.Root)}
-	if p.undo {
+	b.Previous = &componentsv1.Previous{Digest: old.digest, ArtifactName: old.artifact, Version: old.version, Root: rootBytes(saved.Root), Back: p.back}
+	if p.undo || old.digest == next.digest {
 		b.Fallback = nil
 	}
 	if !p.again {
@@ -309,7 +324,8 @@ func (i *instance) claimSwap(ctx context.Context, reg arbiter.Register, body *co
 	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), swapClaim)
 	defer cancel()
 	defer context.AfterFunc(i.sup.ctx, cancel)()
-	claimed, err := i.claimBoth(cctx, claim, p)
+	left, _ := old.saver.point()
+	claimed, err := i.claimBoth(cctx, claim, left, tokenIn(reg), p)
 	if errors.Is(err, arbiter.ErrInDoubt) {
 		rctx, rcancel := context.WithTimeout(i.sup.ctx, 2*time.Second)
 		defer rcancel()
@@ -325,14 +341,23 @@ func (i *instance) claimSwap(ctx context.Context, reg arbiter.Register, body *co
 	return claimed, nil
 }
 
-func (i *instance) claimBoth(ctx context.Context, claim *arbiter.ClaimRequest, p swapPlan) (arbiter.Register, error) {
-	if p.app == nil {
+// claimBoth claims in one transaction with the desired state that asked for it and the history that keeps what is left.
+func (i *instance) claimBoth(ctx context.Context, claim *arbiter.ClaimRequest, left point, t components.Token, p swapPlan) (arbiter.Register, error) {
+	req := arbiter.TxnRequest{Nonce: i.sup.nonce(), Then: []arbiter.Op{{Claim: claim}}}
+	if p.app != nil {
+		req.Compares = append(req.Compares, arbiter.Compare{Key: p.app.Key, Field: "revision", Equal: p.revision})
+		req.Then = append(req.Then, arbiter.Op{Put: p.app})
+	}
+	if p.rest != nil {
+		req.Compares = append(req.Compares, *p.rest)
+	}
+	if err := p.keep.with(&req, left, t, p.root); err != nil {
+		return arbiter.Register{}, err
+	}
+	if len(req.Then) == 1 && len(req.Compares) == 0 {
 		return i.sup.cfg.Arbiter.Claim(ctx, *claim)
 	}
-	res, err := i.sup.cfg.Arbiter.Txn(ctx, arbiter.TxnRequest{
-		Nonce: i.sup.nonce(), Compares: []arbiter.Compare{{Key: p.app.Key, Field: "revision", Equal: p.revision}},
-		Then: []arbiter.Op{{Claim: claim}, {Put: p.app}},
-	})
+	res, err := i.sup.cfg.Arbiter.Txn(ctx, req)
 	if err != nil {
 		return arbiter.Register{}, err
 	}

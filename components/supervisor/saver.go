@@ -49,6 +49,7 @@ type saverConfig struct {
 	digest      string
 	version     string
 	schema      uint32
+	incarnation uint64
 	epoch       uint64
 	nonce       uint64
 	mode        componentsv1.Durability
@@ -69,7 +70,9 @@ type saverConfig struct {
 	cut      func() bool
 	branched func(head *chainHead, before Saved) error
 	local    bool // it goes on from a branch
-	log      *slog.Logger
+	// history looks after the earlier checkpoints until its context ends; nil: nobody does.
+	history func(ctx context.Context, s *saver)
+	log     *slog.Logger
 }
 
 var (
@@ -206,6 +209,9 @@ func (s *saver) work(ctx context.Context) error {
 		s.beside.Go(func() { s.follow(ctx) })
 	}
 	s.beside.Go(func() { s.keepCopies(ctx) })
+	if s.cfg.history != nil {
+		s.beside.Go(func() { s.cfg.history(ctx, s) })
+	}
 	return s.loop(ctx)
 }
 

@@ -20,7 +20,9 @@ import (
 // Wish is what an operator wants an instance replaced by. App, when set, is the desired state that says the same, committed in one
 // transaction with the new epoch, against Revision.
 type Wish struct {
-	Digest   string // of the artifact; Swap
+	Digest   string // of the artifact
+	Artifact string // its name
+	Version  string
 	App      []byte // the application's new body
 	Revision uint64
 	Trigger  string
@@ -34,39 +36,14 @@ func (s *Supervisor) Swap(ctx context.Context, name string, w Wish) (Replaced, e
 			return Replaced{From: i.gen.version, To: i.gen.version, Epoch: reg.Epoch}, nil
 		}
 		delete(i.refused, w.Digest)
-		return i.swap(ctx, reg, body, eff, s.plan(w, body, blobs.Hash{}))
-	})
-}
-
-// Undo returns to the version before the last swap: with today's state where that version can read it, else with the state it had.
-func (s *Supervisor) Undo(ctx context.Context, name string, wish func(previous *componentsv1.Previous) (Wish, error)) (Replaced, error) {
-	return s.replace(ctx, name, func(ctx context.Context, i *instance, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) (Replaced, error) {
-		prev := body.GetPrevious()
-		if prev.GetDigest() == "" {
-			return Replaced{}, fmt.Errorf("%s has no version to return to: it was not swapped", name)
-		}
-		w, err := wish(prev)
-		if err != nil {
-			return Replaced{}, err
-		}
-		desc, err := s.cfg.Artifacts.Description(ctx, prev.GetDigest())
-		if err != nil {
-			return Replaced{}, err
-		}
-		root := blobs.Hash{}
-		now := i.gen.desc.GetState().GetWritesSchema()
-		if i.gen.stateful() && !readsSchema(desc, now) {
-			root = hashFrom(prev.GetRoot())
-		}
-		delete(i.refused, prev.GetDigest())
-		p := s.plan(w, body, root)
-		p.undo = true
+		p := s.plan(w, body, blobs.Hash{})
+		p.why = components.WhyBeforeSwap
 		return i.swap(ctx, reg, body, eff, p)
 	})
 }
 
 func (s *Supervisor) plan(w Wish, body *componentsv1.InstanceBody, root blobs.Hash) swapPlan {
-	p := swapPlan{digest: w.Digest, trigger: w.Trigger, cause: w.Cause, root: root}
+	p := swapPlan{digest: w.Digest, artifact: w.Artifact, version: w.Version, trigger: w.Trigger, cause: w.Cause, root: root}
 	if w.App != nil {
 		app, _, _ := strings.Cut(body.GetComponent(), "/")
 		p.app, p.revision = &arbiter.PutOp{Key: components.ApplicationRegister(app), Body: w.App}, w.Revision
@@ -90,8 +67,26 @@ func (s *Supervisor) Move(ctx context.Context, name string, to peer.ID, w Wish) 
 	})
 }
 
-// replace runs f in the instance's actor, with what it owns and should be.
-func (s *Supervisor) replace(ctx context.Context, name string, f func(context.Context, *instance, arbiter.Register, *componentsv1.InstanceBody, *components.Effective) (Replaced, error)) (Replaced, error) {
+// replacing is what a verb does in an instance's actor.
+type replacing func(context.Context, *instance, arbiter.Register, *componentsv1.InstanceBody, *components.Effective) (Replaced, error)
+
+// replace runs f in the instance's actor, with what it owns and should be, if it runs.
+func (s *Supervisor) replace(ctx context.Context, name string, f replacing) (Replaced, error) {
+	return s.onInstance(ctx, name, func(ctx context.Context, i *instance, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) (Replaced, error) {
+		if !i.running(reg) {
+			return Replaced{}, fmt.Errorf("%s is not running (%s)", name, i.Info().State)
+		}
+		return f(ctx, i, reg, body, eff)
+	})
+}
+
+// running says whether a process of the epoch that the register tells of is there.
+func (i *instance) running(reg arbiter.Register) bool {
+	return i.gen != nil && !i.gen.dead() && reg.Epoch == i.gen.token.Epoch
+}
+
+// onInstance runs f in the instance's actor, with what it owns and should be.
+func (s *Supervisor) onInstance(ctx context.Context, name string, f replacing) (Replaced, error) {
 	i, err := s.get(name)
 	if err != nil {
 		return Replaced{}, err
@@ -100,12 +95,8 @@ func (s *Supervisor) replace(ctx context.Context, name string, f func(context.Co
 	var ferr error
 	err = i.do(ctx, func(ctx context.Context) {
 		reg, ok := s.register(i.key)
-		switch {
-		case !ok || reg.Owner != s.cfg.Self || reg.Boot != s.cfg.Boot:
+		if !ok || reg.Owner != s.cfg.Self || reg.Boot != s.cfg.Boot {
 			ferr = fmt.Errorf("%s: %w", name, errNotHere)
-			return
-		case i.gen == nil || reg.Epoch != i.gen.token.Epoch:
-			ferr = fmt.Errorf("%s is not running (%s)", name, i.Info().State)
 			return
 		}
 		var body componentsv1.InstanceBody
@@ -125,9 +116,14 @@ func (s *Supervisor) replace(ctx context.Context, name string, f func(context.Co
 
 // Checkpoint commits everything the instance has done so far. It returns once that is acknowledged.
 func (s *Supervisor) Checkpoint(ctx context.Context, name string) (Saved, error) {
+	saved, _, err := s.checkpoint(ctx, name)
+	return saved, err
+}
+
+func (s *Supervisor) checkpoint(ctx context.Context, name string) (Saved, *saver, error) {
 	i, err := s.get(name)
 	if err != nil {
-		return Saved{}, err
+		return Saved{}, nil, err
 	}
 	var sv *saver
 	var ferr error
@@ -141,19 +137,19 @@ func (s *Supervisor) Checkpoint(ctx context.Context, name string) (Saved, error)
 			sv = i.gen.saver
 		}
 	}); err != nil {
-		return Saved{}, err
+		return Saved{}, nil, err
 	}
 	if ferr != nil {
-		return Saved{}, ferr
+		return Saved{}, nil, ferr
 	}
 	if sv.cfg.mode == componentsv1.Durability_DURABILITY_NONE {
-		return Saved{}, fmt.Errorf("%s is durable: none; its state is not saved", name)
+		return Saved{}, nil, fmt.Errorf("%s is durable: none; its state is not saved", name)
 	}
 	if err := sv.Flush(ctx, false); err != nil {
-		return Saved{}, err
+		return Saved{}, nil, err
 	}
 	saved, err := sv.Saved()
-	return saved, err
+	return saved, sv, err
 }
 
 // Info returns what this node knows about an instance it runs.

@@ -687,8 +687,9 @@ type State struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Replicas      uint32                 `protobuf:"varint,1,opt,name=replicas,proto3" json:"replicas,omitempty"`
 	MinReplicas   uint32                 `protobuf:"varint,2,opt,name=min_replicas,json=minReplicas,proto3" json:"min_replicas,omitempty"`
-	History       uint32                 `protobuf:"varint,3,opt,name=history,proto3" json:"history,omitempty"`
+	History       *uint32                `protobuf:"varint,3,opt,name=history,proto3,oneof" json:"history,omitempty"` // earlier checkpoints that are kept; unset = 10, 0 = none
 	Standby       string                 `protobuf:"bytes,4,opt,name=standby,proto3" json:"standby,omitempty"`
+	HistoryAge    string                 `protobuf:"bytes,5,opt,name=history_age,json=historyAge,proto3" json:"history_age,omitempty"` // and for how long at most; "" = as long as there is room
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -738,8 +739,8 @@ func (x *State) GetMinReplicas() uint32 {
 }
 
 func (x *State) GetHistory() uint32 {
-	if x != nil {
-		return x.History
+	if x != nil && x.History != nil {
+		return *x.History
 	}
 	return 0
 }
@@ -747,6 +748,13 @@ func (x *State) GetHistory() uint32 {
 func (x *State) GetStandby() string {
 	if x != nil {
 		return x.Standby
+	}
+	return ""
+}
+
+func (x *State) GetHistoryAge() string {
+	if x != nil {
+		return x.HistoryAge
 	}
 	return ""
 }
@@ -1569,6 +1577,224 @@ func (x *Branch) GetReason() string {
 	return ""
 }
 
+// History are the earlier checkpoints of an instance that are kept: the body of register history/<instance>. Only the instance's owner changes it, fenced by
+// its epoch.
+type History struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Instance      string                 `protobuf:"bytes,2,opt,name=instance,proto3" json:"instance,omitempty"` // app/name-0
+	Entries       []*HistoryEntry        `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"`   // in the order in which they were made
+	Last          uint64                 `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`        // the highest number ever given to one; none is used twice
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *History) Reset() {
+	*x = History{}
+	mi := &file_components_v1_components_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *History) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*History) ProtoMessage() {}
+
+func (x *History) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_components_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use History.ProtoReflect.Descriptor instead.
+func (*History) Descriptor() ([]byte, []int) {
+	return file_components_v1_components_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *History) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *History) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *History) GetEntries() []*HistoryEntry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *History) GetLast() uint64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+type HistoryEntry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"` // people write it c<number>
+	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`       // of the checkpoint
+	Incarnation   uint64                 `protobuf:"varint,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"` // in which it was acknowledged, or found to be the last one
+	Root          []byte                 `protobuf:"bytes,5,opt,name=root,proto3" json:"root,omitempty"`
+	Mark          uint64                 `protobuf:"varint,6,opt,name=mark,proto3" json:"mark,omitempty"`
+	UnixMs        uint64                 `protobuf:"varint,7,opt,name=unix_ms,json=unixMs,proto3" json:"unix_ms,omitempty"` // when it was the instance's state, by the cluster's clock
+	Digest        string                 `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`                // artifact that wrote it
+	Version       string                 `protobuf:"bytes,9,opt,name=version,proto3" json:"version,omitempty"`
+	Schema        uint32                 `protobuf:"varint,10,opt,name=schema,proto3" json:"schema,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Why           string                 `protobuf:"bytes,12,opt,name=why,proto3" json:"why,omitempty"`         // by hand | before swap | before restore | before undo | periodic
+	Holders       []string               `protobuf:"bytes,13,rep,name=holders,proto3" json:"holders,omitempty"` // node ids
+	Then          uint64                 `protobuf:"varint,14,opt,name=then,proto3" json:"then,omitempty"`      // the entry whose state took its place; 0: it went on from this one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HistoryEntry) Reset() {
+	*x = HistoryEntry{}
+	mi := &file_components_v1_components_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HistoryEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HistoryEntry) ProtoMessage() {}
+
+func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_components_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HistoryEntry.ProtoReflect.Descriptor instead.
+func (*HistoryEntry) Descriptor() ([]byte, []int) {
+	return file_components_v1_components_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *HistoryEntry) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *HistoryEntry) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *HistoryEntry) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *HistoryEntry) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *HistoryEntry) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+func (x *HistoryEntry) GetMark() uint64 {
+	if x != nil {
+		return x.Mark
+	}
+	return 0
+}
+
+func (x *HistoryEntry) GetUnixMs() uint64 {
+	if x != nil {
+		return x.UnixMs
+	}
+	return 0
+}
+
+func (x *HistoryEntry) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *HistoryEntry) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *HistoryEntry) GetSchema() uint32 {
+	if x != nil {
+		return x.Schema
+	}
+	return 0
+}
+
+func (x *HistoryEntry) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *HistoryEntry) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *HistoryEntry) GetHolders() []string {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+func (x *HistoryEntry) GetThen() uint64 {
+	if x != nil {
+		return x.Then
+	}
+	return 0
+}
+
 type Fallback struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -1582,7 +1808,7 @@ type Fallback struct {
 
 func (x *Fallback) Reset() {
 	*x = Fallback{}
-	mi := &file_components_v1_components_proto_msgTypes[16]
+	mi := &file_components_v1_components_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1594,7 +1820,7 @@ func (x *Fallback) String() string {
 func (*Fallback) ProtoMessage() {}
 
 func (x *Fallback) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[16]
+	mi := &file_components_v1_components_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1607,7 +1833,7 @@ func (x *Fallback) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fallback.ProtoReflect.Descriptor instead.
 func (*Fallback) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{16}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Fallback) GetDigest() string {
@@ -1645,19 +1871,21 @@ func (x *Fallback) GetSeq() uint64 {
 	return 0
 }
 
+// Previous is what undo returns to. back: what was left was left by going back to an earlier state, so undo returns to its state, whatever the schemas.
 type Previous struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
 	ArtifactName  string                 `protobuf:"bytes,2,opt,name=artifact_name,json=artifactName,proto3" json:"artifact_name,omitempty"`
 	Version       string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
 	Root          []byte                 `protobuf:"bytes,4,opt,name=root,proto3" json:"root,omitempty"`
+	Back          bool                   `protobuf:"varint,5,opt,name=back,proto3" json:"back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Previous) Reset() {
 	*x = Previous{}
-	mi := &file_components_v1_components_proto_msgTypes[17]
+	mi := &file_components_v1_components_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1669,7 +1897,7 @@ func (x *Previous) String() string {
 func (*Previous) ProtoMessage() {}
 
 func (x *Previous) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[17]
+	mi := &file_components_v1_components_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1682,7 +1910,7 @@ func (x *Previous) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Previous.ProtoReflect.Descriptor instead.
 func (*Previous) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{17}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Previous) GetDigest() string {
@@ -1713,6 +1941,13 @@ func (x *Previous) GetRoot() []byte {
 	return nil
 }
 
+func (x *Previous) GetBack() bool {
+	if x != nil {
+		return x.Back
+	}
+	return false
+}
+
 type Death struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1724,7 +1959,7 @@ type Death struct {
 
 func (x *Death) Reset() {
 	*x = Death{}
-	mi := &file_components_v1_components_proto_msgTypes[18]
+	mi := &file_components_v1_components_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1736,7 +1971,7 @@ func (x *Death) String() string {
 func (*Death) ProtoMessage() {}
 
 func (x *Death) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[18]
+	mi := &file_components_v1_components_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +1984,7 @@ func (x *Death) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Death.ProtoReflect.Descriptor instead.
 func (*Death) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{18}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Death) GetNode() string {
@@ -1792,7 +2027,7 @@ type Artifact struct {
 
 func (x *Artifact) Reset() {
 	*x = Artifact{}
-	mi := &file_components_v1_components_proto_msgTypes[19]
+	mi := &file_components_v1_components_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1804,7 +2039,7 @@ func (x *Artifact) String() string {
 func (*Artifact) ProtoMessage() {}
 
 func (x *Artifact) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[19]
+	mi := &file_components_v1_components_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1817,7 +2052,7 @@ func (x *Artifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Artifact.ProtoReflect.Descriptor instead.
 func (*Artifact) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{19}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Artifact) GetFormat() uint32 {
@@ -1909,7 +2144,7 @@ type Platform struct {
 
 func (x *Platform) Reset() {
 	*x = Platform{}
-	mi := &file_components_v1_components_proto_msgTypes[20]
+	mi := &file_components_v1_components_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1921,7 +2156,7 @@ func (x *Platform) String() string {
 func (*Platform) ProtoMessage() {}
 
 func (x *Platform) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[20]
+	mi := &file_components_v1_components_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1934,7 +2169,7 @@ func (x *Platform) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Platform.ProtoReflect.Descriptor instead.
 func (*Platform) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{20}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Platform) GetOsArch() string {
@@ -2037,12 +2272,16 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x04stop\x18\x02 \x01(\tR\x04stop\x12\x12\n" +
 	"\x04port\x18\x03 \x01(\rR\x04port\x12\x16\n" +
 	"\x06health\x18\x04 \x01(\tR\x06health\x12\x1b\n" +
-	"\tstate_dir\x18\x05 \x01(\tR\bstateDir\"z\n" +
+	"\tstate_dir\x18\x05 \x01(\tR\bstateDir\"\xac\x01\n" +
 	"\x05State\x12\x1a\n" +
 	"\breplicas\x18\x01 \x01(\rR\breplicas\x12!\n" +
-	"\fmin_replicas\x18\x02 \x01(\rR\vminReplicas\x12\x18\n" +
-	"\ahistory\x18\x03 \x01(\rR\ahistory\x12\x18\n" +
-	"\astandby\x18\x04 \x01(\tR\astandby\"N\n" +
+	"\fmin_replicas\x18\x02 \x01(\rR\vminReplicas\x12\x1d\n" +
+	"\ahistory\x18\x03 \x01(\rH\x00R\ahistory\x88\x01\x01\x12\x18\n" +
+	"\astandby\x18\x04 \x01(\tR\astandby\x12\x1f\n" +
+	"\vhistory_age\x18\x05 \x01(\tR\n" +
+	"historyAgeB\n" +
+	"\n" +
+	"\b_history\"N\n" +
 	"\aRestart\x12\x18\n" +
 	"\abackoff\x18\x01 \x01(\tR\abackoff\x12)\n" +
 	"\x10quarantine_after\x18\x02 \x01(\rR\x0fquarantineAfter\"P\n" +
@@ -2135,18 +2374,40 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x05ended\x18\x10 \x01(\bR\x05ended\x12\x16\n" +
 	"\x06number\x18\x11 \x01(\rR\x06number\x12\x18\n" +
 	"\aoutcome\x18\x12 \x01(\tR\aoutcome\x12\x16\n" +
-	"\x06reason\x18\x13 \x01(\tR\x06reason\"\x87\x01\n" +
+	"\x06reason\x18\x13 \x01(\tR\x06reason\"\x90\x01\n" +
+	"\aHistory\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
+	"\binstance\x18\x02 \x01(\tR\binstance\x12=\n" +
+	"\aentries\x18\x03 \x03(\v2#.coppice.components.v1.HistoryEntryR\aentries\x12\x12\n" +
+	"\x04last\x18\x04 \x01(\x04R\x04last\"\xd1\x02\n" +
+	"\fHistoryEntry\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
+	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04root\x18\x05 \x01(\fR\x04root\x12\x12\n" +
+	"\x04mark\x18\x06 \x01(\x04R\x04mark\x12\x17\n" +
+	"\aunix_ms\x18\a \x01(\x04R\x06unixMs\x12\x16\n" +
+	"\x06digest\x18\b \x01(\tR\x06digest\x12\x18\n" +
+	"\aversion\x18\t \x01(\tR\aversion\x12\x16\n" +
+	"\x06schema\x18\n" +
+	" \x01(\rR\x06schema\x12\x14\n" +
+	"\x05bytes\x18\v \x01(\x04R\x05bytes\x12\x10\n" +
+	"\x03why\x18\f \x01(\tR\x03why\x12\x18\n" +
+	"\aholders\x18\r \x03(\tR\aholders\x12\x12\n" +
+	"\x04then\x18\x0e \x01(\x04R\x04then\"\x87\x01\n" +
 	"\bFallback\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
 	"\rartifact_name\x18\x02 \x01(\tR\fartifactName\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\tR\aversion\x12\x12\n" +
 	"\x04root\x18\x04 \x01(\fR\x04root\x12\x10\n" +
-	"\x03seq\x18\x05 \x01(\x04R\x03seq\"u\n" +
+	"\x03seq\x18\x05 \x01(\x04R\x03seq\"\x89\x01\n" +
 	"\bPrevious\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
 	"\rartifact_name\x18\x02 \x01(\tR\fartifactName\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\tR\aversion\x12\x12\n" +
-	"\x04root\x18\x04 \x01(\fR\x04root\"H\n" +
+	"\x04root\x18\x04 \x01(\fR\x04root\x12\x12\n" +
+	"\x04back\x18\x05 \x01(\bR\x04back\"H\n" +
 	"\x05Death\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x17\n" +
@@ -2190,7 +2451,7 @@ func file_components_v1_components_proto_rawDescGZIP() []byte {
 }
 
 var file_components_v1_components_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_components_v1_components_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_components_v1_components_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_components_v1_components_proto_goTypes = []any{
 	(Durability)(0),       // 0: coppice.components.v1.Durability
 	(*Manifest)(nil),      // 1: coppice.components.v1.Manifest
@@ -2209,53 +2470,56 @@ var file_components_v1_components_proto_goTypes = []any{
 	(*Overlay)(nil),       // 14: coppice.components.v1.Overlay
 	(*InstanceBody)(nil),  // 15: coppice.components.v1.InstanceBody
 	(*Branch)(nil),        // 16: coppice.components.v1.Branch
-	(*Fallback)(nil),      // 17: coppice.components.v1.Fallback
-	(*Previous)(nil),      // 18: coppice.components.v1.Previous
-	(*Death)(nil),         // 19: coppice.components.v1.Death
-	(*Artifact)(nil),      // 20: coppice.components.v1.Artifact
-	(*Platform)(nil),      // 21: coppice.components.v1.Platform
-	nil,                   // 22: coppice.components.v1.ComponentSpec.AttributesEntry
-	nil,                   // 23: coppice.components.v1.ComponentSpec.BindingsEntry
-	nil,                   // 24: coppice.components.v1.ComponentSpec.ExposeEntry
-	nil,                   // 25: coppice.components.v1.ComponentSpec.EnvEntry
-	nil,                   // 26: coppice.components.v1.Application.OverlaysEntry
-	nil,                   // 27: coppice.components.v1.Overlay.NodesEntry
-	nil,                   // 28: coppice.components.v1.Overlay.AttributesEntry
-	nil,                   // 29: coppice.components.v1.Overlay.BindingsEntry
+	(*History)(nil),       // 17: coppice.components.v1.History
+	(*HistoryEntry)(nil),  // 18: coppice.components.v1.HistoryEntry
+	(*Fallback)(nil),      // 19: coppice.components.v1.Fallback
+	(*Previous)(nil),      // 20: coppice.components.v1.Previous
+	(*Death)(nil),         // 21: coppice.components.v1.Death
+	(*Artifact)(nil),      // 22: coppice.components.v1.Artifact
+	(*Platform)(nil),      // 23: coppice.components.v1.Platform
+	nil,                   // 24: coppice.components.v1.ComponentSpec.AttributesEntry
+	nil,                   // 25: coppice.components.v1.ComponentSpec.BindingsEntry
+	nil,                   // 26: coppice.components.v1.ComponentSpec.ExposeEntry
+	nil,                   // 27: coppice.components.v1.ComponentSpec.EnvEntry
+	nil,                   // 28: coppice.components.v1.Application.OverlaysEntry
+	nil,                   // 29: coppice.components.v1.Overlay.NodesEntry
+	nil,                   // 30: coppice.components.v1.Overlay.AttributesEntry
+	nil,                   // 31: coppice.components.v1.Overlay.BindingsEntry
 }
 var file_components_v1_components_proto_depIdxs = []int32{
 	2,  // 0: coppice.components.v1.Manifest.components:type_name -> coppice.components.v1.ComponentSpec
 	5,  // 1: coppice.components.v1.Manifest.objective:type_name -> coppice.components.v1.Term
 	6,  // 2: coppice.components.v1.Manifest.cost:type_name -> coppice.components.v1.Cost
-	22, // 3: coppice.components.v1.ComponentSpec.attributes:type_name -> coppice.components.v1.ComponentSpec.AttributesEntry
+	24, // 3: coppice.components.v1.ComponentSpec.attributes:type_name -> coppice.components.v1.ComponentSpec.AttributesEntry
 	3,  // 4: coppice.components.v1.ComponentSpec.resources:type_name -> coppice.components.v1.Resources
-	23, // 5: coppice.components.v1.ComponentSpec.bindings:type_name -> coppice.components.v1.ComponentSpec.BindingsEntry
-	24, // 6: coppice.components.v1.ComponentSpec.expose:type_name -> coppice.components.v1.ComponentSpec.ExposeEntry
+	25, // 5: coppice.components.v1.ComponentSpec.bindings:type_name -> coppice.components.v1.ComponentSpec.BindingsEntry
+	26, // 6: coppice.components.v1.ComponentSpec.expose:type_name -> coppice.components.v1.ComponentSpec.ExposeEntry
 	4,  // 7: coppice.components.v1.ComponentSpec.near:type_name -> coppice.components.v1.Near
 	5,  // 8: coppice.components.v1.ComponentSpec.objective:type_name -> coppice.components.v1.Term
 	7,  // 9: coppice.components.v1.ComponentSpec.run:type_name -> coppice.components.v1.Run
 	8,  // 10: coppice.components.v1.ComponentSpec.state:type_name -> coppice.components.v1.State
-	25, // 11: coppice.components.v1.ComponentSpec.env:type_name -> coppice.components.v1.ComponentSpec.EnvEntry
+	27, // 11: coppice.components.v1.ComponentSpec.env:type_name -> coppice.components.v1.ComponentSpec.EnvEntry
 	9,  // 12: coppice.components.v1.ComponentSpec.restart:type_name -> coppice.components.v1.Restart
 	10, // 13: coppice.components.v1.ComponentSpec.health:type_name -> coppice.components.v1.Health
 	11, // 14: coppice.components.v1.ComponentSpec.sandbox:type_name -> coppice.components.v1.Sandbox
 	1,  // 15: coppice.components.v1.Application.manifest:type_name -> coppice.components.v1.Manifest
 	13, // 16: coppice.components.v1.Application.pinned:type_name -> coppice.components.v1.Pinned
-	26, // 17: coppice.components.v1.Application.overlays:type_name -> coppice.components.v1.Application.OverlaysEntry
+	28, // 17: coppice.components.v1.Application.overlays:type_name -> coppice.components.v1.Application.OverlaysEntry
 	0,  // 18: coppice.components.v1.Pinned.durable:type_name -> coppice.components.v1.Durability
-	27, // 19: coppice.components.v1.Overlay.nodes:type_name -> coppice.components.v1.Overlay.NodesEntry
-	28, // 20: coppice.components.v1.Overlay.attributes:type_name -> coppice.components.v1.Overlay.AttributesEntry
-	29, // 21: coppice.components.v1.Overlay.bindings:type_name -> coppice.components.v1.Overlay.BindingsEntry
-	17, // 22: coppice.components.v1.InstanceBody.fallback:type_name -> coppice.components.v1.Fallback
-	19, // 23: coppice.components.v1.InstanceBody.deaths:type_name -> coppice.components.v1.Death
-	18, // 24: coppice.components.v1.InstanceBody.previous:type_name -> coppice.components.v1.Previous
-	21, // 25: coppice.components.v1.Artifact.platforms:type_name -> coppice.components.v1.Platform
-	14, // 26: coppice.components.v1.Application.OverlaysEntry.value:type_name -> coppice.components.v1.Overlay
-	27, // [27:27] is the sub-list for method output_type
-	27, // [27:27] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	29, // 19: coppice.components.v1.Overlay.nodes:type_name -> coppice.components.v1.Overlay.NodesEntry
+	30, // 20: coppice.components.v1.Overlay.attributes:type_name -> coppice.components.v1.Overlay.AttributesEntry
+	31, // 21: coppice.components.v1.Overlay.bindings:type_name -> coppice.components.v1.Overlay.BindingsEntry
+	19, // 22: coppice.components.v1.InstanceBody.fallback:type_name -> coppice.components.v1.Fallback
+	21, // 23: coppice.components.v1.InstanceBody.deaths:type_name -> coppice.components.v1.Death
+	20, // 24: coppice.components.v1.InstanceBody.previous:type_name -> coppice.components.v1.Previous
+	18, // 25: coppice.components.v1.History.entries:type_name -> coppice.components.v1.HistoryEntry
+	23, // 26: coppice.components.v1.Artifact.platforms:type_name -> coppice.components.v1.Platform
+	14, // 27: coppice.components.v1.Application.OverlaysEntry.value:type_name -> coppice.components.v1.Overlay
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_components_v1_components_proto_init() }
@@ -2263,13 +2527,14 @@ func file_components_v1_components_proto_init() {
 	if File_components_v1_components_proto != nil {
 		return
 	}
+	file_components_v1_components_proto_msgTypes[7].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_components_v1_components_proto_rawDesc), len(file_components_v1_components_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   29,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

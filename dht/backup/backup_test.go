@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/coppice-project/coppice/dht/arbiter"
@@ -94,6 +95,40 @@ func TestForeignAndNewerFiles(t *testing.T) {
 		if _, err := Read(bytes.NewReader([]byte(content)), Handler{}); !errors.Is(err, want) {
 			t.Errorf("%q: %v, want %v", content, err, want)
 		}
+	}
+}
+
+// A file that holds a component and one that holds a cluster are not taken for each other.
+func TestTheTwoKindsOfFiles(t *testing.T) {
+	var b bytes.Buffer
+	w, err := NewComponentWriter(&b, &wirev1.BackupHeader{Cluster: "c"})
+	if err == nil {
+		err = errors.Join(w.Register(arbiter.Register{Key: "app/a"}), w.Node([]byte{1}), w.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadComponent(bytes.NewReader(b.Bytes()), Handler{}); err != nil || got.Registers != 1 || got.Nodes != 1 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if _, err := Read(bytes.NewReader(b.Bytes()), Handler{}); !errors.Is(err, ErrForeign) {
+		t.Errorf("a component as a cluster: %v", err)
+	}
+	if _, err := ReadComponent(bytes.NewReader(small(t)), Handler{}); !errors.Is(err, ErrNoComponent) {
+		t.Errorf("a cluster as a component: %v", err)
+	}
+	for i := range b.Bytes() {
+		bad := bytes.Clone(b.Bytes())
+		bad[i] ^= 0x11
+		if _, err := ReadComponent(bytes.NewReader(bad), Handler{}); err == nil {
+			t.Fatalf("byte %d was changed, and it was not noticed", i)
+		}
+		if _, err := ReadComponent(bytes.NewReader(b.Bytes()[:i]), Handler{}); !errors.Is(err, ErrCut) {
+			t.Fatalf("%d bytes: %v", i, err)
+		}
+	}
+	if _, err := ReadComponent(strings.NewReader("coppice component 2\n"), Handler{}); !errors.Is(err, ErrNewer) {
+		t.Errorf("of a newer format: %v", err)
 	}
 }
 

@@ -5,6 +5,9 @@
 // before it. It is written and read in one pass, so its size is bounded by nothing but the disk. A reader takes nothing on trust: what is
 // cut off, damaged, reordered, followed by more or of a newer format is an error that says which.
 //
+// A file that holds one component (coppice fork --export) is the same under another title, "coppice component 1": its registers are those of an application,
+// an instance and an artifact.
+//
 // What it is not: it does not know what a register or a node means, nor which belong into a backup.
 //
 // Goroutines: none. Limits: maxItem for one item.

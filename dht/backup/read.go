@@ -19,6 +19,8 @@ import (
 var (
 	// ErrForeign is wrapped where a file is no backup at all.
 	ErrForeign = errors.New("it is no backup of a cluster")
+	// ErrNoComponent is wrapped where a file holds no exported component.
+	ErrNoComponent = errors.New("it is no exported component")
 	// ErrCut is wrapped where a file ends too early.
 	ErrCut = errors.New("it is cut off")
 	// ErrDamaged is wrapped where the bytes of a file are not those that were written.
@@ -36,8 +38,15 @@ type Handler struct {
 
 // Read reads a whole backup and returns what it holds. Only when it returns without an error was the file whole: whoever must not act on
 // half a file reads it twice. The error wraps ErrForeign, ErrCut, ErrDamaged or ErrNewer, or is the reader's or the handler's own.
-func Read(in io.Reader, h Handler) (Totals, error) {
-	r := &reader{in: bufio.NewReaderSize(in, 256<<10)}
+func Read(in io.Reader, h Handler) (Totals, error) { return read(in, h, clusterTitle, ErrForeign) }
+
+// ReadComponent is Read for a file that holds one component; ErrNoComponent takes the place of ErrForeign.
+func ReadComponent(in io.Reader, h Handler) (Totals, error) {
+	return read(in, h, componentTitle, ErrNoComponent)
+}
+
+func read(in io.Reader, h Handler, title string, foreign error) (Totals, error) {
+	r := &reader{in: bufio.NewReaderSize(in, 256<<10), named: title, foreign: foreign}
 	if err := r.title(); err != nil {
 		return Totals{}, err
 	}
@@ -94,6 +103,8 @@ func Read(in io.Reader, h Handler) (Totals, error) {
 // reader remembers the bytes of the present item: those of the end are not part of the sum that it tells.
 type reader struct {
 	in      *bufio.Reader
+	named   string // the title that it should have
+	foreign error  // what it is where it has another one
 	pending []byte
 	at      int64
 }
@@ -116,7 +127,8 @@ func (r *reader) ReadByte() (byte, error) {
 
 // title reads the first line.
 func (r *reader) title() error {
-	const most = len(title) + 8
+	title := r.named
+	most := len(title) + 8
 	var line []byte
 	for len(line) < most && !bytes.HasSuffix(line, []byte("\n")) {
 		b, err := r.ReadByte()
@@ -133,12 +145,12 @@ func (r *reader) title() error {
 	}
 	number, ours := strings.CutPrefix(string(line), title)
 	if !ours || !strings.HasSuffix(number, "\n") {
-		return fmt.Errorf("%w: it begins with %q", ErrForeign, line[:min(len(line), len(title))])
+		return fmt.Errorf("%w: it begins with %q", r.foreign, line[:min(len(line), len(title))])
 	}
 	f, err := strconv.Atoi(strings.TrimSuffix(number, "\n"))
 	switch {
 	case err != nil:
-		return fmt.Errorf("%w: it begins with %q", ErrForeign, line)
+		return fmt.Errorf("%w: it begins with %q", r.foreign, line)
 	case f != format:
 		return fmt.Errorf("%w: format %d, this one knows %d", ErrNewer, f, format)
 	}

@@ -14,9 +14,10 @@ import (
 )
 
 const (
-	// title and the format's number make the first line.
-	title  = "coppice backup "
-	format = 1
+	// The title of its kind and the format's number make the first line of a file.
+	clusterTitle   = "coppice backup "
+	componentTitle = "coppice component "
+	format         = 1
 	// maxItem bounds one item: a node has at most 1 MiB of data, a header as many roots as a cluster has checkpoints.
 	maxItem = 64 << 20
 )
@@ -35,8 +36,17 @@ type Writer struct {
 	last string // key
 }
 
-// NewWriter writes the header. The format in it is set here.
+// NewWriter writes the header of a cluster's backup. The format in it is set here.
 func NewWriter(out io.Writer, h *wirev1.BackupHeader) (*Writer, error) {
+	return newWriter(out, h, clusterTitle)
+}
+
+// NewComponentWriter writes the header of a file that holds one component: the registers of its application, its instance and its artifact, and their nodes.
+func NewComponentWriter(out io.Writer, h *wirev1.BackupHeader) (*Writer, error) {
+	return newWriter(out, h, componentTitle)
+}
+
+func newWriter(out io.Writer, h *wirev1.BackupHeader, title string) (*Writer, error) {
 	w := &Writer{out: bufio.NewWriterSize(out, 256<<10), sum: sha256.New()}
 	w.all = io.MultiWriter(w.out, w.sum)
 	if _, err := fmt.Fprintf(w.all, "%s%d\n", title, format); err != nil {

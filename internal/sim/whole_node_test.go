@@ -149,6 +149,13 @@ func (p *part) liveRoots() []blobs.Hash {
 			out = append(out, blobs.Hash(reg.Root))
 		}
 	}
+	for _, reg := range p.l.arb.List(components.HistoryPrefix) {
+		roots, err := supervisor.HistoryRoots(reg)
+		if err != nil {
+			return nil
+		}
+		out = append(out, roots...)
+	}
 	for _, in := range p.sup.Infos() {
 		if !in.Saved.Root.IsZero() {
 			out = append(out, in.Saved.Root)

@@ -5464,27 +5464,29 @@ func (x *InspectResponse) GetInstances() []*InspectInstance {
 }
 
 type InspectInstance struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	Instance        string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
-	Node            string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
-	State           string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
-	Reason          string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
-	Epoch           uint64                 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Incarnation     uint64                 `protobuf:"varint,6,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
-	Settled         bool                   `protobuf:"varint,7,opt,name=settled,proto3" json:"settled,omitempty"`
-	Pid             uint32                 `protobuf:"varint,8,opt,name=pid,proto3" json:"pid,omitempty"`
-	UptimeMs        uint64                 `protobuf:"varint,9,opt,name=uptime_ms,json=uptimeMs,proto3" json:"uptime_ms,omitempty"`
-	Restarts        uint32                 `protobuf:"varint,10,opt,name=restarts,proto3" json:"restarts,omitempty"`
-	Calls           *CallStats             `protobuf:"bytes,11,opt,name=calls,proto3" json:"calls,omitempty"`
-	Checkpoint      *CheckpointInfo        `protobuf:"bytes,12,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
-	Successors      []string               `protobuf:"bytes,13,rep,name=successors,proto3" json:"successors,omitempty"`
-	Trigger         string                 `protobuf:"bytes,14,opt,name=trigger,proto3" json:"trigger,omitempty"` // who made this epoch: placement | neighbour | operator | crash
-	Cause           string                 `protobuf:"bytes,15,opt,name=cause,proto3" json:"cause,omitempty"`
-	Version         string                 `protobuf:"bytes,16,opt,name=version,proto3" json:"version,omitempty"`
-	PreviousVersion string                 `protobuf:"bytes,17,opt,name=previous_version,json=previousVersion,proto3" json:"previous_version,omitempty"` // what undo returns to; empty: nothing
-	Callers         []string               `protobuf:"bytes,18,rep,name=callers,proto3" json:"callers,omitempty"`                                        // instances that called it lately
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	state                 protoimpl.MessageState `protogen:"open.v1"`
+	Instance              string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Node                  string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	State                 string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	Reason                string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Epoch                 uint64                 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Incarnation           uint64                 `protobuf:"varint,6,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Settled               bool                   `protobuf:"varint,7,opt,name=settled,proto3" json:"settled,omitempty"`
+	Pid                   uint32                 `protobuf:"varint,8,opt,name=pid,proto3" json:"pid,omitempty"`
+	UptimeMs              uint64                 `protobuf:"varint,9,opt,name=uptime_ms,json=uptimeMs,proto3" json:"uptime_ms,omitempty"`
+	Restarts              uint32                 `protobuf:"varint,10,opt,name=restarts,proto3" json:"restarts,omitempty"`
+	Calls                 *CallStats             `protobuf:"bytes,11,opt,name=calls,proto3" json:"calls,omitempty"`
+	Checkpoint            *CheckpointInfo        `protobuf:"bytes,12,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Successors            []string               `protobuf:"bytes,13,rep,name=successors,proto3" json:"successors,omitempty"`
+	Trigger               string                 `protobuf:"bytes,14,opt,name=trigger,proto3" json:"trigger,omitempty"` // who made this epoch: placement | neighbour | operator | crash
+	Cause                 string                 `protobuf:"bytes,15,opt,name=cause,proto3" json:"cause,omitempty"`
+	Version               string                 `protobuf:"bytes,16,opt,name=version,proto3" json:"version,omitempty"`
+	PreviousVersion       string                 `protobuf:"bytes,17,opt,name=previous_version,json=previousVersion,proto3" json:"previous_version,omitempty"`                              // what undo returns to; empty: nothing
+	Callers               []string               `protobuf:"bytes,18,rep,name=callers,proto3" json:"callers,omitempty"`                                                                     // instances that called it lately
+	EarlierCheckpoints    uint32                 `protobuf:"varint,19,opt,name=earlier_checkpoints,json=earlierCheckpoints,proto3" json:"earlier_checkpoints,omitempty"`                    // that are kept
+	OldestCheckpointAgeMs *uint64                `protobuf:"varint,20,opt,name=oldest_checkpoint_age_ms,json=oldestCheckpointAgeMs,proto3,oneof" json:"oldest_checkpoint_age_ms,omitempty"` // of them
+	unknownFields         protoimpl.UnknownFields
+	sizeCache             protoimpl.SizeCache
 }
 
 func (x *InspectInstance) Reset() {
@@ -5641,6 +5643,20 @@ func (x *InspectInstance) GetCallers() []string {
 		return x.Callers
 	}
 	return nil
+}
+
+func (x *InspectInstance) GetEarlierCheckpoints() uint32 {
+	if x != nil {
+		return x.EarlierCheckpoints
+	}
+	return 0
+}
+
+func (x *InspectInstance) GetOldestCheckpointAgeMs() uint64 {
+	if x != nil && x.OldestCheckpointAgeMs != nil {
+		return *x.OldestCheckpointAgeMs
+	}
+	return 0
 }
 
 type Interface struct {
@@ -6881,6 +6897,8 @@ type ReplaceResponse struct {
 	CallsHeld     uint64                 `protobuf:"varint,6,opt,name=calls_held,json=callsHeld,proto3" json:"calls_held,omitempty"`
 	TookMs        float64                `protobuf:"fixed64,7,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
 	Instances     []string               `protobuf:"bytes,8,rep,name=instances,proto3" json:"instances,omitempty"`
+	State         string                 `protobuf:"bytes,9,opt,name=state,proto3" json:"state,omitempty"` // of an undo and a restore: which state it has now, in words
+	Kept          string                 `protobuf:"bytes,10,opt,name=kept,proto3" json:"kept,omitempty"`  // the earlier checkpoint that keeps the state which was left; empty: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6969,6 +6987,20 @@ func (x *ReplaceResponse) GetInstances() []string {
 		return x.Instances
 	}
 	return nil
+}
+
+func (x *ReplaceResponse) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *ReplaceResponse) GetKept() string {
+	if x != nil {
+		return x.Kept
+	}
+	return ""
 }
 
 type UnpinRequest struct {
@@ -7126,6 +7158,7 @@ type CheckpointResponse struct {
 	Bytes         uint64                 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	Replicas      []string               `protobuf:"bytes,4,rep,name=replicas,proto3" json:"replicas,omitempty"`
 	TookMs        float64                `protobuf:"fixed64,5,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	Id            string                 `protobuf:"bytes,6,opt,name=id,proto3" json:"id,omitempty"` // in the component's history; empty: it keeps none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -7195,6 +7228,876 @@ func (x *CheckpointResponse) GetTookMs() float64 {
 	return 0
 }
 
+func (x *CheckpointResponse) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type CheckpointsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointsRequest) Reset() {
+	*x = CheckpointsRequest{}
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointsRequest) ProtoMessage() {}
+
+func (x *CheckpointsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointsRequest.ProtoReflect.Descriptor instead.
+func (*CheckpointsRequest) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
+}
+
+func (x *CheckpointsRequest) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+type CheckpointsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	Checkpoints   []*Checkpoint          `protobuf:"bytes,2,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	History       uint32                 `protobuf:"varint,3,opt,name=history,proto3" json:"history,omitempty"`                                 // how many are kept
+	HistoryAgeMs  uint64                 `protobuf:"varint,4,opt,name=history_age_ms,json=historyAgeMs,proto3" json:"history_age_ms,omitempty"` // and for how long; 0: however old
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointsResponse) Reset() {
+	*x = CheckpointsResponse{}
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointsResponse) ProtoMessage() {}
+
+func (x *CheckpointsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointsResponse.ProtoReflect.Descriptor instead.
+func (*CheckpointsResponse) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
+}
+
+func (x *CheckpointsResponse) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *CheckpointsResponse) GetCheckpoints() []*Checkpoint {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return nil
+}
+
+func (x *CheckpointsResponse) GetHistory() uint32 {
+	if x != nil {
+		return x.History
+	}
+	return 0
+}
+
+func (x *CheckpointsResponse) GetHistoryAgeMs() uint64 {
+	if x != nil {
+		return x.HistoryAgeMs
+	}
+	return 0
+}
+
+type Checkpoint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // c7
+	Seq           uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"` // of the state, by the cluster's clock
+	AgeMs         uint64                 `protobuf:"varint,5,opt,name=age_ms,json=ageMs,proto3" json:"age_ms,omitempty"`
+	Artifact      string                 `protobuf:"bytes,6,opt,name=artifact,proto3" json:"artifact,omitempty"` // name; empty: it is no longer in the registry
+	Version       string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	Digest        string                 `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`
+	Schema        uint32                 `protobuf:"varint,9,opt,name=schema,proto3" json:"schema,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,10,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Why           string                 `protobuf:"bytes,11,opt,name=why,proto3" json:"why,omitempty"` // by hand | before swap | before restore | before undo | periodic
+	Epoch         uint64                 `protobuf:"varint,12,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Root          string                 `protobuf:"bytes,13,opt,name=root,proto3" json:"root,omitempty"`       // hex
+	Holders       []string               `protobuf:"bytes,14,rep,name=holders,proto3" json:"holders,omitempty"` // node names
+	HoldersAlive  uint32                 `protobuf:"varint,15,opt,name=holders_alive,json=holdersAlive,proto3" json:"holders_alive,omitempty"`
+	Present       bool                   `protobuf:"varint,16,opt,name=present,proto3" json:"present,omitempty"` // it is the present state's, as far as that is acknowledged
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Checkpoint) Reset() {
+	*x = Checkpoint{}
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Checkpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Checkpoint) ProtoMessage() {}
+
+func (x *Checkpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
+func (*Checkpoint) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
+}
+
+func (x *Checkpoint) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Checkpoint) GetAgeMs() uint64 {
+	if x != nil {
+		return x.AgeMs
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetArtifact() string {
+	if x != nil {
+		return x.Artifact
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetSchema() uint32 {
+	if x != nil {
+		return x.Schema
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetHolders() []string {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+func (x *Checkpoint) GetHoldersAlive() uint32 {
+	if x != nil {
+		return x.HoldersAlive
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetPresent() bool {
+	if x != nil {
+		return x.Present
+	}
+	return false
+}
+
+// Moment names an earlier checkpoint: one of the fields is set.
+type Moment struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                           // c7, or the number of the checkpoint
+	Time          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`                       // the last one until then
+	AgoMs         *uint64                `protobuf:"varint,3,opt,name=ago_ms,json=agoMs,proto3,oneof" json:"ago_ms,omitempty"` // the same, by the cluster's clock
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Moment) Reset() {
+	*x = Moment{}
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Moment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Moment) ProtoMessage() {}
+
+func (x *Moment) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Moment.ProtoReflect.Descriptor instead.
+func (*Moment) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
+}
+
+func (x *Moment) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Moment) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Moment) GetAgoMs() uint64 {
+	if x != nil && x.AgoMs != nil {
+		return *x.AgoMs
+	}
+	return 0
+}
+
+type RestoreRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	At            *Moment                `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
+	TimeoutMs     uint64                 `protobuf:"varint,3,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreRequest) Reset() {
+	*x = RestoreRequest{}
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreRequest) ProtoMessage() {}
+
+func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
+func (*RestoreRequest) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
+}
+
+func (x *RestoreRequest) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *RestoreRequest) GetAt() *Moment {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *RestoreRequest) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+type ForkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	At            *Moment                `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"` // unset: its state now, saved for this
+	As            string                 `protobuf:"bytes,3,opt,name=as,proto3" json:"as,omitempty"` // the new component: a name in the same application, or application/name
+	TimeoutMs     uint64                 `protobuf:"varint,4,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkRequest) Reset() {
+	*x = ForkRequest{}
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkRequest) ProtoMessage() {}
+
+func (x *ForkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkRequest.ProtoReflect.Descriptor instead.
+func (*ForkRequest) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
+}
+
+func (x *ForkRequest) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *ForkRequest) GetAt() *Moment {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *ForkRequest) GetAs() string {
+	if x != nil {
+		return x.As
+	}
+	return ""
+}
+
+func (x *ForkRequest) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+type ForkResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"` // the new one
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`           // instance
+	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`               // of its earlier checkpoint
+	Seq           uint64                 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
+	Artifact      string                 `protobuf:"bytes,5,opt,name=artifact,proto3" json:"artifact,omitempty"`
+	Version       string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
+	Node          string                 `protobuf:"bytes,7,opt,name=node,proto3" json:"node,omitempty"` // that runs it
+	Bytes         uint64                 `protobuf:"varint,8,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	TookMs        float64                `protobuf:"fixed64,9,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkResponse) Reset() {
+	*x = ForkResponse{}
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkResponse) ProtoMessage() {}
+
+func (x *ForkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkResponse.ProtoReflect.Descriptor instead.
+func (*ForkResponse) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
+}
+
+func (x *ForkResponse) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *ForkResponse) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *ForkResponse) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ForkResponse) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *ForkResponse) GetArtifact() string {
+	if x != nil {
+		return x.Artifact
+	}
+	return ""
+}
+
+func (x *ForkResponse) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *ForkResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ForkResponse) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *ForkResponse) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+type ExportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	At            *Moment                `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"` // unset: its state now, saved for this
+	As            string                 `protobuf:"bytes,3,opt,name=as,proto3" json:"as,omitempty"` // what it is to be there; empty: what it is here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportRequest) Reset() {
+	*x = ExportRequest{}
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportRequest) ProtoMessage() {}
+
+func (x *ExportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportRequest.ProtoReflect.Descriptor instead.
+func (*ExportRequest) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
+}
+
+func (x *ExportRequest) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *ExportRequest) GetAt() *Moment {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *ExportRequest) GetAs() string {
+	if x != nil {
+		return x.As
+	}
+	return ""
+}
+
+type ExportChunk struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*ExportChunk_State
+	//	*ExportChunk_Data
+	//	*ExportChunk_Done
+	Kind          isExportChunk_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportChunk) Reset() {
+	*x = ExportChunk{}
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportChunk) ProtoMessage() {}
+
+func (x *ExportChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportChunk.ProtoReflect.Descriptor instead.
+func (*ExportChunk) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
+}
+
+func (x *ExportChunk) GetKind() isExportChunk_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *ExportChunk) GetState() string {
+	if x != nil {
+		if x, ok := x.Kind.(*ExportChunk_State); ok {
+			return x.State
+		}
+	}
+	return ""
+}
+
+func (x *ExportChunk) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*ExportChunk_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+func (x *ExportChunk) GetDone() *ExportSummary {
+	if x != nil {
+		if x, ok := x.Kind.(*ExportChunk_Done); ok {
+			return x.Done
+		}
+	}
+	return nil
+}
+
+type isExportChunk_Kind interface {
+	isExportChunk_Kind()
+}
+
+type ExportChunk_State struct {
+	State string `protobuf:"bytes,1,opt,name=state,proto3,oneof"` // what is being done, for people
+}
+
+type ExportChunk_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"` // of the file, in order
+}
+
+type ExportChunk_Done struct {
+	Done *ExportSummary `protobuf:"bytes,3,opt,name=done,proto3,oneof"`
+}
+
+func (*ExportChunk_State) isExportChunk_Kind() {}
+
+func (*ExportChunk_Data) isExportChunk_Kind() {}
+
+func (*ExportChunk_Done) isExportChunk_Kind() {}
+
+type ExportSummary struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"` // as it is in the file
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`           // instance
+	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
+	Seq           uint64                 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=time,proto3" json:"time,omitempty"` // of the state
+	Artifact      string                 `protobuf:"bytes,6,opt,name=artifact,proto3" json:"artifact,omitempty"`
+	Version       string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	Platforms     []string               `protobuf:"bytes,8,rep,name=platforms,proto3" json:"platforms,omitempty"` // that it can run on
+	Bytes         uint64                 `protobuf:"varint,9,opt,name=bytes,proto3" json:"bytes,omitempty"`        // of the file
+	Sha256        string                 `protobuf:"bytes,10,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	File          string                 `protobuf:"bytes,11,opt,name=file,proto3" json:"file,omitempty"` // set by the command line
+	TookMs        float64                `protobuf:"fixed64,12,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportSummary) Reset() {
+	*x = ExportSummary{}
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportSummary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportSummary) ProtoMessage() {}
+
+func (x *ExportSummary) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportSummary.ProtoReflect.Descriptor instead.
+func (*ExportSummary) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
+}
+
+func (x *ExportSummary) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *ExportSummary) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *ExportSummary) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ExportSummary) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *ExportSummary) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *ExportSummary) GetArtifact() string {
+	if x != nil {
+		return x.Artifact
+	}
+	return ""
+}
+
+func (x *ExportSummary) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *ExportSummary) GetPlatforms() []string {
+	if x != nil {
+		return x.Platforms
+	}
+	return nil
+}
+
+func (x *ExportSummary) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *ExportSummary) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *ExportSummary) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+func (x *ExportSummary) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
 type CallRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Component      string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
@@ -7209,7 +8112,7 @@ type CallRequest struct {
 
 func (x *CallRequest) Reset() {
 	*x = CallRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7221,7 +8124,7 @@ func (x *CallRequest) String() string {
 func (*CallRequest) ProtoMessage() {}
 
 func (x *CallRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7234,7 +8137,7 @@ func (x *CallRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallRequest.ProtoReflect.Descriptor instead.
 func (*CallRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *CallRequest) GetComponent() string {
@@ -7291,7 +8194,7 @@ type CallResponse struct {
 
 func (x *CallResponse) Reset() {
 	*x = CallResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7303,7 +8206,7 @@ func (x *CallResponse) String() string {
 func (*CallResponse) ProtoMessage() {}
 
 func (x *CallResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7316,7 +8219,7 @@ func (x *CallResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallResponse.ProtoReflect.Descriptor instead.
 func (*CallResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *CallResponse) GetJson() string {
@@ -7356,7 +8259,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7368,7 +8271,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7381,7 +8284,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *WhyRequest) GetComponent() string {
@@ -7401,7 +8304,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7413,7 +8316,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7426,7 +8329,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *WhyResponse) GetComponent() string {
@@ -7467,7 +8370,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7479,7 +8382,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7492,7 +8395,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *Decision) GetInstance() string {
@@ -7619,7 +8522,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7631,7 +8534,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7644,7 +8547,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *LogsRequest) GetComponent() string {
@@ -7689,7 +8592,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7701,7 +8604,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7714,7 +8617,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *LogLine) GetTime() *timestamppb.Timestamp {
@@ -7771,7 +8674,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7783,7 +8686,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7796,7 +8699,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *EventsRequest) GetChannel() string {
@@ -7844,7 +8747,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7856,7 +8759,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7869,7 +8772,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *Event) GetId() string {
@@ -7947,7 +8850,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7959,7 +8862,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7972,7 +8875,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *QueryRequest) GetSql() string {
@@ -8018,7 +8921,7 @@ type QueryResponse struct {
 
 func (x *QueryResponse) Reset() {
 	*x = QueryResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8030,7 +8933,7 @@ func (x *QueryResponse) String() string {
 func (*QueryResponse) ProtoMessage() {}
 
 func (x *QueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8043,7 +8946,7 @@ func (x *QueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryResponse.ProtoReflect.Descriptor instead.
 func (*QueryResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *QueryResponse) GetColumns() []string {
@@ -8104,7 +9007,7 @@ type Row struct {
 
 func (x *Row) Reset() {
 	*x = Row{}
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8116,7 +9019,7 @@ func (x *Row) String() string {
 func (*Row) ProtoMessage() {}
 
 func (x *Row) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8129,7 +9032,7 @@ func (x *Row) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Row.ProtoReflect.Descriptor instead.
 func (*Row) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *Row) GetValues() []*Value {
@@ -8155,7 +9058,7 @@ type Value struct {
 
 func (x *Value) Reset() {
 	*x = Value{}
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8167,7 +9070,7 @@ func (x *Value) String() string {
 func (*Value) ProtoMessage() {}
 
 func (x *Value) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8180,7 +9083,7 @@ func (x *Value) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Value.ProtoReflect.Descriptor instead.
 func (*Value) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *Value) GetKind() isValue_Kind {
@@ -8279,7 +9182,7 @@ type DhtClosestRequest struct {
 
 func (x *DhtClosestRequest) Reset() {
 	*x = DhtClosestRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[106]
+	mi := &file_node_api_v1_api_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8291,7 +9194,7 @@ func (x *DhtClosestRequest) String() string {
 func (*DhtClosestRequest) ProtoMessage() {}
 
 func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[106]
+	mi := &file_node_api_v1_api_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8304,7 +9207,7 @@ func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestRequest.ProtoReflect.Descriptor instead.
 func (*DhtClosestRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *DhtClosestRequest) GetKey() string {
@@ -8332,7 +9235,7 @@ type DhtClosestResponse struct {
 
 func (x *DhtClosestResponse) Reset() {
 	*x = DhtClosestResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[107]
+	mi := &file_node_api_v1_api_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8344,7 +9247,7 @@ func (x *DhtClosestResponse) String() string {
 func (*DhtClosestResponse) ProtoMessage() {}
 
 func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[107]
+	mi := &file_node_api_v1_api_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8357,7 +9260,7 @@ func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestResponse.ProtoReflect.Descriptor instead.
 func (*DhtClosestResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *DhtClosestResponse) GetKey() string {
@@ -8397,7 +9300,7 @@ type DhtNode struct {
 
 func (x *DhtNode) Reset() {
 	*x = DhtNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[108]
+	mi := &file_node_api_v1_api_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8409,7 +9312,7 @@ func (x *DhtNode) String() string {
 func (*DhtNode) ProtoMessage() {}
 
 func (x *DhtNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[108]
+	mi := &file_node_api_v1_api_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8422,7 +9325,7 @@ func (x *DhtNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtNode.ProtoReflect.Descriptor instead.
 func (*DhtNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *DhtNode) GetRank() uint32 {
@@ -8490,7 +9393,7 @@ type DhtGetRequest struct {
 
 func (x *DhtGetRequest) Reset() {
 	*x = DhtGetRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[109]
+	mi := &file_node_api_v1_api_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8502,7 +9405,7 @@ func (x *DhtGetRequest) String() string {
 func (*DhtGetRequest) ProtoMessage() {}
 
 func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[109]
+	mi := &file_node_api_v1_api_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8515,7 +9418,7 @@ func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetRequest.ProtoReflect.Descriptor instead.
 func (*DhtGetRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *DhtGetRequest) GetKey() string {
@@ -8549,7 +9452,7 @@ type DhtGetResponse struct {
 
 func (x *DhtGetResponse) Reset() {
 	*x = DhtGetResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[110]
+	mi := &file_node_api_v1_api_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8561,7 +9464,7 @@ func (x *DhtGetResponse) String() string {
 func (*DhtGetResponse) ProtoMessage() {}
 
 func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[110]
+	mi := &file_node_api_v1_api_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8574,7 +9477,7 @@ func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetResponse.ProtoReflect.Descriptor instead.
 func (*DhtGetResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *DhtGetResponse) GetKey() string {
@@ -9187,7 +10090,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\bfeatures\x18\x11 \x03(\tR\bfeatures\x121\n" +
 	"\aoverlay\x18\x12 \x01(\v2\x17.coppice.api.v1.OverlayR\aoverlay\x12/\n" +
 	"\x05calls\x18\x13 \x01(\v2\x19.coppice.api.v1.CallStatsR\x05calls\x12=\n" +
-	"\tinstances\x18\x14 \x03(\v2\x1f.coppice.api.v1.InspectInstanceR\tinstances\"\xac\x04\n" +
+	"\tinstances\x18\x14 \x03(\v2\x1f.coppice.api.v1.InspectInstanceR\tinstances\"\xb8\x05\n" +
 	"\x0fInspectInstance\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -9211,7 +10114,10 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x05cause\x18\x0f \x01(\tR\x05cause\x12\x18\n" +
 	"\aversion\x18\x10 \x01(\tR\aversion\x12)\n" +
 	"\x10previous_version\x18\x11 \x01(\tR\x0fpreviousVersion\x12\x18\n" +
-	"\acallers\x18\x12 \x03(\tR\acallers\"\xc3\x01\n" +
+	"\acallers\x18\x12 \x03(\tR\acallers\x12/\n" +
+	"\x13earlier_checkpoints\x18\x13 \x01(\rR\x12earlierCheckpoints\x12<\n" +
+	"\x18oldest_checkpoint_age_ms\x18\x14 \x01(\x04H\x00R\x15oldestCheckpointAgeMs\x88\x01\x01B\x1b\n" +
+	"\x19_oldest_checkpoint_age_ms\"\xc3\x01\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x18\n" +
@@ -9330,7 +10236,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x1d\n" +
 	"\n" +
-	"timeout_ms\x18\x03 \x01(\x04R\ttimeoutMs\"\xda\x01\n" +
+	"timeout_ms\x18\x03 \x01(\x04R\ttimeoutMs\"\x84\x02\n" +
 	"\x0fReplaceResponse\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
@@ -9340,7 +10246,10 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\n" +
 	"calls_held\x18\x06 \x01(\x04R\tcallsHeld\x12\x17\n" +
 	"\atook_ms\x18\a \x01(\x01R\x06tookMs\x12\x1c\n" +
-	"\tinstances\x18\b \x03(\tR\tinstances\",\n" +
+	"\tinstances\x18\b \x03(\tR\tinstances\x12\x14\n" +
+	"\x05state\x18\t \x01(\tR\x05state\x12\x12\n" +
+	"\x04kept\x18\n" +
+	" \x01(\tR\x04kept\",\n" +
 	"\fUnpinRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\"G\n" +
 	"\rUnpinResponse\x12\x1c\n" +
@@ -9349,13 +10258,89 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x11CheckpointRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x1d\n" +
 	"\n" +
-	"timeout_ms\x18\x02 \x01(\x04R\ttimeoutMs\"\x8f\x01\n" +
+	"timeout_ms\x18\x02 \x01(\x04R\ttimeoutMs\"\x9f\x01\n" +
 	"\x12CheckpointResponse\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x1a\n" +
 	"\breplicas\x18\x04 \x03(\tR\breplicas\x12\x17\n" +
-	"\atook_ms\x18\x05 \x01(\x01R\x06tookMs\"\xbc\x01\n" +
+	"\atook_ms\x18\x05 \x01(\x01R\x06tookMs\x12\x0e\n" +
+	"\x02id\x18\x06 \x01(\tR\x02id\"2\n" +
+	"\x12CheckpointsRequest\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\"\xb1\x01\n" +
+	"\x13CheckpointsResponse\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12<\n" +
+	"\vcheckpoints\x18\x02 \x03(\v2\x1a.coppice.api.v1.CheckpointR\vcheckpoints\x12\x18\n" +
+	"\ahistory\x18\x03 \x01(\rR\ahistory\x12$\n" +
+	"\x0ehistory_age_ms\x18\x04 \x01(\x04R\fhistoryAgeMs\"\xa2\x03\n" +
+	"\n" +
+	"Checkpoint\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x10\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12.\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x15\n" +
+	"\x06age_ms\x18\x05 \x01(\x04R\x05ageMs\x12\x1a\n" +
+	"\bartifact\x18\x06 \x01(\tR\bartifact\x12\x18\n" +
+	"\aversion\x18\a \x01(\tR\aversion\x12\x16\n" +
+	"\x06digest\x18\b \x01(\tR\x06digest\x12\x16\n" +
+	"\x06schema\x18\t \x01(\rR\x06schema\x12\x14\n" +
+	"\x05bytes\x18\n" +
+	" \x01(\x04R\x05bytes\x12\x10\n" +
+	"\x03why\x18\v \x01(\tR\x03why\x12\x14\n" +
+	"\x05epoch\x18\f \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04root\x18\r \x01(\tR\x04root\x12\x18\n" +
+	"\aholders\x18\x0e \x03(\tR\aholders\x12#\n" +
+	"\rholders_alive\x18\x0f \x01(\rR\fholdersAlive\x12\x18\n" +
+	"\apresent\x18\x10 \x01(\bR\apresent\"o\n" +
+	"\x06Moment\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1a\n" +
+	"\x06ago_ms\x18\x03 \x01(\x04H\x00R\x05agoMs\x88\x01\x01B\t\n" +
+	"\a_ago_ms\"u\n" +
+	"\x0eRestoreRequest\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12&\n" +
+	"\x02at\x18\x02 \x01(\v2\x16.coppice.api.v1.MomentR\x02at\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x03 \x01(\x04R\ttimeoutMs\"\x82\x01\n" +
+	"\vForkRequest\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12&\n" +
+	"\x02at\x18\x02 \x01(\v2\x16.coppice.api.v1.MomentR\x02at\x12\x0e\n" +
+	"\x02as\x18\x03 \x01(\tR\x02as\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x04 \x01(\x04R\ttimeoutMs\"\xdb\x01\n" +
+	"\fForkResponse\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x12\x10\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq\x12\x1a\n" +
+	"\bartifact\x18\x05 \x01(\tR\bartifact\x12\x18\n" +
+	"\aversion\x18\x06 \x01(\tR\aversion\x12\x12\n" +
+	"\x04node\x18\a \x01(\tR\x04node\x12\x14\n" +
+	"\x05bytes\x18\b \x01(\x04R\x05bytes\x12\x17\n" +
+	"\atook_ms\x18\t \x01(\x01R\x06tookMs\"e\n" +
+	"\rExportRequest\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12&\n" +
+	"\x02at\x18\x02 \x01(\v2\x16.coppice.api.v1.MomentR\x02at\x12\x0e\n" +
+	"\x02as\x18\x03 \x01(\tR\x02as\"x\n" +
+	"\vExportChunk\x12\x16\n" +
+	"\x05state\x18\x01 \x01(\tH\x00R\x05state\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x123\n" +
+	"\x04done\x18\x03 \x01(\v2\x1d.coppice.api.v1.ExportSummaryH\x00R\x04doneB\x06\n" +
+	"\x04kind\"\xc2\x02\n" +
+	"\rExportSummary\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x12\x10\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq\x12.\n" +
+	"\x04time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1a\n" +
+	"\bartifact\x18\x06 \x01(\tR\bartifact\x12\x18\n" +
+	"\aversion\x18\a \x01(\tR\aversion\x12\x1c\n" +
+	"\tplatforms\x18\b \x03(\tR\tplatforms\x12\x14\n" +
+	"\x05bytes\x18\t \x01(\x04R\x05bytes\x12\x16\n" +
+	"\x06sha256\x18\n" +
+	" \x01(\tR\x06sha256\x12\x12\n" +
+	"\x04file\x18\v \x01(\tR\x04file\x12\x17\n" +
+	"\atook_ms\x18\f \x01(\x01R\x06tookMs\"\xbc\x01\n" +
 	"\vCallRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x16\n" +
 	"\x06method\x18\x02 \x01(\tR\x06method\x12\x12\n" +
@@ -9485,7 +10470,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x06signed\x18\r \x01(\bR\x06signed\x121\n" +
 	"\aholders\x18\x0e \x03(\v2\x17.coppice.api.v1.DhtNodeR\aholders\x12\x17\n" +
 	"\atook_ms\x18\x0f \x01(\x01R\x06tookMs\x12\x17\n" +
-	"\akad_key\x18\x10 \x01(\tR\x06kadKey2\x96\x18\n" +
+	"\akad_key\x18\x10 \x01(\tR\x06kadKey2\xca\x1a\n" +
 	"\aControl\x12D\n" +
 	"\x05Token\x12\x1c.coppice.api.v1.TokenRequest\x1a\x1d.coppice.api.v1.TokenResponse\x12V\n" +
 	"\vRevokeToken\x12\".coppice.api.v1.RevokeTokenRequest\x1a#.coppice.api.v1.RevokeTokenResponse\x12I\n" +
@@ -9521,7 +10506,11 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x04Move\x12\x1b.coppice.api.v1.MoveRequest\x1a\x1f.coppice.api.v1.ReplaceResponse\x12D\n" +
 	"\x05Unpin\x12\x1c.coppice.api.v1.UnpinRequest\x1a\x1d.coppice.api.v1.UnpinResponse\x12S\n" +
 	"\n" +
-	"Checkpoint\x12!.coppice.api.v1.CheckpointRequest\x1a\".coppice.api.v1.CheckpointResponse\x12A\n" +
+	"Checkpoint\x12!.coppice.api.v1.CheckpointRequest\x1a\".coppice.api.v1.CheckpointResponse\x12[\n" +
+	"\vCheckpoints\x12\".coppice.api.v1.CheckpointsRequest\x1a#.coppice.api.v1.CheckpointsResponse\"\x03\x90\x02\x01\x12J\n" +
+	"\aRestore\x12\x1e.coppice.api.v1.RestoreRequest\x1a\x1f.coppice.api.v1.ReplaceResponse\x12A\n" +
+	"\x04Fork\x12\x1b.coppice.api.v1.ForkRequest\x1a\x1c.coppice.api.v1.ForkResponse\x12F\n" +
+	"\x06Export\x12\x1d.coppice.api.v1.ExportRequest\x1a\x1b.coppice.api.v1.ExportChunk0\x01\x12A\n" +
 	"\x04Call\x12\x1b.coppice.api.v1.CallRequest\x1a\x1c.coppice.api.v1.CallResponse\x12C\n" +
 	"\x03Why\x12\x1a.coppice.api.v1.WhyRequest\x1a\x1b.coppice.api.v1.WhyResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\x04Logs\x12\x1b.coppice.api.v1.LogsRequest\x1a\x17.coppice.api.v1.LogLine\"\x03\x90\x02\x010\x01\x12E\n" +
@@ -9543,7 +10532,7 @@ func file_node_api_v1_api_proto_rawDescGZIP() []byte {
 	return file_node_api_v1_api_proto_rawDescData
 }
 
-var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 117)
+var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 127)
 var file_node_api_v1_api_proto_goTypes = []any{
 	(*Problem)(nil),               // 0: coppice.api.v1.Problem
 	(*TokenRequest)(nil),          // 1: coppice.api.v1.TokenRequest
@@ -9638,39 +10627,49 @@ var file_node_api_v1_api_proto_goTypes = []any{
 	(*UnpinResponse)(nil),         // 90: coppice.api.v1.UnpinResponse
 	(*CheckpointRequest)(nil),     // 91: coppice.api.v1.CheckpointRequest
 	(*CheckpointResponse)(nil),    // 92: coppice.api.v1.CheckpointResponse
-	(*CallRequest)(nil),           // 93: coppice.api.v1.CallRequest
-	(*CallResponse)(nil),          // 94: coppice.api.v1.CallResponse
-	(*WhyRequest)(nil),            // 95: coppice.api.v1.WhyRequest
-	(*WhyResponse)(nil),           // 96: coppice.api.v1.WhyResponse
-	(*Decision)(nil),              // 97: coppice.api.v1.Decision
-	(*LogsRequest)(nil),           // 98: coppice.api.v1.LogsRequest
-	(*LogLine)(nil),               // 99: coppice.api.v1.LogLine
-	(*EventsRequest)(nil),         // 100: coppice.api.v1.EventsRequest
-	(*Event)(nil),                 // 101: coppice.api.v1.Event
-	(*QueryRequest)(nil),          // 102: coppice.api.v1.QueryRequest
-	(*QueryResponse)(nil),         // 103: coppice.api.v1.QueryResponse
-	(*Row)(nil),                   // 104: coppice.api.v1.Row
-	(*Value)(nil),                 // 105: coppice.api.v1.Value
-	(*DhtClosestRequest)(nil),     // 106: coppice.api.v1.DhtClosestRequest
-	(*DhtClosestResponse)(nil),    // 107: coppice.api.v1.DhtClosestResponse
-	(*DhtNode)(nil),               // 108: coppice.api.v1.DhtNode
-	(*DhtGetRequest)(nil),         // 109: coppice.api.v1.DhtGetRequest
-	(*DhtGetResponse)(nil),        // 110: coppice.api.v1.DhtGetResponse
-	nil,                           // 111: coppice.api.v1.Node.LabelsEntry
-	nil,                           // 112: coppice.api.v1.Overlay.NodesEntry
-	nil,                           // 113: coppice.api.v1.Overlay.AttributesEntry
-	nil,                           // 114: coppice.api.v1.Overlay.BindingsEntry
-	nil,                           // 115: coppice.api.v1.AttrRequest.SetEntry
-	nil,                           // 116: coppice.api.v1.Event.FieldsEntry
-	(*timestamppb.Timestamp)(nil), // 117: google.protobuf.Timestamp
+	(*CheckpointsRequest)(nil),    // 93: coppice.api.v1.CheckpointsRequest
+	(*CheckpointsResponse)(nil),   // 94: coppice.api.v1.CheckpointsResponse
+	(*Checkpoint)(nil),            // 95: coppice.api.v1.Checkpoint
+	(*Moment)(nil),                // 96: coppice.api.v1.Moment
+	(*RestoreRequest)(nil),        // 97: coppice.api.v1.RestoreRequest
+	(*ForkRequest)(nil),           // 98: coppice.api.v1.ForkRequest
+	(*ForkResponse)(nil),          // 99: coppice.api.v1.ForkResponse
+	(*ExportRequest)(nil),         // 100: coppice.api.v1.ExportRequest
+	(*ExportChunk)(nil),           // 101: coppice.api.v1.ExportChunk
+	(*ExportSummary)(nil),         // 102: coppice.api.v1.ExportSummary
+	(*CallRequest)(nil),           // 103: coppice.api.v1.CallRequest
+	(*CallResponse)(nil),          // 104: coppice.api.v1.CallResponse
+	(*WhyRequest)(nil),            // 105: coppice.api.v1.WhyRequest
+	(*WhyResponse)(nil),           // 106: coppice.api.v1.WhyResponse
+	(*Decision)(nil),              // 107: coppice.api.v1.Decision
+	(*LogsRequest)(nil),           // 108: coppice.api.v1.LogsRequest
+	(*LogLine)(nil),               // 109: coppice.api.v1.LogLine
+	(*EventsRequest)(nil),         // 110: coppice.api.v1.EventsRequest
+	(*Event)(nil),                 // 111: coppice.api.v1.Event
+	(*QueryRequest)(nil),          // 112: coppice.api.v1.QueryRequest
+	(*QueryResponse)(nil),         // 113: coppice.api.v1.QueryResponse
+	(*Row)(nil),                   // 114: coppice.api.v1.Row
+	(*Value)(nil),                 // 115: coppice.api.v1.Value
+	(*DhtClosestRequest)(nil),     // 116: coppice.api.v1.DhtClosestRequest
+	(*DhtClosestResponse)(nil),    // 117: coppice.api.v1.DhtClosestResponse
+	(*DhtNode)(nil),               // 118: coppice.api.v1.DhtNode
+	(*DhtGetRequest)(nil),         // 119: coppice.api.v1.DhtGetRequest
+	(*DhtGetResponse)(nil),        // 120: coppice.api.v1.DhtGetResponse
+	nil,                           // 121: coppice.api.v1.Node.LabelsEntry
+	nil,                           // 122: coppice.api.v1.Overlay.NodesEntry
+	nil,                           // 123: coppice.api.v1.Overlay.AttributesEntry
+	nil,                           // 124: coppice.api.v1.Overlay.BindingsEntry
+	nil,                           // 125: coppice.api.v1.AttrRequest.SetEntry
+	nil,                           // 126: coppice.api.v1.Event.FieldsEntry
+	(*timestamppb.Timestamp)(nil), // 127: google.protobuf.Timestamp
 }
 var file_node_api_v1_api_proto_depIdxs = []int32{
-	117, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
+	127, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
 	7,   // 1: coppice.api.v1.DrillUpdate.instances:type_name -> coppice.api.v1.DrillInstance
 	10,  // 2: coppice.api.v1.NodesResponse.nodes:type_name -> coppice.api.v1.Node
-	111, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
-	117, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
-	117, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
+	121, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
+	127, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
+	127, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
 	13,  // 6: coppice.api.v1.StatusResponse.nodes:type_name -> coppice.api.v1.NodeCounts
 	14,  // 7: coppice.api.v1.StatusResponse.arbiter:type_name -> coppice.api.v1.ArbiterStatus
 	15,  // 8: coppice.api.v1.StatusResponse.components:type_name -> coppice.api.v1.ComponentCounts
@@ -9679,10 +10678,10 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	21,  // 11: coppice.api.v1.RecoverResponse.missing:type_name -> coppice.api.v1.Missing
 	22,  // 12: coppice.api.v1.RecoverResponse.adopted:type_name -> coppice.api.v1.Adopted
 	19,  // 13: coppice.api.v1.RecoverResponse.rebuilt:type_name -> coppice.api.v1.Rebuilt
-	117, // 14: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
+	127, // 14: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
 	25,  // 15: coppice.api.v1.BackupChunk.done:type_name -> coppice.api.v1.BackupSummary
-	117, // 16: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
-	117, // 17: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
+	127, // 16: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
+	127, // 17: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
 	29,  // 18: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
 	35,  // 19: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
 	41,  // 20: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
@@ -9690,7 +10689,7 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	42,  // 22: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
 	49,  // 23: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
 	49,  // 24: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	117, // 25: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
+	127, // 25: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
 	71,  // 26: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
 	71,  // 27: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
 	73,  // 28: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
@@ -9713,113 +10712,129 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	75,  // 45: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
 	76,  // 46: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
 	72,  // 47: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
-	112, // 48: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
-	113, // 49: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
-	114, // 50: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
-	115, // 51: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
+	122, // 48: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
+	123, // 49: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
+	124, // 50: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
+	125, // 51: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
 	73,  // 52: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
 	74,  // 53: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
 	59,  // 54: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
-	97,  // 55: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
-	54,  // 56: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
-	117, // 57: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
-	117, // 58: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	117, // 59: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	117, // 60: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	117, // 61: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
-	116, // 62: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
-	104, // 63: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
-	117, // 64: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
-	105, // 65: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
-	108, // 66: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
-	108, // 67: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
-	1,   // 68: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
-	3,   // 69: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
-	8,   // 70: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
-	11,  // 71: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
-	27,  // 72: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
-	30,  // 73: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
-	31,  // 74: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
-	33,  // 75: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
-	36,  // 76: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
-	38,  // 77: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
-	5,   // 78: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
-	17,  // 79: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
-	23,  // 80: coppice.api.v1.Control.Backup:input_type -> coppice.api.v1.BackupRequest
-	40,  // 81: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
-	45,  // 82: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
-	47,  // 83: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
-	51,  // 84: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
-	55,  // 85: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
-	60,  // 86: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
-	62,  // 87: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
-	65,  // 88: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
-	68,  // 89: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
-	78,  // 90: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
-	80,  // 91: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
-	81,  // 92: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
-	83,  // 93: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
-	83,  // 94: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
-	83,  // 95: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
-	83,  // 96: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
-	85,  // 97: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
-	86,  // 98: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
-	87,  // 99: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
-	89,  // 100: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
-	91,  // 101: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
-	93,  // 102: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
-	95,  // 103: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
-	98,  // 104: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
-	100, // 105: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
-	102, // 106: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
-	106, // 107: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
-	109, // 108: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
-	2,   // 109: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
-	4,   // 110: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
-	9,   // 111: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
-	12,  // 112: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
-	28,  // 113: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
-	32,  // 114: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
-	32,  // 115: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
-	34,  // 116: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
-	37,  // 117: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
-	39,  // 118: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
-	6,   // 119: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
-	18,  // 120: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
-	24,  // 121: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
-	44,  // 122: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
-	46,  // 123: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
-	48,  // 124: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
-	52,  // 125: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
-	56,  // 126: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
-	61,  // 127: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
-	63,  // 128: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
-	66,  // 129: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
-	69,  // 130: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
-	79,  // 131: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
-	82,  // 132: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
-	82,  // 133: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
-	84,  // 134: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
-	84,  // 135: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
-	84,  // 136: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
-	84,  // 137: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
-	88,  // 138: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
-	88,  // 139: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
-	88,  // 140: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
-	90,  // 141: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
-	92,  // 142: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
-	94,  // 143: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
-	96,  // 144: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
-	99,  // 145: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
-	101, // 146: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
-	103, // 147: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
-	107, // 148: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
-	110, // 149: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
-	109, // [109:150] is the sub-list for method output_type
-	68,  // [68:109] is the sub-list for method input_type
-	68,  // [68:68] is the sub-list for extension type_name
-	68,  // [68:68] is the sub-list for extension extendee
-	0,   // [0:68] is the sub-list for field type_name
+	95,  // 55: coppice.api.v1.CheckpointsResponse.checkpoints:type_name -> coppice.api.v1.Checkpoint
+	127, // 56: coppice.api.v1.Checkpoint.time:type_name -> google.protobuf.Timestamp
+	127, // 57: coppice.api.v1.Moment.time:type_name -> google.protobuf.Timestamp
+	96,  // 58: coppice.api.v1.RestoreRequest.at:type_name -> coppice.api.v1.Moment
+	96,  // 59: coppice.api.v1.ForkRequest.at:type_name -> coppice.api.v1.Moment
+	96,  // 60: coppice.api.v1.ExportRequest.at:type_name -> coppice.api.v1.Moment
+	102, // 61: coppice.api.v1.ExportChunk.done:type_name -> coppice.api.v1.ExportSummary
+	127, // 62: coppice.api.v1.ExportSummary.time:type_name -> google.protobuf.Timestamp
+	107, // 63: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
+	54,  // 64: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
+	127, // 65: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
+	127, // 66: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	127, // 67: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	127, // 68: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	127, // 69: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
+	126, // 70: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
+	114, // 71: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
+	127, // 72: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
+	115, // 73: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
+	118, // 74: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
+	118, // 75: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
+	1,   // 76: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
+	3,   // 77: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
+	8,   // 78: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
+	11,  // 79: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
+	27,  // 80: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
+	30,  // 81: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
+	31,  // 82: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
+	33,  // 83: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
+	36,  // 84: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
+	38,  // 85: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
+	5,   // 86: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
+	17,  // 87: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
+	23,  // 88: coppice.api.v1.Control.Backup:input_type -> coppice.api.v1.BackupRequest
+	40,  // 89: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
+	45,  // 90: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
+	47,  // 91: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
+	51,  // 92: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
+	55,  // 93: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
+	60,  // 94: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
+	62,  // 95: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
+	65,  // 96: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
+	68,  // 97: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
+	78,  // 98: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
+	80,  // 99: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
+	81,  // 100: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
+	83,  // 101: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
+	83,  // 102: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
+	83,  // 103: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
+	83,  // 104: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
+	85,  // 105: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
+	86,  // 106: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
+	87,  // 107: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
+	89,  // 108: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
+	91,  // 109: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
+	93,  // 110: coppice.api.v1.Control.Checkpoints:input_type -> coppice.api.v1.CheckpointsRequest
+	97,  // 111: coppice.api.v1.Control.Restore:input_type -> coppice.api.v1.RestoreRequest
+	98,  // 112: coppice.api.v1.Control.Fork:input_type -> coppice.api.v1.ForkRequest
+	100, // 113: coppice.api.v1.Control.Export:input_type -> coppice.api.v1.ExportRequest
+	103, // 114: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
+	105, // 115: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
+	108, // 116: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
+	110, // 117: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
+	112, // 118: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
+	116, // 119: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
+	119, // 120: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
+	2,   // 121: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
+	4,   // 122: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
+	9,   // 123: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
+	12,  // 124: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
+	28,  // 125: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
+	32,  // 126: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
+	32,  // 127: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
+	34,  // 128: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
+	37,  // 129: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
+	39,  // 130: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
+	6,   // 131: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
+	18,  // 132: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
+	24,  // 133: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
+	44,  // 134: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
+	46,  // 135: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
+	48,  // 136: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
+	52,  // 137: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
+	56,  // 138: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
+	61,  // 139: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
+	63,  // 140: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
+	66,  // 141: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
+	69,  // 142: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
+	79,  // 143: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
+	82,  // 144: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
+	82,  // 145: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
+	84,  // 146: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
+	84,  // 147: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
+	84,  // 148: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
+	84,  // 149: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
+	88,  // 150: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
+	88,  // 151: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
+	88,  // 152: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
+	90,  // 153: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
+	92,  // 154: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
+	94,  // 155: coppice.api.v1.Control.Checkpoints:output_type -> coppice.api.v1.CheckpointsResponse
+	88,  // 156: coppice.api.v1.Control.Restore:output_type -> coppice.api.v1.ReplaceResponse
+	99,  // 157: coppice.api.v1.Control.Fork:output_type -> coppice.api.v1.ForkResponse
+	101, // 158: coppice.api.v1.Control.Export:output_type -> coppice.api.v1.ExportChunk
+	104, // 159: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
+	106, // 160: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
+	109, // 161: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
+	111, // 162: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
+	113, // 163: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
+	117, // 164: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
+	120, // 165: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
+	121, // [121:166] is the sub-list for method output_type
+	76,  // [76:121] is the sub-list for method input_type
+	76,  // [76:76] is the sub-list for extension type_name
+	76,  // [76:76] is the sub-list for extension extendee
+	0,   // [0:76] is the sub-list for field type_name
 }
 
 func init() { file_node_api_v1_api_proto_init() }
@@ -9840,9 +10855,16 @@ func file_node_api_v1_api_proto_init() {
 		(*RegistryPushRequest_Chunk)(nil),
 	}
 	file_node_api_v1_api_proto_msgTypes[67].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[70].OneofWrappers = []any{}
 	file_node_api_v1_api_proto_msgTypes[75].OneofWrappers = []any{}
 	file_node_api_v1_api_proto_msgTypes[76].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[105].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[96].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[101].OneofWrappers = []any{
+		(*ExportChunk_State)(nil),
+		(*ExportChunk_Data)(nil),
+		(*ExportChunk_Done)(nil),
+	}
+	file_node_api_v1_api_proto_msgTypes[115].OneofWrappers = []any{
 		(*Value_Integer)(nil),
 		(*Value_Real)(nil),
 		(*Value_Text)(nil),
@@ -9855,7 +10877,7 @@ func file_node_api_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_api_v1_api_proto_rawDesc), len(file_node_api_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   117,
+			NumMessages:   127,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -110,6 +110,14 @@ const (
 	ControlUnpinProcedure = "/coppice.api.v1.Control/Unpin"
 	// ControlCheckpointProcedure is the fully-qualified name of the Control's Checkpoint RPC.
 	ControlCheckpointProcedure = "/coppice.api.v1.Control/Checkpoint"
+	// ControlCheckpointsProcedure is the fully-qualified name of the Control's Checkpoints RPC.
+	ControlCheckpointsProcedure = "/coppice.api.v1.Control/Checkpoints"
+	// ControlRestoreProcedure is the fully-qualified name of the Control's Restore RPC.
+	ControlRestoreProcedure = "/coppice.api.v1.Control/Restore"
+	// ControlForkProcedure is the fully-qualified name of the Control's Fork RPC.
+	ControlForkProcedure = "/coppice.api.v1.Control/Fork"
+	// ControlExportProcedure is the fully-qualified name of the Control's Export RPC.
+	ControlExportProcedure = "/coppice.api.v1.Control/Export"
 	// ControlCallProcedure is the fully-qualified name of the Control's Call RPC.
 	ControlCallProcedure = "/coppice.api.v1.Control/Call"
 	// ControlWhyProcedure is the fully-qualified name of the Control's Why RPC.
@@ -176,6 +184,14 @@ type ControlClient interface {
 	Move(context.Context, *v1.MoveRequest) (*v1.ReplaceResponse, error)
 	Unpin(context.Context, *v1.UnpinRequest) (*v1.UnpinResponse, error)
 	Checkpoint(context.Context, *v1.CheckpointRequest) (*v1.CheckpointResponse, error)
+	// Checkpoints lists the earlier checkpoints that are kept of a component, oldest first.
+	Checkpoints(context.Context, *v1.CheckpointsRequest) (*v1.CheckpointsResponse, error)
+	// Restore takes a component back to one of them; calls are held meanwhile.
+	Restore(context.Context, *v1.RestoreRequest) (*v1.ReplaceResponse, error)
+	// Fork makes a new component beside another one, with the state of one of its earlier checkpoints.
+	Fork(context.Context, *v1.ForkRequest) (*v1.ForkResponse, error)
+	// Export streams a file with such a component: state, manifest and artifact. The last message says what is in it.
+	Export(context.Context, *v1.ExportRequest) (*connect.ServerStreamForClient[v1.ExportChunk], error)
 	Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error)
 	Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error)
 	// ---- what is known
@@ -412,6 +428,31 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("Checkpoint")),
 			connect.WithClientOptions(opts...),
 		),
+		checkpoints: connect.NewClient[v1.CheckpointsRequest, v1.CheckpointsResponse](
+			httpClient,
+			baseURL+ControlCheckpointsProcedure,
+			connect.WithSchema(controlMethods.ByName("Checkpoints")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
+		restore: connect.NewClient[v1.RestoreRequest, v1.ReplaceResponse](
+			httpClient,
+			baseURL+ControlRestoreProcedure,
+			connect.WithSchema(controlMethods.ByName("Restore")),
+			connect.WithClientOptions(opts...),
+		),
+		fork: connect.NewClient[v1.ForkRequest, v1.ForkResponse](
+			httpClient,
+			baseURL+ControlForkProcedure,
+			connect.WithSchema(controlMethods.ByName("Fork")),
+			connect.WithClientOptions(opts...),
+		),
+		export: connect.NewClient[v1.ExportRequest, v1.ExportChunk](
+			httpClient,
+			baseURL+ControlExportProcedure,
+			connect.WithSchema(controlMethods.ByName("Export")),
+			connect.WithClientOptions(opts...),
+		),
 		call: connect.NewClient[v1.CallRequest, v1.CallResponse](
 			httpClient,
 			baseURL+ControlCallProcedure,
@@ -499,6 +540,10 @@ type controlClient struct {
 	move         *connect.Client[v1.MoveRequest, v1.ReplaceResponse]
 	unpin        *connect.Client[v1.UnpinRequest, v1.UnpinResponse]
 	checkpoint   *connect.Client[v1.CheckpointRequest, v1.CheckpointResponse]
+	checkpoints  *connect.Client[v1.CheckpointsRequest, v1.CheckpointsResponse]
+	restore      *connect.Client[v1.RestoreRequest, v1.ReplaceResponse]
+	fork         *connect.Client[v1.ForkRequest, v1.ForkResponse]
+	export       *connect.Client[v1.ExportRequest, v1.ExportChunk]
 	call         *connect.Client[v1.CallRequest, v1.CallResponse]
 	why          *connect.Client[v1.WhyRequest, v1.WhyResponse]
 	logs         *connect.Client[v1.LogsRequest, v1.LogLine]
@@ -790,6 +835,38 @@ func (c *controlClient) Checkpoint(ctx context.Context, req *v1.CheckpointReques
 	return nil, err
 }
 
+// Checkpoints calls coppice.api.v1.Control.Checkpoints.
+func (c *controlClient) Checkpoints(ctx context.Context, req *v1.CheckpointsRequest) (*v1.CheckpointsResponse, error) {
+	response, err := c.checkpoints.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Restore calls coppice.api.v1.Control.Restore.
+func (c *controlClient) Restore(ctx context.Context, req *v1.RestoreRequest) (*v1.ReplaceResponse, error) {
+	response, err := c.restore.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Fork calls coppice.api.v1.Control.Fork.
+func (c *controlClient) Fork(ctx context.Context, req *v1.ForkRequest) (*v1.ForkResponse, error) {
+	response, err := c.fork.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Export calls coppice.api.v1.Control.Export.
+func (c *controlClient) Export(ctx context.Context, req *v1.ExportRequest) (*connect.ServerStreamForClient[v1.ExportChunk], error) {
+	return c.export.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // Call calls coppice.api.v1.Control.Call.
 func (c *controlClient) Call(ctx context.Context, req *v1.CallRequest) (*v1.CallResponse, error) {
 	response, err := c.call.CallUnary(ctx, connect.NewRequest(req))
@@ -895,6 +972,14 @@ type ControlHandler interface {
 	Move(context.Context, *v1.MoveRequest) (*v1.ReplaceResponse, error)
 	Unpin(context.Context, *v1.UnpinRequest) (*v1.UnpinResponse, error)
 	Checkpoint(context.Context, *v1.CheckpointRequest) (*v1.CheckpointResponse, error)
+	// Checkpoints lists the earlier checkpoints that are kept of a component, oldest first.
+	Checkpoints(context.Context, *v1.CheckpointsRequest) (*v1.CheckpointsResponse, error)
+	// Restore takes a component back to one of them; calls are held meanwhile.
+	Restore(context.Context, *v1.RestoreRequest) (*v1.ReplaceResponse, error)
+	// Fork makes a new component beside another one, with the state of one of its earlier checkpoints.
+	Fork(context.Context, *v1.ForkRequest) (*v1.ForkResponse, error)
+	// Export streams a file with such a component: state, manifest and artifact. The last message says what is in it.
+	Export(context.Context, *v1.ExportRequest, *connect.ServerStream[v1.ExportChunk]) error
 	Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error)
 	Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error)
 	// ---- what is known
@@ -1127,6 +1212,31 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("Checkpoint")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlCheckpointsHandler := connect.NewUnaryHandlerSimple(
+		ControlCheckpointsProcedure,
+		svc.Checkpoints,
+		connect.WithSchema(controlMethods.ByName("Checkpoints")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlRestoreHandler := connect.NewUnaryHandlerSimple(
+		ControlRestoreProcedure,
+		svc.Restore,
+		connect.WithSchema(controlMethods.ByName("Restore")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlForkHandler := connect.NewUnaryHandlerSimple(
+		ControlForkProcedure,
+		svc.Fork,
+		connect.WithSchema(controlMethods.ByName("Fork")),
+		connect.WithHandlerOptions(opts...),
+	)
+	controlExportHandler := connect.NewServerStreamHandlerSimple(
+		ControlExportProcedure,
+		svc.Export,
+		connect.WithSchema(controlMethods.ByName("Export")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlCallHandler := connect.NewUnaryHandlerSimple(
 		ControlCallProcedure,
 		svc.Call,
@@ -1245,6 +1355,14 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlUnpinHandler.ServeHTTP(w, r)
 		case ControlCheckpointProcedure:
 			controlCheckpointHandler.ServeHTTP(w, r)
+		case ControlCheckpointsProcedure:
+			controlCheckpointsHandler.ServeHTTP(w, r)
+		case ControlRestoreProcedure:
+			controlRestoreHandler.ServeHTTP(w, r)
+		case ControlForkProcedure:
+			controlForkHandler.ServeHTTP(w, r)
+		case ControlExportProcedure:
+			controlExportHandler.ServeHTTP(w, r)
 		case ControlCallProcedure:
 			controlCallHandler.ServeHTTP(w, r)
 		case ControlWhyProcedure:
@@ -1402,6 +1520,22 @@ func (UnimplementedControlHandler) Unpin(context.Context, *v1.UnpinRequest) (*v1
 
 func (UnimplementedControlHandler) Checkpoint(context.Context, *v1.CheckpointRequest) (*v1.CheckpointResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Checkpoint is not implemented"))
+}
+
+func (UnimplementedControlHandler) Checkpoints(context.Context, *v1.CheckpointsRequest) (*v1.CheckpointsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Checkpoints is not implemented"))
+}
+
+func (UnimplementedControlHandler) Restore(context.Context, *v1.RestoreRequest) (*v1.ReplaceResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Restore is not implemented"))
+}
+
+func (UnimplementedControlHandler) Fork(context.Context, *v1.ForkRequest) (*v1.ForkResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Fork is not implemented"))
+}
+
+func (UnimplementedControlHandler) Export(context.Context, *v1.ExportRequest, *connect.ServerStream[v1.ExportChunk]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Export is not implemented"))
 }
 
 func (UnimplementedControlHandler) Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error) {
