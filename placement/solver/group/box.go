@@ -24,6 +24,13 @@ type paths struct {
 
 func (f *paths) between(a, b int32) int32 { return f.d[int(a)*f.n+int(b)] }
 
+func makePaths(p *problem, cands []int32, limit int32) *paths {
+	if len(cands) > siteLimit {
+		return bySite(p, cands, limit)
+	}
+	return newPaths(p, cands, limit)
+}
+
 // newPaths relaxes all pairs of cands; above limit it need not be right.
 func newPaths(p *problem, cands []int32, limit int32) *paths {
 	n := len(cands)
@@ -60,17 +67,18 @@ func shorten(d []int32, n int, limit int32) {
 // bySite is newPaths for many candidates: shortest paths between their sites, where a site on the way costs the least access twice.
 func bySite(p *problem, cands []int32, limit int32) *paths {
 	l := &p.g.Latency
-	id := map[int32]int{}
+	id := make([]int, l.Sites) // by site, from 1
+	at := make([]int, len(cands))
 	var sites []int32
 	var access []int32
-	for _, c := range cands {
-		i, ok := id[p.site[c]]
-		if !ok {
-			i = len(sites)
-			id[p.site[c]] = i
-			sites, access = append(sites, p.site[c]), append(access, p.access[c])
+	for n, c := range cands {
+		s := p.site[c]
+		if id[s] == 0 {
+			sites, access = append(sites, s), append(access, p.access[c])
+			id[s] = len(sites)
 		}
-		access[i] = min(access[i], p.access[c])
+		at[n] = id[s] - 1
+		access[at[n]] = min(access[at[n]], p.access[c])
 	}
 	k := len(sites)
 	// with the least access at both ends the relays count twice by themselves; the ends are corrected below
@@ -85,15 +93,18 @@ func bySite(p *problem, cands []int32, limit int32) *paths {
 	shorten(d, k, limit)
 	n := len(cands)
 	f := &paths{n: n, d: make([]int32, n*n)}
+	more := make([]int32, n) // access beyond the least of the site
 	for a, c := range cands {
-		sa := id[p.site[c]]
+		more[a] = p.access[c] - access[at[a]]
+	}
+	for a, c := range cands {
+		row, from := f.d[a*n:(a+1)*n], d[at[a]*k:(at[a]+1)*k]
 		for b, e := range cands {
-			sb := id[p.site[e]]
-			if a != b {
-				f.d[a*n+b] = d[sa*k+sb] + p.access[c] - access[sa] + p.access[e] - access[sb]
-				if sa == sb {
-					f.d[a*n+b] = p.access[c] + p.access[e]
-				}
+			switch {
+			case at[a] != at[b]:
+				row[b] = from[at[b]] + more[a] + more[b]
+			case a != b:
+				row[b] = p.access[c] + p.access[e]
 			}
 		}
 	}
@@ -144,6 +155,7 @@ func (b *box) narrow(p *problem, best float64) bool {
 		if b.bound <= best+pruned {
 			return false
 		}
+		b.trim(p, best-(b.s.top(p, b.cands, b.s.size, -1, count)-p.fixed)+pruned)
 		rest := make([]float64, p.g.Regions)
 		for r := range rest {
 			rest[r] = b.s.top(p, b.cands, b.s.size-1, r, count)
@@ -153,6 +165,23 @@ func (b *box) narrow(p *problem, best float64) bool {
 			return len(b.cands) >= b.s.size
 		}
 	}
+}
+
+// trim lowers the upper ends to where radius and diameter together can still be worth more than least.
+func (b *box) trim(p *problem, least float64) {
+	longest := func(from, to int32, worth func(int32) float64) int32 {
+		for from < to { // the last one that is worth enough; worth falls
+			mid := from + (to-from+1)/2
+			if worth(mid) > least {
+				from = mid
+			} else {
+				to = mid - 1
+			}
+		}
+		return from
+	}
+	b.rhi = longest(b.rlo, b.rhi, func(r int32) float64 { return p.near(r) + p.wide(b.dlo) })
+	b.dhi = longest(b.dlo, b.dhi, func(d int32) float64 { return p.near(b.rlo) + p.wide(d) })
 }
 
 // cover raises the lower end of the radius to what the worst served anchor gets at best.
@@ -194,14 +223,10 @@ const siteLimit = 400
 // connect makes the shortest paths over the candidates, anew when far fewer are left than those were made for.
 func (b *box) connect(p *problem) {
 	n := len(b.cands)
-	if b.near != nil && (b.near.n <= 24 || n*3 > b.near.n*2) {
+	if b.near != nil && (b.near.n <= 24 || n*2 > b.near.n) {
 		return
 	}
-	if n > siteLimit {
-		b.near = bySite(p, b.cands, b.dhi)
-	} else {
-		b.near = newPaths(p, b.cands, b.dhi)
-	}
+	b.near = makePaths(p, b.cands, b.dhi)
 	b.at = make([]int32, n)
 	for i := range b.at {
 		b.at[i] = int32(i)

@@ -19,6 +19,7 @@ type local struct {
 	base  []int32
 	dist  []int32 // shortest paths inside the base
 	reach []int32 // by anchor: nearest member of the base
+	least int32   // radius with the best candidate for each anchor
 	row   []int32
 	// direct is the latency of a candidate to the base, row the shortest path
 	direct []int32
@@ -89,12 +90,14 @@ func (l *local) prepare(out int32) {
 			}
 		}
 	}
+	l.least = 0
 	for a := range p.anchor {
 		near := noLink
 		for _, c := range l.base {
 			near = min(near, p.anchor[a][c])
 		}
 		l.reach[a] = near
+		l.least = max(l.least, min(near, p.closest[a]))
 	}
 }
 
@@ -146,23 +149,23 @@ func (l *local) neighbours(out int32, best move) move {
 	for _, c := range l.base {
 		sum += s.value[c]
 	}
+	ends := p.near(l.least) + p.wide(0) - p.fixed
 	for r, list := range s.byArea {
 		if l.count[r] >= s.room {
 			continue
 		}
 		for _, c := range list {
-			most := sum + s.value[c] - p.fixed
-			if most+p.near(0)+p.wide(0) <= best.value {
+			if sum+s.value[c]+ends <= best.value {
 				break // the others of this region are worth less still
 			}
 			if l.in[c] {
 				continue
 			}
+			l.evals++
 			radius := l.radius(c)
-			if most+p.near(radius)+p.wide(0) <= best.value {
+			if p.score(sum+s.value[c], radius, 0) <= best.value {
 				continue
 			}
-			l.evals++
 			if v := p.score(sum+s.value[c], radius, l.diameter(c)); v > best.value {
 				best = move{out, c, v}
 			}
@@ -245,8 +248,76 @@ func (l *local) disturb(members int) {
 	l.value = l.evaluate(l.set)
 }
 
-// kicks is how often in a row local search is disturbed in vain before it ends.
-const kicks = 60
+// cover replaces the group by one that serves all anchors within radius if that is possible: for the anchor with the fewest servers one
+// that serves many others too and is worth much, with noise; then the most valuable that regions have room for.
+func (l *local) cover(radius int32) {
+	p := l.p
+	size := len(l.set)
+	s := p.sized(size)
+	set := make([]int32, 0, size)
+	clear(l.count)
+	clear(l.in)
+	add := func(c int32) {
+		set = append(set, c)
+		l.in[c] = true
+		l.count[p.region[c]]++
+	}
+	open := make([]int, 0, len(p.anchor))
+	for a := range p.anchor {
+		open = append(open, a)
+	}
+	for len(open) > 0 && len(set) < size {
+		best, worth := int32(-1), -inf
+		hard := l.hardest(open, radius)
+		for c, d := range p.anchor[hard] {
+			if d > radius || l.count[p.region[c]] >= s.room {
+				continue
+			}
+			v := s.value[c] + 0.05*l.rng.Float64()
+			for _, a := range open {
+				if p.anchor[a][c] <= radius {
+					v += 0.02
+				}
+			}
+			if v > worth {
+				best, worth = int32(c), v
+			}
+		}
+		if best >= 0 {
+			add(best)
+		}
+		open = slices.DeleteFunc(open, func(a int) bool { return a == hard || best >= 0 && p.anchor[a][best] <= radius })
+	}
+	for _, c := range s.order {
+		if len(set) < size && !l.in[c] && l.count[p.region[c]] < s.room {
+			add(c)
+		}
+	}
+	l.start(set)
+}
+
+// hardest is the anchor of open with the fewest servers within radius.
+func (l *local) hardest(open []int, radius int32) int {
+	found, fewest := open[0], len(l.p.node)+1
+	for _, a := range open {
+		n := 0
+		for _, d := range l.p.anchor[a] {
+			if d <= radius {
+				n++
+			}
+		}
+		if n > 0 && n < fewest {
+			found, fewest = a, n
+		}
+	}
+	return found
+}
+
+// Local search ends when it was disturbed so often in a row in vain, or when that took so many evaluations.
+const (
+	kicks     = 80
+	vainEvals = 300_000
+)
 
 // search runs local search from the current group and calls found with what is better than anything before.
 func (l *local) search(best float64, found func(set []int32, value float64)) {
@@ -275,13 +346,31 @@ func (l *local) search(best float64, found func(set []int32, value float64)) {
 	l.descend()
 	take()
 	home := slices.Clone(l.set)
-	for vain := 0; vain < kicks && len(home) > 0 && !l.ended(); vain++ {
-		l.start(home)
-		l.disturb(2 + vain%3)
+	for vain, since := 0, l.evals; vain < kicks && l.evals-since < vainEvals && !l.ended(); vain++ {
+		if l.start(home); vain%2 == 0 {
+			l.disturb(2 + vain/2%3)
+		} else {
+			l.resize(vain / 2)
+			_, radius, _ := p.measure(l.set)
+			lo := p.tightest()
+			l.cover(lo + int32(l.rng.Float64()*float64(max(radius-lo, 0)+1)))
+		}
 		l.descend()
 		if take() {
 			home = append(home[:0], l.set...)
-			vain = -1
+			vain, since = -1, l.evals
 		}
 	}
+}
+
+// resize makes another size the one that cover builds: each in turn. The members that are too many leave, those that are missing are any.
+func (l *local) resize(turn int) {
+	size := l.p.least + turn%(l.p.most-l.p.least+1)
+	set := slices.Clone(l.set[:min(len(l.set), size)])
+	for _, c := range l.p.sized(size).order {
+		if len(set) < size && !slices.Contains(set, c) {
+			set = append(set, c)
+		}
+	}
+	l.set = set
 }

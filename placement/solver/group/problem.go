@@ -18,6 +18,7 @@ type problem struct {
 	worth   []float64 // by candidate: share of the utility in a group of one
 	cost    []float64 // by candidate: of being a member
 	anchor  [][]int32 // by anchor, by candidate: latency
+	closest []int32   // by anchor: latency of the nearest candidate
 	isPoint []bool    // by candidate: it is an anchor
 	fixed   float64   // cost of leaving all of the current group
 	limit   int32     // the longest diameter
@@ -71,10 +72,13 @@ func newProblem(g *instance.Group) *problem {
 		p.cost = append(p.cost, c)
 	}
 	p.anchor = make([][]int32, len(g.Anchors))
+	p.closest = make([]int32, len(g.Anchors))
 	for a, i := range g.Anchors {
+		p.closest[a] = noLink
 		p.anchor[a] = make([]int32, len(p.node))
 		for c, j := range p.node {
 			p.anchor[a][c] = g.Latency.Between(int(i), int(j))
+			p.closest[a] = min(p.closest[a], p.anchor[a][c])
 		}
 	}
 	p.least, p.most = g.MinNodes, min(g.MaxNodes, len(p.node))
@@ -108,6 +112,9 @@ func (p *problem) between(a, b int32) int32 {
 	l := &p.g.Latency
 	return l.Base[int(p.site[a])*l.Sites+int(p.site[b])] + p.access[a] + p.access[b]
 }
+
+// tightest is the radius that no group is within.
+func (p *problem) tightest() int32 { return slices.Max(p.closest) }
 
 // near is the worth of a radius, wide that of a diameter.
 func (p *problem) near(r int32) float64 {

@@ -49,11 +49,12 @@ type search struct {
 	steps int
 	ended bool
 	queue boxes
+	left  float64 // bounds what was too large to search
 }
 
 // Solve looks for the best group until it is proven or ctx ends.
 func Solve(ctx context.Context, g *instance.Group, opt Options) Result {
-	s := &search{p: newProblem(g), ctx: ctx, begun: time.Now(), best: -inf}
+	s := &search{p: newProblem(g), ctx: ctx, begun: time.Now(), best: -inf, left: -inf}
 	p := s.p
 	if p.most < p.least {
 		s.res.Bound, s.res.Proven = -inf, true
@@ -63,7 +64,7 @@ func Solve(ctx context.Context, g *instance.Group, opt Options) Result {
 	l.search(-penalty/2, s.improve)
 	open := s.roots()
 	if !opt.LocalOnly {
-		open = s.prove()
+		open = max(s.prove(), s.left)
 	}
 	s.finish(open)
 	return s.res
@@ -144,6 +145,33 @@ func (s *search) roots() float64 {
 	return s.queue[0].bound
 }
 
+// share makes the paths over the candidates of all boxes of the queue once for all of them.
+func (s *search) share() {
+	p := s.p
+	at := make([]int32, len(p.node))
+	var cands []int32
+	longest := int32(0)
+	for _, b := range s.queue {
+		longest = max(longest, b.dhi)
+		for _, c := range b.cands {
+			if at[c] == 0 {
+				cands = append(cands, c)
+				at[c] = int32(len(cands))
+			}
+		}
+	}
+	if len(s.queue) < 2 || len(cands) > maxCandidates {
+		return
+	}
+	near := makePaths(p, cands, longest)
+	for _, b := range s.queue {
+		b.near, b.at = near, make([]int32, len(b.cands))
+		for i, c := range b.cands {
+			b.at[i] = at[c] - 1
+		}
+	}
+}
+
 // prove takes the queue down and returns a bound of what it did not get to.
 func (s *search) prove() float64 {
 	place := make([]int32, len(s.p.node))
@@ -151,6 +179,7 @@ func (s *search) prove() float64 {
 		place[i] = -1
 	}
 	dominators := map[int][][]int32{}
+	s.share()
 	for len(s.queue) > 0 {
 		if s.check(); s.ended {
 			return s.queue[0].bound
@@ -218,8 +247,9 @@ func patience(p *problem, b *box) int {
 // halve puts both halves of a box into the queue.
 func (s *search) halve(b *box) {
 	low, high := b.split(s.p)
-	if low == nil {
-		panic("group: a box that cannot be split was not searched to its end")
+	if low == nil { // too many candidates of one radius and diameter
+		s.left = max(s.left, b.bound)
+		return
 	}
 	for _, half := range []*box{low, high} {
 		if half.narrow(s.p, s.best) {
