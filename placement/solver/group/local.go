@@ -23,9 +23,9 @@ type local struct {
 	row   []int32
 	// direct is the latency of a candidate to the base, row the shortest path
 	direct []int32
-	count []int
-	evals int
-	stop  bool
+	count  []int
+	evals  int
+	stop   bool
 }
 
 func newLocal(ctx context.Context, p *problem, seed uint64) *local {

@@ -10,18 +10,18 @@ const (
 
 // Nodes by column. Region counts from 0.
 type Nodes struct {
-	Region       []int32
-	Alive        []bool
-	Blacklisted  []bool
-	Quarantined  []bool // assignment only
-	Load5        []float64
-	LiveSlices   []float64
-	CPUGHz       []float64
-	FreeCPU      []float64 // percent of the clock
-	MemPressure  []float64
-	Price        []float64
-	CPU          []int64 // millis, assignment only
-	Memory       []int64 // MiB, assignment only
+	Region      []int32
+	Alive       []bool
+	Blacklisted []bool
+	Quarantined []bool // assignment only
+	Load5       []float64
+	LiveSlices  []float64
+	CPUGHz      []float64
+	FreeCPU     []float64 // percent of the clock
+	MemPressure []float64
+	Price       []float64
+	CPU         []int64 // millis, assignment only
+	Memory      []int64 // MiB, assignment only
 }
 
 // FreeGHz is the free part of the clock of node i.

@@ -1,0 +1,209 @@
+package assign
+
+import (
+	"context"
+	"math"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/coppice-project/coppice/placement/solver/instance"
+)
+
+// Tolerance is how far above the result of a proven solution the best placement may be.
+const Tolerance = 1e-9
+
+// Options of a solver.
+type Options struct {
+	Seed uint64
+	// Steps is the length of the search: the same problem, seed and steps give the same result. 0: the search is as long as Deadline,
+	// and cools by the clock.
+	Steps    int
+	Deadline time.Duration
+	// Clock is what the deadline is measured with; nil: time since the solver was made.
+	Clock func() time.Duration
+	// Repair ends the search when everything that must have a place has one: what runs and may stay is not touched.
+	Repair bool
+}
+
+// Result of a search.
+type Result struct {
+	Feasible  bool // Placement violates nothing
+	Placement [][]int32
+	Objective float64
+	Bound     float64 // no placement is worth more
+	Proven    bool    // no placement is worth more than Objective + Tolerance
+	First     time.Duration
+	Best      time.Duration
+	Steps     int
+}
+
+// solver is one search.
+type solver struct {
+	p     *problem
+	opt   Options
+	ctx   context.Context
+	clock func() time.Duration
+	rng   *rand.Rand
+	res   Result
+	best  [][]int32
+	top   rank // of best
+	ended bool
+	ticks int
+}
+
+// Solve looks for the best placement until the options or ctx end it.
+func Solve(ctx context.Context, a *instance.Assignment, opt Options) Result {
+	begun := time.Now()
+	s := &solver{opt: opt, ctx: ctx, clock: opt.Clock, rng: rand.New(rand.NewPCG(opt.Seed, 0x2545f4914f6cdd1d)), top: rank{broken: 1 << 30}}
+	if s.clock == nil {
+		s.clock = func() time.Duration { return time.Since(begun) }
+	}
+	if opt.Steps <= 0 && opt.Deadline <= 0 {
+		s.opt.Steps = 100_000 + 1000*a.Replicas()
+	}
+	s.p = newProblem(a)
+	st := newState(s.p)
+	s.start(st)
+	if !opt.Repair {
+		s.search(st)
+	}
+	s.finish()
+	return s.res
+}
+
+// over tells whether the time is used up; it asks the clock now and then only.
+func (s *solver) over() bool {
+	if s.ticks++; !s.ended && s.ticks&63 == 0 {
+		s.ended = s.late()
+	}
+	return s.ended
+}
+
+func (s *solver) late() bool {
+	return s.ctx.Err() != nil || s.opt.Deadline > 0 && s.clock() >= s.opt.Deadline
+}
+
+// start makes a first placement: what runs stays, what is missing is added; and where more than a repair is wanted another one from
+// nothing.
+func (s *solver) start(st *state) {
+	st.keep()
+	s.complete(st)
+	s.take(st)
+}
+
+// complete places what is missing.
+func (s *solver) complete(st *state) {
+	st.pin()
+	b := newBuilder(st, s.rng)
+	if !b.build() {
+		b.force(200+20*s.p.replicas, s.over)
+	}
+}
+
+// take remembers a placement that is better than all before.
+func (s *solver) take(st *state) bool {
+	if !st.rank().above(s.top) {
+		return false
+	}
+	s.top = st.rank()
+	s.best = st.snapshot(s.best)
+	s.res.Best = s.clock()
+	if !s.res.Feasible && s.top.broken == 0 {
+		s.res.Feasible, s.res.First = true, s.res.Best
+	}
+	return true
+}
+
+// Temperatures: a share of the worth of a replica, so that they mean the same in small and large problems.
+var cold = env("COLD", 0.001)
+
+// search anneals again and again from the best placement, the first time from the better of the first one and one made afresh.
+func (s *solver) search(st *state) {
+	fresh := newState(s.p)
+	s.complete(fresh)
+	if s.take(fresh) {
+		st = fresh
+	}
+	a := newAnnealer(st, s.rng)
+	for round := 0; !s.ended && len(a.all) > 0; round++ {
+		st.restore(s.best)
+		a.restart()
+		heat := heats[round%len(heats)]
+		s.cool(a, heat/float64(s.p.replicas), cold/float64(s.p.replicas))
+		st.restore(a.best)
+		a.restart()
+		a.descend(s.over)
+		s.take(st)
+		if s.top.broken > 0 {
+			s.harder(st)
+		}
+		if s.opt.Steps > 0 && s.res.Steps >= s.opt.Steps {
+			return
+		}
+	}
+}
+
+// harder makes violations cost more.
+func (s *solver) harder(st *state) {
+	before := s.p.strict
+	s.p.harden()
+	st.value -= (s.p.strict - before) * float64(st.broken)
+	s.top.value = math.Inf(-1) // it was compared by other costs
+}
+
+// heats are the temperatures at which annealings begin, in turn: the second forgets nearly everything, the third next to nothing.
+
+var heats = []float64{env("H0", 0.1), env("H1", 0.3), env("H2", 0.03)}
+
+// stepsEach is how many steps for each replica one annealing takes where there is time for several.
+var stepsEach = int(env("EACH", 5000))
+
+// cool is one annealing, as long as the rest of the budget or a part of it where that is long enough for several.
+func (s *solver) cool(a *annealer, from, to float64) {
+	whole := stepsEach * len(a.all)
+	begun, first := s.clock(), s.res.Steps
+	for done := 0; !s.over(); done++ {
+		if done&255 == 0 {
+			x := s.progress(done, first, whole, begun)
+			if x >= 1 {
+				return
+			}
+			a.heat = from * math.Pow(to/from, x)
+		}
+		a.try()
+		s.res.Steps++
+	}
+}
+
+// progress tells how much of an annealing that began at begun with step first is over after done steps.
+func (s *solver) progress(done, first, whole int, begun time.Duration) float64 {
+	if s.opt.Steps > 0 {
+		if left := s.opt.Steps - first; left < 2*whole {
+			whole = left
+		}
+		return float64(done) / float64(max(whole, 1))
+	}
+	now := s.clock()
+	left, spent := float64(s.opt.Deadline-begun)*0.97, float64(now-begun) // a little is for the last descent
+	if done > 2000 && left*float64(done)/max(spent, 1) > 2*float64(whole) {
+		return float64(done) / float64(whole)
+	}
+	return spent / max(left, 1)
+}
+
+// finish makes the result.
+func (s *solver) finish() {
+	s.res.Placement = s.best
+	score, wrong := s.p.a.Judge(s.best)
+	s.res.Feasible = len(wrong) == 0
+	s.res.Objective = score.Objective
+}
+
+func env(k string, d float64) float64 {
+	if v, err := strconv.ParseFloat(os.Getenv(k), 64); err == nil {
+		return v
+	}
+	return d
+}
