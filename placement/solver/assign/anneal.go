@@ -176,7 +176,7 @@ func (a *annealer) promising(region int) int32 {
 	return list[int(x*x*x*float64(len(list)))]
 }
 
-// swap lets two replicas change places.
+// swap moves a replica to where another one is, which makes room by going where the first was, or anywhere.
 func (a *annealer) swap() {
 	w := a.all[a.rng.IntN(len(a.all))]
 	c, r := int(w.comp), int(w.replica)
@@ -198,15 +198,22 @@ func (a *annealer) swap() {
 	}
 	// what does not fit even without the other is not worth undoing
 	k, o := &a.p.parts[c], &a.p.parts[d]
-	if a.cpu[to]+o.CPU < k.CPU || a.memory[to]+o.Memory < k.Memory || a.cpu[from]+k.CPU < o.CPU || a.memory[from]+k.Memory < o.Memory {
+	if a.cpu[to]+o.CPU < k.CPU || a.memory[to]+o.Memory < k.Memory {
+		return
+	}
+	away := from
+	if a.rng.IntN(2) == 0 {
+		away = a.target(d, to)
+	}
+	if away < 0 || away == to || away == from && (a.cpu[from]+k.CPU < o.CPU || a.memory[from]+k.Memory < o.Memory) {
 		return
 	}
 	other := who{int32(d), int32(q)}
 	v := a.to(other, -1)
 	if a.fits(c, from, to) {
 		v += a.to(w, to)
-		if a.fits(d, -1, from) {
-			if v += a.to(other, from); a.accepts(v) {
+		if a.fits(d, -1, away) {
+			if v += a.to(other, away); a.accepts(v) {
 				a.settle()
 				return
 			}

@@ -52,6 +52,19 @@ func (s *state) pin() {
 	}
 }
 
+// unpinned counts pinned nodes without a replica.
+func (s *state) unpinned() int {
+	n := 0
+	for c := range s.p.parts {
+		for _, node := range s.p.parts[c].Pinned {
+			if s.count(c, node) == 0 {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // room makes room for a replica of c on node n by putting others nowhere.
 func (s *state) room(c int, from, n int32) bool {
 	for !s.fits(c, from, n) {

@@ -2,14 +2,16 @@ package assign
 
 import (
 	"context"
+	"fmt"
 	"math"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"time"
 
 	"github.com/coppice-project/coppice/placement/solver/instance"
 )
+
+// smallShare of the deadline goes to searching where the rest is enough to go through all placements.
+const smallShare = 0.2
 
 // Tolerance is how far above the result of a proven solution the best placement may be.
 const Tolerance = 1e-9
@@ -50,13 +52,14 @@ type solver struct {
 	best  [][]int32
 	top   rank // of best
 	ended bool
+	cut   float64 // share of the deadline that search may take
 	ticks int
 }
 
 // Solve looks for the best placement until the options or ctx end it.
 func Solve(ctx context.Context, a *instance.Assignment, opt Options) Result {
 	begun := time.Now()
-	s := &solver{opt: opt, ctx: ctx, clock: opt.Clock, rng: rand.New(rand.NewPCG(opt.Seed, 0x2545f4914f6cdd1d)), top: rank{broken: 1 << 30}}
+	s := &solver{cut: 1, opt: opt, ctx: ctx, clock: opt.Clock, rng: rand.New(rand.NewPCG(opt.Seed, 0x2545f4914f6cdd1d)), top: rank{broken: 1 << 30}}
 	if s.clock == nil {
 		s.clock = func() time.Duration { return time.Since(begun) }
 	}
@@ -66,10 +69,25 @@ func Solve(ctx context.Context, a *instance.Assignment, opt Options) Result {
 	s.p = newProblem(a)
 	st := newState(s.p)
 	s.start(st)
-	if !opt.Repair {
+	if opt.Repair {
+		s.finish(math.Inf(1), false)
+		return s.res
+	}
+	b := newBounds(s.p)
+	bound := b.all()
+	if s.p.small() {
+		s.cut = smallShare
+		s.search(st)
+		s.cut, s.ended = 1, s.late()
+		if !s.ended && s.enumerate(b) {
+			bound = s.top.value
+			s.finish(bound, true)
+			return s.res
+		}
+	} else {
 		s.search(st)
 	}
-	s.finish()
+	s.finish(bound, false)
 	return s.res
 }
 
@@ -82,7 +100,7 @@ func (s *solver) over() bool {
 }
 
 func (s *solver) late() bool {
-	return s.ctx.Err() != nil || s.opt.Deadline > 0 && s.clock() >= s.opt.Deadline
+	return s.ctx.Err() != nil || s.opt.Deadline > 0 && s.clock() >= time.Duration(s.cut*float64(s.opt.Deadline))
 }
 
 // start makes a first placement: what runs stays, what is missing is added; and where more than a repair is wanted another one from
@@ -104,10 +122,12 @@ func (s *solver) complete(st *state) {
 
 // take remembers a placement that is better than all before.
 func (s *solver) take(st *state) bool {
-	if !st.rank().above(s.top) {
+	r := st.rank()
+	r.broken += st.unpinned()
+	if !r.above(s.top) {
 		return false
 	}
-	s.top = st.rank()
+	s.top = r
 	s.best = st.snapshot(s.best)
 	s.res.Best = s.clock()
 	if !s.res.Feasible && s.top.broken == 0 {
@@ -117,7 +137,7 @@ func (s *solver) take(st *state) bool {
 }
 
 // Temperatures: a share of the worth of a replica, so that they mean the same in small and large problems.
-var cold = env("COLD", 0.001)
+const cold = 0.004
 
 // search anneals again and again from the best placement, the first time from the better of the first one and one made afresh.
 func (s *solver) search(st *state) {
@@ -155,10 +175,10 @@ func (s *solver) harder(st *state) {
 
 // heats are the temperatures at which annealings begin, in turn: the second forgets nearly everything, the third next to nothing.
 
-var heats = []float64{env("H0", 0.1), env("H1", 0.3), env("H2", 0.03)}
+var heats = []float64{0.2, 0.4, 0.1}
 
 // stepsEach is how many steps for each replica one annealing takes where there is time for several.
-var stepsEach = int(env("EACH", 5000))
+const stepsEach = 10_000
 
 // cool is one annealing, as long as the rest of the budget or a part of it where that is long enough for several.
 func (s *solver) cool(a *annealer, from, to float64) {
@@ -186,24 +206,28 @@ func (s *solver) progress(done, first, whole int, begun time.Duration) float64 {
 		return float64(done) / float64(max(whole, 1))
 	}
 	now := s.clock()
-	left, spent := float64(s.opt.Deadline-begun)*0.97, float64(now-begun) // a little is for the last descent
+	left, spent := (s.cut*float64(s.opt.Deadline)-float64(begun))*0.97, float64(now-begun) // a little is for the last descent
 	if done > 2000 && left*float64(done)/max(spent, 1) > 2*float64(whole) {
 		return float64(done) / float64(whole)
 	}
 	return spent / max(left, 1)
 }
 
-// finish makes the result.
-func (s *solver) finish() {
+// finish makes the result; whole: everything was gone through.
+func (s *solver) finish(bound float64, whole bool) {
 	s.res.Placement = s.best
 	score, wrong := s.p.a.Judge(s.best)
-	s.res.Feasible = len(wrong) == 0
-	s.res.Objective = score.Objective
-}
-
-func env(k string, d float64) float64 {
-	if v, err := strconv.ParseFloat(os.Getenv(k), 64); err == nil {
-		return v
+	if (len(wrong) == 0) != (s.top.broken == 0) {
+		panic(fmt.Sprintf("assign: %d violations were counted, there are %v", s.top.broken, wrong))
 	}
-	return d
+	s.res.Objective, s.res.Bound = score.Objective, bound
+	switch {
+	case !s.res.Feasible:
+		s.res.Proven = whole
+	case whole:
+		s.res.Proven, s.res.Bound = true, score.Objective
+	default:
+		s.res.Bound = max(bound, score.Objective)
+		s.res.Proven = bound <= score.Objective+Tolerance
+	}
 }

@@ -23,6 +23,8 @@ type Options struct {
 	Seed uint64
 	// LocalOnly leaves branch and bound out; the bound is then a plain one.
 	LocalOnly bool
+	// Clock is what First and Best are measured with; nil: time since Solve was called.
+	Clock func() time.Duration
 }
 
 // Result of Solve.
@@ -42,7 +44,7 @@ type Result struct {
 type search struct {
 	p     *problem
 	ctx   context.Context
-	begun time.Time
+	clock func() time.Duration
 	best  float64
 	group []int32
 	res   Result
@@ -54,7 +56,12 @@ type search struct {
 
 // Solve looks for the best group until it is proven or ctx ends.
 func Solve(ctx context.Context, g *instance.Group, opt Options) Result {
-	s := &search{p: newProblem(g), ctx: ctx, begun: time.Now(), best: -inf, left: -inf}
+	clock := opt.Clock
+	if clock == nil {
+		begun := time.Now()
+		clock = func() time.Duration { return time.Since(begun) }
+	}
+	s := &search{p: newProblem(g), ctx: ctx, clock: clock, best: -inf, left: -inf}
 	p := s.p
 	if p.most < p.least {
 		s.res.Bound, s.res.Proven = -inf, true
@@ -73,7 +80,7 @@ func Solve(ctx context.Context, g *instance.Group, opt Options) Result {
 func (s *search) improve(set []int32, value float64) {
 	s.best = value
 	s.group = append(s.group[:0], set...)
-	s.res.Best = time.Since(s.begun)
+	s.res.Best = s.clock()
 	if !s.res.Feasible {
 		s.res.Feasible, s.res.First = true, s.res.Best
 	}
