@@ -227,6 +227,7 @@ func solveOne(ctx context.Context, cfg PlacementConfig, f *instance.File) (Place
 	var value, bound float64
 	var wrong []string
 	var save func(path string) error
+	death := func() {}
 	if g := f.Group; g != nil {
 		res := group.Solve(watched{ctx, watch, cfg.Deadline}, g, group.Options{Seed: cfg.Seed, Clock: watch.elapsed})
 		row.Nodes, row.Feasible, row.Proven, row.Steps, row.First, row.Best = g.N, res.Feasible, res.Proven, res.Steps, res.First.Seconds(), res.Best.Seconds()
@@ -246,7 +247,7 @@ func solveOne(ctx context.Context, cfg PlacementConfig, f *instance.File) (Place
 		save = func(path string) error {
 			return instance.WriteAssignment(path, a.Name, res.Placement, res.Objective)
 		}
-		defer func() { afterDeath(ctx, cfg, a, res.Placement, &row) }()
+		death = func() { afterDeath(ctx, cfg, a, res.Placement, &row) }
 	}
 	row.Time, row.CPU = time.Since(wall).Seconds(), (cpuTime() - cpu).Seconds()
 	peak, err := peakMemory()
@@ -257,6 +258,7 @@ func solveOne(ctx context.Context, cfg PlacementConfig, f *instance.File) (Place
 	if len(wrong) > 0 {
 		return row, fmt.Errorf("%s: the solution violates %s", f.Name(), strings.Join(wrong, ", "))
 	}
+	death()
 	if row.Feasible {
 		gap := (bound - value) / math.Abs(value)
 		row.Value, row.Bound, row.Gap = &value, &bound, &gap

@@ -10,7 +10,7 @@ import (
 type bounds struct {
 	p     *problem
 	share [][2]float64 // by node: what a milli of CPU and a MiB on it cost at least: its replicas together fill it once at most
-	call  [][]float64  // by binding, by node: the most a caller there can win
+	call  [][]float64  // by binding, by node: the most a caller there can win; nil: all a call is worth
 }
 
 func newBounds(p *problem) *bounds {
@@ -33,11 +33,16 @@ func newBounds(p *problem) *bounds {
 			b.share[i][1] = p.price[i] / float64(have)
 		}
 	}
-	for i := range p.links {
-		b.call[i] = b.calls(i)
+	for i, l := range p.links {
+		if len(p.links)*p.a.N <= detailed || p.areApart(l.from, l.to) && len(p.parts)*p.a.N <= detailed {
+			b.call[i] = b.calls(i)
+		}
 	}
 	return b
 }
+
+// detailed is the number of components × nodes, and bindings × nodes, up to which each is looked at; above it bounds are coarser.
+const detailed = 2_000_000
 
 // mayHost tells whether node i can have a replica of c at all.
 func (p *problem) mayHost(c, i int) bool {
@@ -107,9 +112,28 @@ func (b *bounds) replica(c, i int, priced bool) float64 {
 		v -= b.share[i][0]*float64(k.CPU) + b.share[i][1]*float64(k.Memory)
 	}
 	for _, l := range k.out {
-		v += b.call[l][i]
+		if b.call[l] != nil {
+			v += b.call[l][i]
+		} else {
+			v += b.p.links[l].worth
+		}
 	}
 	return v
+}
+
+// coarse bounds what all replicas of c win together without looking at each node: all on the best one, where nothing costs.
+func (b *bounds) coarse(c int, best []float64) float64 {
+	k := &b.p.parts[c]
+	v := 0.0
+	for r, ok := range k.Regions {
+		if ok {
+			v = max(v, best[r])
+		}
+	}
+	for _, l := range k.out {
+		v += b.p.links[l].worth
+	}
+	return v * float64(k.Replicas)
 }
 
 // least is a heap of the best values so far, the least on top.
@@ -179,8 +203,18 @@ func (b *bounds) component(c int, priced bool) float64 {
 // all bounds the objective.
 func (b *bounds) all() float64 {
 	sum := 0.0
+	best := make([]float64, b.p.a.Regions)
+	for i, ok := range b.p.usable {
+		if r := b.p.a.Nodes.Region[i]; ok {
+			best[r] = max(best[r], b.p.quality[i])
+		}
+	}
 	for c := range b.p.parts {
-		sum += b.component(c, true)
+		if len(b.p.parts)*b.p.a.N <= detailed {
+			sum += b.component(c, true)
+		} else {
+			sum += b.coarse(c, best)
+		}
 	}
 	return sum
 }

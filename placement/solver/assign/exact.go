@@ -109,7 +109,7 @@ func (e *exact) hopeful(c, left int) bool {
 	}
 	v += e.rest[min(next, len(e.p.parts))]
 	for b, l := range e.p.links { // placed callers whose calls may become shorter yet
-		if l.to < c || l.to == c && left == 0 {
+		if l.to < c {
 			continue
 		}
 		for x, n := range e.at[l.from] {

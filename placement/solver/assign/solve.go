@@ -2,7 +2,6 @@ package assign
 
 import (
 	"context"
-	"fmt"
 	"math"
 	"math/rand/v2"
 	"time"
@@ -78,7 +77,8 @@ func Solve(ctx context.Context, a *instance.Assignment, opt Options) Result {
 	if s.p.small() {
 		s.cut = smallShare
 		s.search(st)
-		s.cut, s.ended = 1, s.late()
+		s.cut = 1
+		s.ended = s.late()
 		if !s.ended && s.enumerate(b) {
 			bound = s.top.value
 			s.finish(bound, true)
@@ -136,15 +136,20 @@ func (s *solver) take(st *state) bool {
 	return true
 }
 
-// Temperatures: a share of the worth of a replica, so that they mean the same in small and large problems.
+// Temperatures are shares of the worth of a replica, so that they mean the same in small and large problems. Annealings begin with heats in
+// turn: the second forgets nearly everything.
+var heats = []float64{0.2, 0.4, 0.1}
+
+// cold is where annealings end.
 const cold = 0.004
 
 // search anneals again and again from the best placement, the first time from the better of the first one and one made afresh.
 func (s *solver) search(st *state) {
-	fresh := newState(s.p)
-	s.complete(fresh)
-	if s.take(fresh) {
-		st = fresh
+	if fresh := newState(s.p); !s.late() {
+		s.complete(fresh)
+		if s.take(fresh) {
+			st = fresh
+		}
 	}
 	a := newAnnealer(st, s.rng)
 	for round := 0; !s.ended && len(a.all) > 0; round++ {
@@ -172,10 +177,6 @@ func (s *solver) harder(st *state) {
 	st.value -= (s.p.strict - before) * float64(st.broken)
 	s.top.value = math.Inf(-1) // it was compared by other costs
 }
-
-// heats are the temperatures at which annealings begin, in turn: the second forgets nearly everything, the third next to nothing.
-
-var heats = []float64{0.2, 0.4, 0.1}
 
 // stepsEach is how many steps for each replica one annealing takes where there is time for several.
 const stepsEach = 10_000
@@ -215,15 +216,21 @@ func (s *solver) progress(done, first, whole int, begun time.Duration) float64 {
 
 // finish makes the result; whole: everything was gone through.
 func (s *solver) finish(bound float64, whole bool) {
+	s.res.Bound = bound
+	if !s.res.Feasible {
+		s.res.Proven = whole
+		if whole {
+			s.res.Bound = math.Inf(-1)
+		}
+		return
+	}
 	s.res.Placement = s.best
 	score, wrong := s.p.a.Judge(s.best)
-	if (len(wrong) == 0) != (s.top.broken == 0) {
-		panic(fmt.Sprintf("assign: %d violations were counted, there are %v", s.top.broken, wrong))
+	if len(wrong) > 0 {
+		panic("assign: the result violates " + wrong[0])
 	}
-	s.res.Objective, s.res.Bound = score.Objective, bound
+	s.res.Objective = score.Objective
 	switch {
-	case !s.res.Feasible:
-		s.res.Proven = whole
 	case whole:
 		s.res.Proven, s.res.Bound = true, score.Objective
 	default:
