@@ -150,6 +150,7 @@ func NewGroup(spec GroupSpec) *Group {
 			g.Anchors = append(g.Anchors, i)
 		}
 	}
+	g.Current = []int32{}
 	if spec.Current {
 		for i := range spec.N {
 			if _, ok := g.Eligible(i); ok && len(g.Current) < g.MinNodes && m.r.IntN(4) == 0 {
@@ -203,7 +204,7 @@ func (m *maker) plant(a *Assignment, total int, spec AssignmentSpec) error {
 	cpu, memory := slices.Clone(a.Nodes.CPU), slices.Clone(a.Nodes.Memory)
 	for c := range a.Components {
 		k := &a.Components[c]
-		k.MaxPerNode, k.MaxPerRegion, k.MinRegions, k.Regions = 1, k.Replicas, 1, []bool{true, true, true, true}
+		k.MaxPerNode, k.MaxPerRegion, k.MinRegions, k.Regions, k.Pinned = 1, k.Replicas, 1, []bool{true, true, true, true}, []int32{}
 		var at []int32
 		for tries := 0; len(at) < k.Replicas; tries++ {
 			if tries > 100*a.N {
