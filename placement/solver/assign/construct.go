@@ -124,7 +124,6 @@ type builder struct {
 	next  []int   // by region: nodes of its rank before this one have replicas
 	seen  []int32 // by node: the turn in which it was last looked at
 	turn  int32
-	fresh []int32 // nodes that were used lately
 }
 
 func newBuilder(s *state, rng *rand.Rand) *builder {

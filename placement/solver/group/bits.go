@@ -28,23 +28,6 @@ func (b bitset) next(i int) int {
 	return -1
 }
 
-func (b bitset) count() int {
-	n := 0
-	for _, w := range b {
-		n += bits.OnesCount64(w)
-	}
-	return n
-}
-
-func (b bitset) meets(c bitset) bool {
-	for i, w := range b {
-		if w&c[i] != 0 {
-			return true
-		}
-	}
-	return false
-}
-
 // common counts what b and c share and finds the first of it, -1: nothing.
 func (b bitset) common(c bitset) (n, first int) {
 	first = -1

@@ -22,8 +22,6 @@ type paths struct {
 	d []int32
 }
 
-func (f *paths) between(a, b int32) int32 { return f.d[int(a)*f.n+int(b)] }
-
 func makePaths(p *problem, cands []int32, limit int32) *paths {
 	if len(cands) > siteLimit {
 		return bySite(p, cands, limit)
