@@ -65,15 +65,16 @@ func newProblem(a *instance.Assignment) *problem {
 			p.parts[x[0]].apart = true
 		}
 	}
+	limits := a.Latency.Limits()
 	for i, b := range a.Bindings {
 		l := link{from: b.From, to: b.To, limit: 1<<31 - 1, strict: strict}
 		if k := a.Components[b.From].Replicas; k > 0 {
 			l.worth = b.Weight / total / float64(k)
 		}
 		l.perUnit = l.worth * a.Latency.Unit / b.XMaxMs
-		l.far = a.Latency.Below(b.XMaxMs, false)
+		l.far = limits.Below(b.XMaxMs, false)
 		if b.MaxMs > 0 {
-			l.limit = a.Latency.Below(b.MaxMs, false)
+			l.limit = limits.Below(b.MaxMs, false)
 		}
 		p.links = append(p.links, l)
 		p.parts[b.From].out = append(p.parts[b.From].out, i)

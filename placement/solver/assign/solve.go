@@ -156,7 +156,8 @@ func (s *solver) search(st *state) {
 		st.restore(s.best)
 		a.restart()
 		heat := heats[round%len(heats)]
-		s.cool(a, heat/float64(s.p.replicas), cold/float64(s.p.replicas))
+		long := stepsEach * len(a.all) << min(round/len(heats), 20)
+		s.cool(a, heat/float64(s.p.replicas), cold/float64(s.p.replicas), long)
 		st.restore(a.best)
 		a.restart()
 		a.descend(s.over)
@@ -178,12 +179,12 @@ func (s *solver) harder(st *state) {
 	s.top.value = math.Inf(-1) // it was compared by other costs
 }
 
-// stepsEach is how many steps for each replica one annealing takes where there is time for several.
+// stepsEach is how many steps for each replica the first annealings take where there is time for several; each time that all heats had
+// their turn they take twice as many.
 const stepsEach = 10_000
 
 // cool is one annealing, as long as the rest of the budget or a part of it where that is long enough for several.
-func (s *solver) cool(a *annealer, from, to float64) {
-	whole := stepsEach * len(a.all)
+func (s *solver) cool(a *annealer, from, to float64, whole int) {
 	begun, first := s.clock(), s.res.Steps
 	for done := 0; !s.over(); done++ {
 		if done&255 == 0 {

@@ -97,10 +97,11 @@ func (a *Assignment) judgeComponent(c int, hosts map[int32]int) (wrong []string,
 }
 
 func (a *Assignment) judgeBindings(placement [][]int32) (worth float64, wrong []string) {
+	limits := a.Latency.Limits()
 	for i, b := range a.Bindings {
 		limit := None - 1
 		if b.MaxMs > 0 {
-			limit = a.Latency.Below(b.MaxMs, false)
+			limit = limits.Below(b.MaxMs, false)
 		}
 		sum := 0.0
 		for _, x := range placement[b.From] {

@@ -32,6 +32,31 @@ func (l *Latency) Between(i, j int) int32 {
 // Ms converts units to milliseconds.
 func (l *Latency) Ms(v int32) float64 { return float64(v) * l.Unit }
 
+// Limits remembers what Below said: it computes with decimals, and the same few limits come again and again.
+type Limits struct {
+	l    *Latency
+	seen map[limit]int32
+}
+
+type limit struct {
+	ms     float64
+	strict bool
+}
+
+// Limits of these latencies.
+func (l *Latency) Limits() Limits { return Limits{l, map[limit]int32{}} }
+
+// Below is Latency.Below.
+func (m Limits) Below(ms float64, strict bool) int32 {
+	k := limit{ms, strict}
+	v, ok := m.seen[k]
+	if !ok {
+		v = m.l.Below(ms, strict)
+		m.seen[k] = v
+	}
+	return v
+}
+
 // Below is the largest number of units that is shorter than ms: strictly, or at most as long. Exact, as decimals are read.
 func (l *Latency) Below(ms float64, strict bool) int32 {
 	q := new(big.Rat).Quo(decimal(ms), decimal(l.Unit))
