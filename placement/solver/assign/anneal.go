@@ -72,7 +72,7 @@ func (a *annealer) compact() {
 // gainful is the least gain that counts, above what sums of floats are off.
 const gainful = 1e-11
 
-// go to makes a step that can be undone.
+// to makes a step that can be undone.
 func (a *annealer) to(w who, n int32) float64 {
 	a.undo = append(a.undo, step{w, a.at[w.comp][w.replica]})
 	return a.move(int(w.comp), int(w.replica), n)

@@ -21,8 +21,6 @@ const maxCandidates = 3000
 // Options of Solve.
 type Options struct {
 	Seed uint64
-	// LocalOnly leaves branch and bound out; the bound is then a plain one.
-	LocalOnly bool
 	// Clock is what First and Best are measured with; nil: time since Solve was called.
 	Clock func() time.Duration
 }
@@ -69,11 +67,8 @@ func Solve(ctx context.Context, g *instance.Group, opt Options) Result {
 	}
 	l := newLocal(ctx, p, opt.Seed)
 	l.search(-penalty/2, s.improve)
-	open := s.roots()
-	if !opt.LocalOnly {
-		open = max(s.prove(), s.left)
-	}
-	s.finish(open)
+	s.roots()
+	s.finish(max(s.prove(), s.left))
 	return s.res
 }
 
@@ -129,8 +124,8 @@ func (q *boxes) Pop() any {
 	return last
 }
 
-// roots fills the queue with a box for each size and returns the highest bound.
-func (s *search) roots() float64 {
+// roots fills the queue with a box for each size.
+func (s *search) roots() {
 	p := s.p
 	longest := int32(0)
 	for _, dist := range p.anchor {
@@ -146,10 +141,6 @@ func (s *search) roots() float64 {
 		}
 	}
 	heap.Init(&s.queue)
-	if len(s.queue) == 0 {
-		return -inf
-	}
-	return s.queue[0].bound
 }
 
 // share makes the paths over the candidates of all boxes of the queue once for all of them.
