@@ -9,6 +9,9 @@ import (
 // exactMost is the number of placements up to which all of them are gone through, less what bounds leave out.
 const exactMost = 3e7
 
+// exactSteps is how many steps that takes at most where no deadline ends it, or 50 times the steps of the search.
+const exactSteps = 1_000_000
+
 // exact goes through all placements, component by component, replicas on nodes in ascending order as they are alike.
 type exact struct {
 	*state
@@ -62,7 +65,7 @@ func (s *solver) enumerate(b *bounds) bool {
 
 // place puts replicas of c from r on, on nodes of the order from at on.
 func (e *exact) place(c, r, at int) bool {
-	if e.steps++; e.steps&255 == 0 && e.s.late() {
+	if e.steps++; e.steps&255 == 0 && (e.s.late() || e.s.opt.Deadline <= 0 && e.steps > max(exactSteps, 50*e.s.opt.Steps)) {
 		e.s.ended = true
 	}
 	if e.s.ended {

@@ -9,7 +9,7 @@ import (
 	"github.com/coppice-project/coppice/placement/solver/instance"
 )
 
-// smallShare of the deadline goes to searching where the rest is enough to go through all placements.
+// smallShare of the deadline at most goes to searching where the rest is enough to go through all placements.
 const smallShare = 0.2
 
 // Tolerance is how far above the result of a proven solution the best placement may be.
@@ -76,7 +76,7 @@ func Solve(ctx context.Context, a *instance.Assignment, opt Options) Result {
 	bound := b.all()
 	if s.p.small() {
 		s.cut = smallShare
-		s.search(st)
+		s.search(st, len(heats))
 		s.cut = 1
 		s.ended = s.late()
 		if !s.ended && s.enumerate(b) {
@@ -85,7 +85,7 @@ func Solve(ctx context.Context, a *instance.Assignment, opt Options) Result {
 			return s.res
 		}
 	} else {
-		s.search(st)
+		s.search(st, math.MaxInt)
 	}
 	s.finish(bound, false)
 	return s.res
@@ -144,7 +144,7 @@ var heats = []float64{0.2, 0.4, 0.1}
 const cold = 0.004
 
 // search anneals again and again from the best placement, the first time from the better of the first one and one made afresh.
-func (s *solver) search(st *state) {
+func (s *solver) search(st *state, rounds int) {
 	if fresh := newState(s.p); !s.late() {
 		s.complete(fresh)
 		if s.take(fresh) {
@@ -152,7 +152,7 @@ func (s *solver) search(st *state) {
 		}
 	}
 	a := newAnnealer(st, s.rng)
-	for round := 0; !s.ended && len(a.all) > 0; round++ {
+	for round := 0; round < rounds && !s.ended && len(a.all) > 0; round++ {
 		st.restore(s.best)
 		a.restart()
 		heat := heats[round%len(heats)]
