@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -18,6 +19,7 @@ import (
 func (c *cli) benchCmd() *cobra.Command {
 	var runs, nodes int
 	var profile string
+	var place bench.PlacementConfig
 	var about strings.Builder
 	for _, n := range bench.Names() {
 		fmt.Fprintf(&about, "  %-10s %s\n", n, bench.About(n))
@@ -26,16 +28,28 @@ func (c *cli) benchCmd() *cobra.Command {
 		group: groupTool, use: "bench WHAT", short: "Measure what the platform promises, on this machine",
 		long: "Measure what the platform promises in time, with real processes and beside a baseline where there is one. Figures count on a quiet\n" +
 			"machine only; ratios compare. A benchmark that loses or doubles an answered write fails.\n\n" + about.String() +
-			"  all        all of them but scale, which takes many minutes; one document each",
+			"  placement  the solvers of placement: value, bound, gap, proof, time and memory for each instance; solutions where asked\n" +
+			"  all        all of them but scale and placement, which take many minutes; one document each",
 		example: examples(
 			"coppice bench failover", "",
 			"coppice bench swap --runs 20 -o json", "for a script",
+			"coppice bench placement --generate --deadline 500ms", "instances of its own",
+			"coppice bench placement --instances in --solutions out", "those of a folder",
 			"coppice bench all", ""),
-		min: 1, max: 1, args: func(context.Context, []string) []string { return append(bench.Names(), "all") },
+		min: 1, max: 1, args: func(context.Context, []string) []string { return append(bench.Names(), "placement", "all") },
 		run: func(ctx context.Context, args []string) error {
+			if args[0] == "placement" {
+				return c.benchPlacement(ctx, place)
+			}
 			return c.bench(ctx, args[0], bench.Config{Runs: runs, Nodes: nodes, Profile: profile})
 		},
 	})
+	cmd.Flags().StringVar(&place.Instances, "instances", "", "of placement: folder of instances, .json and .json.gz; with --generate they are written there")
+	cmd.Flags().StringVar(&place.Solutions, "solutions", "", "of placement: folder to write solutions to")
+	cmd.Flags().BoolVar(&place.Generate, "generate", false, "of placement: draw instances")
+	cmd.Flags().Uint64Var(&place.Seed, "seed", 1, "of placement: what is drawn, and the order in which the solvers search")
+	cmd.Flags().DurationVar(&place.Deadline, "deadline", time.Second, "of placement: time for each instance")
+	cmd.Flags().BoolVar(&place.CPUTime, "cpu-time", false, "of placement: count CPU time instead, on a machine that is busy with other things")
 	cmd.Flags().IntVar(&runs, "runs", 10, "samples of each figure")
 	cmd.Flags().StringVar(&profile, "profile", "", "lan or wan, of traffic (default both) and scale (default lan)")
 	cmd.Flags().IntVar(&nodes, "nodes", 0, "of scale (default 250, which take a minute of CPU; time and memory grow with their square)")
@@ -47,7 +61,7 @@ func (c *cli) bench(ctx context.Context, what string, cfg bench.Config) error {
 	if what == "all" {
 		names = slices.DeleteFunc(bench.Names(), func(n string) bool { return n == "scale" }) // which takes many minutes
 	} else if bench.About(what) == "" {
-		return usagef("there is no benchmark %q: want %s or all", what, strings.Join(bench.Names(), ", "))
+		return usagef("there is no benchmark %q: want %s, placement or all", what, strings.Join(bench.Names(), ", "))
 	}
 	if cfg.Runs < 1 || cfg.Runs > 1000 {
 		return usagef("--runs %d: want 1 to 1000", cfg.Runs)

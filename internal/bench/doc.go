@@ -4,6 +4,8 @@
 // Under every benchmark that breaks or replaces something runs a load that keeps a ledger: a figure counts only when nothing that was
 // answered was lost or doubled, else the benchmark fails.
 //
+// Placement is apart: it runs the solvers of placement/solver/group and assign on instances from files or drawn, and judges what they say.
+//
 // # Goroutines
 //
 // None of its own; see internal/cluster and internal/load.
