@@ -321,6 +321,9 @@ func (a *Arbiter) linkChanged(id peer.ID, up bool) {
 
 // leaderDied starts an election here, after those voters that are closer to the placement key had their chance.
 func (a *Arbiter) leaderDied(id peer.ID) {
+	if id == a.cfg.Self {
+		return // it has said goodbye: that is for the others to act upon, and an election of its own would be in their way
+	}
 	r, _ := a.inGroup()
 	if r == nil || a.leaderOf(r) != id {
 		return

@@ -158,6 +158,28 @@ func TestLeaderDiesNextCommit(t *testing.T) {
 	}
 }
 
+// A leader that has said goodbye sees itself gone. Were it to stand for election then, it would be in the way of its successor.
+func TestALeaderDoesNotStandAgainstItself(t *testing.T) {
+	inCluster(t, 3, 3, func(c *cluster) {
+		l := c.leader()
+		r := l.arb().raft.Load()
+		term := r.CurrentTerm()
+		l.arb().leaderDied(l.id)
+		time.Sleep(2 * time.Second)
+		if now := r.CurrentTerm(); now != term || r.State() != raft.Leader {
+			c.t.Errorf("term %d became %d, and it is %s", term, now, r.State())
+		}
+		ctx, cancel := within(5 * time.Second)
+		defer cancel()
+		if err := l.arb().HandOver(ctx); err != nil {
+			c.t.Error(err)
+		}
+		if r.State() == raft.Leader {
+			c.t.Error("it still leads")
+		}
+	})
+}
+
 func TestFollowersApplyPromptly(t *testing.T) {
 	inCluster(t, 5, 5, func(c *cluster) {
 		time.Sleep(5 * time.Second)

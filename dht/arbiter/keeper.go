@@ -302,22 +302,28 @@ func (a *Arbiter) HandOver(ctx context.Context) error {
 	if voters, _ := a.configuration(r); len(voters) < 2 {
 		return nil
 	}
-	if err := r.LeadershipTransfer().Error(); err != nil && r.State() == raft.Leader {
-		return fmt.Errorf("hand the leadership over: %w", err)
-	}
+	var failed error
 	for ctx.Err() == nil {
+		if r.State() == raft.Leader {
+			// It fails while the keeper does the same, or where the next one stands for election by itself just now.
+			if err := r.LeadershipTransfer().Error(); err != nil && r.State() == raft.Leader {
+				failed = err
+				sleep(ctx, 10*time.Millisecond)
+				continue
+			}
+		}
 		leader, changed := a.where.current()
 		switch leader {
 		case "":
 			a.findLeader(ctx, changed)
 		case a.cfg.Self:
-			select {
-			case <-changed:
-			case <-ctx.Done():
-			}
+			sleep(ctx, 10*time.Millisecond) // raft's word may not have come here yet, or it leads again
 		default:
 			return nil
 		}
+	}
+	if r.State() == raft.Leader && failed != nil {
+		return fmt.Errorf("hand the leadership over: %w", failed)
 	}
 	return fmt.Errorf("hand the leadership over: no other node leads yet: %w", context.Cause(ctx))
 }

