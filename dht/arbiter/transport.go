@@ -242,18 +242,31 @@ type pipeline struct {
 	once sync.Once
 }
 
+// run hands answers on. Raft's decoder ends after the first that is no success, and with the term; its sender may be waiting then for room in the
+// pipeline, which only answers that are taken make, and would wait for ever, also through raft's shutdown. So what comes later is taken here.
 func (p *pipeline) run() {
+	over := false
 	for {
 		select {
 		case f := <-p.AppendPipeline.Consumer():
 			p.t.note(p.id, f.Request(), f.Response())
+			if over {
+				continue
+			}
 			select {
 			case p.out <- f:
+				over = !f.Response().Success || f.Response().Term > f.Request().Term
 			case <-p.stop:
 				return
+			case <-p.t.stop:
+				over = true
 			}
 		case <-p.stop:
 			return
+		case <-p.t.stop:
+			if err := p.Close(); err != nil {
+				return // the connection is gone, and everybody was let go
+			}
 		}
 	}
 }
