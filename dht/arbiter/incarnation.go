@@ -53,8 +53,8 @@ func (d *disk) incarnations() (group, seen incarnation) {
 
 // setIncarnations writes what f makes of them, durable on return, and returns it. seen never falls below group.
 func (d *disk) setIncarnations(f func(group, seen incarnation) (incarnation, incarnation)) (group, seen incarnation, err error) {
-	d.labels.Lock()
-	defer d.labels.Unlock()
+	d.labels <- struct{}{}
+	defer func() { <-d.labels }()
 	was, saw := d.incarnations()
 	if d.gone.Load() { // calls of other nodes are answered until the last moment
 		return was, saw, ErrClosed

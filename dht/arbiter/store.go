@@ -49,7 +49,9 @@ type disk struct {
 	// before it meets a leader.
 	committed func() uint64
 
-	labels sync.Mutex // held while the incarnations are changed
+	// labels has one entry while the incarnations are changed. A channel and no mutex: who waits for it waits for a disk, and must not keep virtual time
+	// from going on.
+	labels chan struct{}
 
 	life sync.RWMutex // held, shared, by whoever uses db
 	gone atomic.Bool  // it is closed, or will be soon: Pebble answers those who use it then with a panic
@@ -71,7 +73,7 @@ var (
 func openDisk(fs vfs.FS, dir string, log *slog.Logger) (*disk, error) {
 	cache := pebble.NewCache(2 << 20)
 	defer cache.Unref()
-	d := &disk{guard: newGuard(log), committed: func() uint64 { return 0 }}
+	d := &disk{guard: newGuard(log), labels: make(chan struct{}, 1), committed: func() uint64 { return 0 }}
 	if err := d.guard.do(func() (err error) {
 		d.db, err = pebble.Open(dir, &pebble.Options{
 			FS: fs, Cache: cache, MemTableSize: 2 << 20, FormatMajorVersion: pebble.FormatColumnarBlocks, MaxOpenFiles: 64,
@@ -97,8 +99,8 @@ func promised(bug string) *pebble.WriteOptions {
 
 // Close waits for a label that is being written; none is written afterwards. Raft has ended.
 func (d *disk) Close() error {
-	d.labels.Lock()
-	defer d.labels.Unlock()
+	d.labels <- struct{}{}
+	defer func() { <-d.labels }()
 	if d.gone.Swap(true) || d.guard.failure() != nil {
 		return nil // the failure was said before; what holds its locks has ended, and it would wait for that for ever
 	}
@@ -190,8 +192,8 @@ func (d *disk) boots() uint64 {
 
 // wipe empties log, stable store and snapshots in one step, after which the disk is of no incarnation. What it has met stays.
 func (d *disk) wipe() error {
-	d.labels.Lock()
-	defer d.labels.Unlock()
+	d.labels <- struct{}{}
+	defer func() { <-d.labels }()
 	_, seen := d.incarnations()
 	d.mu.RLock()
 	l := d.relabelled(incarnation{}, seen)

@@ -9,6 +9,8 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/coppice-project/coppice/dht/arbiter"
 )
 
 // faults does harm, one or two things at a time, until its time is over.
@@ -72,6 +74,9 @@ func newFaults(w *world, most int) *faults {
 func (f *faults) choose(names ...string) {
 	f.harms = slices.DeleteFunc(f.harms, func(h harm) bool { return !slices.Contains(names, h.name) })
 }
+
+// more adds harm that only some kinds do.
+func (f *faults) more(list ...harm) { f.harms = append(f.harms, list...) }
 
 // weather sets delay and loss of the network.
 func (f *faults) weather() {
@@ -385,6 +390,40 @@ func (f *faults) bridge() string {
 	f.pause(200*time.Millisecond, 5*time.Second)
 	heal()
 	return n.name
+}
+
+// hungDisk has the fsync of the leader hang, under a write, while it is cut off from most of the others. Raft's loop waits for the disk, so it does not
+// notice that it leads no more; whoever still hears it takes it for the leader.
+func (f *faults) hungDisk() string {
+	n := f.any(true)
+	if n == nil {
+		return ""
+	}
+	defer n.give()
+	l := n.cur.Load()
+	side := map[*node]bool{n: true}
+	if others := slices.DeleteFunc(f.w.live(), func(o *node) bool { return o == n }); len(others) > 0 && !f.w.oneIn(3) {
+		side[others[f.w.intn(len(others))]] = true
+	}
+	f.w.logf("the fsync of %s hangs; %s", n.name, names(side))
+	l.disk.hang()
+	nonce := l.rand.Uint64() | 1
+	f.wg.Go(func() {
+		ctx, cancel := within(time.Second)
+		defer cancel()
+		_, err := l.arb.Claim(ctx, arbiter.ClaimRequest{Key: "hung/" + n.name, Nonce: nonce, Owner: n.id, Boot: l.boot})
+		f.w.logf("what %s writes while its fsync hangs: %v", n.name, err)
+	})
+	f.pause(5*time.Millisecond, 100*time.Millisecond)
+	heal := f.w.cut(func(a, b *node) bool { return side[a] != side[b] })
+	f.pause(500*time.Millisecond, 9*time.Second)
+	if f.w.oneIn(2) {
+		l.disk.cont()
+	}
+	heal()
+	f.pause(0, 300*time.Millisecond)
+	l.disk.cont()
+	return names(side)
 }
 
 func (f *faults) flap() string {

@@ -80,6 +80,7 @@ type life struct {
 	dies   []func() // at once, when the process is killed
 	ext    any      // what the kind keeps of it
 	frozen atomic.Bool
+	disk   *disk
 }
 
 // identities are made once: signing keys take a while.
@@ -217,7 +218,7 @@ func (n *node) start(bootstrap bool) *life {
 	r := &lockedRand{r: rand.New(rand.NewPCG(boot, w.seed))}
 	ctx, cancel := context.WithCancel(context.Background())
 	l := &life{
-		n: n, boot: boot, began: time.Now(), clock: newClock(n.rate), end: w.net.Join(n.id), rand: r, log: logger(n.name), cancel: cancel, done: make(chan struct{}),
+		disk: newDisk(n.fs), n: n, boot: boot, began: time.Now(), clock: newClock(n.rate), end: w.net.Join(n.id), rand: r, log: logger(n.name), cancel: cancel, done: make(chan struct{}),
 	}
 	w.partition()
 	if err := l.assemble(bootstrap); err != nil {
@@ -249,7 +250,7 @@ func (l *life) assemble(bootstrap bool) error {
 		return w.bare(n, l)
 	}
 	cfg := arbiter.Config{
-		Self: n.id, Boot: l.boot, Peers: l.end, Links: l.end, FS: n.fs, Dir: "raft", Timings: timings, Rand: l.rand.Uint64, Log: l.log, BootTime: l.clock.now, Leased: components.LeasedBody,
+		Self: n.id, Boot: l.boot, Peers: l.end, Links: l.end, FS: l.disk, Dir: "raft", Timings: timings, Rand: l.rand.Uint64, Log: l.log, BootTime: l.clock.now, Leased: components.LeasedBody,
 	}
 	if w.echoes {
 		cfg.Peers = &echo{Peers: l.end, protocol: "/coppice/arbiter/1", ctx: w.ctx, goes: &w.goes, draw: func() (bool, time.Duration) {
@@ -327,6 +328,7 @@ func (l *life) leave() {
 	for _, f := range l.dies {
 		f()
 	}
+	l.disk.cont()
 	l.clock.cont()
 	l.cancel()
 }
