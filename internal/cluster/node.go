@@ -217,8 +217,61 @@ func (n *Node) Components() ([]int, error) {
 	return descendants(pid)
 }
 
-// Stop suspends the node and its components (SIGSTOP), Cont wakes them.
-func (n *Node) Stop() (time.Time, error) { return n.signalAll(syscall.SIGSTOP) }
+// Stop suspends the node and its components (SIGSTOP), Cont wakes them. Once Stop has returned, none of them runs any more; the time is that of the signal.
+func (n *Node) Stop() (time.Time, error) {
+	at, err := n.signalAll(syscall.SIGSTOP)
+	if err != nil {
+		return at, err
+	}
+	below, err := n.Components()
+	if err != nil {
+		return at, err
+	}
+	for deadline := at.Add(10 * time.Second); ; time.Sleep(100 * time.Microsecond) {
+		running := 0
+		for _, pid := range append(below, n.PID()) {
+			r, err := runningThreads(pid)
+			if err != nil {
+				return at, err
+			}
+			running += r
+		}
+		if running == 0 {
+			return at, nil
+		}
+		if time.Now().After(deadline) {
+			return at, fmt.Errorf("stop %s: %d of its threads still run 10s after SIGSTOP", n.Name, running)
+		}
+	}
+}
+
+// runningThreads counts the threads of a process that have not stopped: each one stops when the kernel next has to do with it, so a process is not
+// suspended at once.
+func runningThreads(pid int) (int, error) {
+	dir := fmt.Sprintf("/proc/%d/task", pid)
+	tasks, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil // it has ended
+	}
+	if err != nil {
+		return 0, fmt.Errorf("look at the threads of process %d: %w", pid, err)
+	}
+	running := 0
+	for _, t := range tasks {
+		raw, err := os.ReadFile(filepath.Join(dir, t.Name(), "stat"))
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
+			continue // it has ended
+		}
+		if err != nil {
+			return 0, fmt.Errorf("look at the threads of process %d: %w", pid, err)
+		}
+		_, rest, _ := strings.Cut(string(raw), ") ") // after the name, which may hold anything but this
+		if state := rest[:min(1, len(rest))]; !strings.Contains("TtZX", state) {
+			running++
+		}
+	}
+	return running, nil
+}
 
 // Cont wakes what Stop suspended.
 func (n *Node) Cont() (time.Time, error) { return n.signalAll(syscall.SIGCONT) }
