@@ -79,7 +79,9 @@ func (g *leases) run() {
 	}
 	g.hear.look()
 	f := newFaults(g.world, size+2)
-	f.more(harm{"hung disk", 4, (*faults).hungDisk})
+	if g.seed%3 == 0 {
+		f.more(harm{"hung disk", 4, (*faults).hungDisk})
+	}
 	f.run(g.between(8*time.Second, 25*time.Second))
 	if g.failed() {
 		return
