@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
+	"github.com/coppice-project/coppice/components/supervisor"
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/members"
@@ -272,6 +274,8 @@ func codeOf(err error) connect.Code {
 		return connect.CodeDeadlineExceeded
 	case isUnavailable(err):
 		return connect.CodeUnavailable
+	case errors.Is(err, supervisor.ErrNotHere):
+		return connect.CodeAborted // it changed its owner meanwhile
 	}
 	return connect.CodeFailedPrecondition
 }

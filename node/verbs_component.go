@@ -285,7 +285,11 @@ func (v *verbs) Move(ctx context.Context, r *apiv1.MoveRequest) (*apiv1.ReplaceR
 	return res, nil
 }
 
-// onOwner runs a replace where the instance is: here, or by the owner's own API.
+// ownersAgree bounds how long a command waits for the nodes' views of who owns an instance to agree, just after it changed its owner.
+const ownersAgree = 5 * time.Second
+
+// onOwner runs a replace where the instance is: here, or by the owner's own API. A node that does not own it any more, or does not know yet that it does, has done
+// nothing, so the owner is asked for again.
 func (v *verbs) onOwner(ctx context.Context, what, name string, timeoutMs uint64, here func(context.Context) (supervisor.Replaced, error),
 	there func(context.Context, apiv1connect.ControlClient) (*apiv1.ReplaceResponse, error),
 ) (*apiv1.ReplaceResponse, error) {
@@ -295,6 +299,22 @@ func (v *verbs) onOwner(ctx context.Context, what, name string, timeoutMs uint64
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	for until := time.Now().Add(ownersAgree); ; {
+		out, err := v.onceOnOwner(ctx, what, name, here, there)
+		if connect.CodeOf(err) != connect.CodeAborted || api.ForwardedFrom(ctx) != "" || time.Now().After(until) {
+			return out, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (v *verbs) onceOnOwner(ctx context.Context, what, name string, here func(context.Context) (supervisor.Replaced, error),
+	there func(context.Context, apiv1connect.ControlClient) (*apiv1.ReplaceResponse, error),
+) (*apiv1.ReplaceResponse, error) {
 	owner, err := v.n.owner(what, name)
 	if err != nil {
 		return nil, err

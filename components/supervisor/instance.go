@@ -124,7 +124,7 @@ func (i *instance) do(ctx context.Context, f func(ctx context.Context)) error {
 	case <-ctx.Done():
 		return fmt.Errorf("%s: waiting for an earlier operation: %w", i.name, ctx.Err())
 	case <-i.gone:
-		return fmt.Errorf("%s: %w", i.name, errNotHere)
+		return fmt.Errorf("%s: %w", i.name, ErrNotHere)
 	}
 	<-done
 	return nil

@@ -374,11 +374,11 @@ func (i *instance) proves(ctx context.Context, digest string, root blobs.Hash) e
 	reg, ok := i.sup.register(i.key)
 	var body componentsv1.InstanceBody
 	if !ok || proto.Unmarshal(reg.Body, &body) != nil {
-		return errNotHere
+		return ErrNotHere
 	}
 	eff, err := i.sup.effective(body.GetComponent())
 	if err != nil || eff == nil {
-		return errNotHere
+		return ErrNotHere
 	}
 	g, err := i.sup.launch(ctx, i.name, digest, eff, i.shell, func(components.State) {})
 	if err != nil {

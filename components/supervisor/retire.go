@@ -67,7 +67,7 @@ func (s *Supervisor) Retire(ctx context.Context) error {
 					errs[n] = fmt.Errorf("%s could not be ended in order: %s", i.name, i.Info().Reason)
 				}
 			})
-			if err != nil && !errors.Is(err, errNotHere) {
+			if err != nil && !errors.Is(err, ErrNotHere) {
 				errs[n] = err
 			}
 		})

@@ -293,7 +293,7 @@ func (i *instance) regain(ctx context.Context) error {
 	for i.sup.left(st) <= leaseMargin {
 		reg, ok := i.sup.register(i.key)
 		if !ok || reg.Owner != i.sup.cfg.Self {
-			return errNotHere
+			return ErrNotHere
 		}
 		round := st.round.Load()
 		k := arbiter.LeaseKey{Key: i.key, Epoch: reg.Epoch}
@@ -361,7 +361,7 @@ func (i *instance) regrade(ctx context.Context, reg arbiter.Register, body *comp
 	}
 	i.grade(leased)
 	if i.gen != nil {
-		if err := i.regain(ctx); err != nil && !errors.Is(err, errNotHere) {
+		if err := i.regain(ctx); err != nil && !errors.Is(err, ErrNotHere) {
 			i.sup.cfg.Log.Warn("no lease yet: the process is ended until there is one", "instance", i.name, "error", err)
 		}
 	}

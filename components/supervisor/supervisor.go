@@ -463,8 +463,8 @@ func (s *Supervisor) nodeName(id peer.ID) string {
 
 func instanceOf(key string) string { return components.InstanceOfKey(key) }
 
-// errNotHere says that this node does not run the instance.
-var errNotHere = errors.New("not on this node")
+// ErrNotHere says that this node does not run the instance: another one owns it, or nobody. Nothing was done.
+var ErrNotHere = errors.New("not on this node")
 
 func (s *Supervisor) get(name string) (*instance, error) {
 	s.mu.Lock()
@@ -472,5 +472,5 @@ func (s *Supervisor) get(name string) (*instance, error) {
 	if a := s.actors[name]; a != nil {
 		return a, nil
 	}
-	return nil, fmt.Errorf("%s: %w", name, errNotHere)
+	return nil, fmt.Errorf("%s: %w", name, ErrNotHere)
 }

@@ -96,7 +96,7 @@ func (s *Supervisor) onInstance(ctx context.Context, name string, f replacing) (
 	err = i.do(ctx, func(ctx context.Context) {
 		reg, ok := s.register(i.key)
 		if !ok || reg.Owner != s.cfg.Self || reg.Boot != s.cfg.Boot {
-			ferr = fmt.Errorf("%s: %w", name, errNotHere)
+			ferr = fmt.Errorf("%s: %w", name, ErrNotHere)
 			return
 		}
 		var body componentsv1.InstanceBody
