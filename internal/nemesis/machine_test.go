@@ -243,19 +243,38 @@ func failingLog(ctx context.Context, b *bed) (string, error) {
 }
 
 // failingDisk has the fsync of an owner's database fail, where its pages are: it ends by itself, and not in silence. (A node that promises
-// nothing syncs nothing, and notices nothing.)
+// nothing syncs nothing, and notices nothing: where placement takes the instance away just then, the next owner is harmed.)
 func failingDisk(ctx context.Context, b *bed) (string, error) {
-	n, _, err := b.owner(ctx)
-	if err != nil {
-		return "", err
-	}
-	if err := n.Harm(harm.Orders{Fail: []string{"/db/", "/raft/"}[:1+b.rng.IntN(2)]}); err != nil {
-		return "", err
-	}
-	ectx, cancel := context.WithTimeout(ctx, back)
-	defer cancel()
-	code, err := n.Ended(ectx)
-	if err != nil {
+	var n *cluster.Node
+	code := 0
+	if err := cluster.WaitFor(ctx, 2*back, "an owner whose disk failed to end", func(ctx context.Context) (bool, error) {
+		owner, _, err := b.owner(ctx)
+		if err != nil {
+			return false, err
+		}
+		n = owner
+		if err := n.Harm(harm.Orders{Fail: []string{"/db/", "/raft/"}[:1+b.rng.IntN(2)]}); err != nil {
+			return false, err
+		}
+		for owns := true; owns; {
+			ectx, cancel := context.WithTimeout(ctx, 5*time.Second)
+			code, err = n.Ended(ectx)
+			cancel()
+			if err == nil {
+				return true, nil
+			}
+			if ctx.Err() != nil {
+				return false, err
+			}
+			other := slices.DeleteFunc(slices.Clone(b.c.Nodes), func(o *cluster.Node) bool { return o == n })[0]
+			list, lerr := cluster.Instances(ctx, other)
+			if lerr != nil {
+				return false, errors.Join(err, lerr)
+			}
+			owns = slices.ContainsFunc(list, func(in *apiv1.Instance) bool { return in.GetNode() == n.Name && in.GetApplication() != "system" })
+		}
+		return false, errors.Join(fmt.Errorf("%s owns nothing any more", n.Name), n.Harm(harm.Orders{}))
+	}); err != nil {
 		return "", err
 	}
 	if code <= 0 {
