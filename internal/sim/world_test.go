@@ -35,6 +35,8 @@ type world struct {
 	build func(n *node, l *life) error
 	// bare makes a life without an arbiter; nil: every life has one.
 	bare func(n *node, l *life) error
+	// audit is told what a life decides about leases; nil: nobody is.
+	audit func(l *life, s arbiter.LeaseStep)
 
 	mu    sync.Mutex // guards the rest
 	nodes []*node
@@ -251,6 +253,9 @@ func (l *life) assemble(bootstrap bool) error {
 	}
 	cfg := arbiter.Config{
 		Self: n.id, Boot: l.boot, Peers: l.end, Links: l.end, FS: l.disk, Dir: "raft", Timings: timings, Rand: l.rand.Uint64, Log: l.log, BootTime: l.clock.now, Leased: components.LeasedBody,
+	}
+	if w.audit != nil {
+		cfg.AuditLeases = func(s arbiter.LeaseStep) { w.audit(l, s) }
 	}
 	if w.echoes {
 		cfg.Peers = &echo{Peers: l.end, protocol: "/coppice/arbiter/1", ctx: w.ctx, goes: &w.goes, draw: func() (bool, time.Duration) {
