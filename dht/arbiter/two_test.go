@@ -167,17 +167,21 @@ func TestTwoNodesSilence(t *testing.T) {
 // death, too late. It must not go on from its old state.
 func TestTwoNodesLateProof(t *testing.T) {
 	inPair(t, 43, func(c *cluster, a, b *node) {
+		c.net.SetTimeout(time.Second) // what the two said last does not arrive when the link comes back
 		c.net.Isolate(b.id)
 		if err := put(a.arb(), "k", "alone", 20*time.Second); err != nil {
 			t.Fatal(err)
 		}
+		c.eventually(10*time.Second, "the secondary has found the link gone", func() bool { return b.arb().two.isDown(a.id) })
+		time.Sleep(3 * time.Second)
 		c.kill(a)
-		c.net.SetTimeout(time.Second)
 		c.net.Heal()
-		c.eventually(10*time.Second, "the secondary has found the primary's link gone", func() bool { return b.arb().two.isDown(a.id) })
 		time.Sleep(20 * time.Second)
 		if inc := b.incarnation(); inc != 1 {
 			t.Fatalf("the secondary is in incarnation %d", inc)
+		}
+		if _, seen := b.arb().disk.incarnations(); seen.number != 1 {
+			t.Fatalf("the secondary has heard of incarnation %s: the test shows nothing", seen)
 		}
 		c.up(a, false)
 		c.settled(20*time.Second, 2, 0)

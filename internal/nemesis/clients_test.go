@@ -42,8 +42,8 @@ type clientele struct {
 	hist *history
 	// drafts is the history of what is saved on demand only.
 	drafts *drafts
-	stop chan struct{}
-	goes sync.WaitGroup
+	stop   chan struct{}
+	goes   sync.WaitGroup
 
 	mu        sync.Mutex // guards the rest
 	balances  map[string]int64

@@ -56,9 +56,10 @@ type node struct {
 
 	mu    sync.Mutex // guards the rest
 	fs    *vfs.MemFS
-	lost  bool // its disk is gone or it was refused: it never comes back
-	wiped bool // it came back with an empty disk
-	busy  bool // a fault is being done to it
+	lost  bool   // its disk is gone or it was refused: it never comes back
+	wiped bool   // it came back with an empty disk
+	busy  bool   // a fault is being done to it
+	dir   string // its files besides fs, through all its lives; "": none yet
 
 	cur atomic.Pointer[life] // nil while it does not run
 }
@@ -310,6 +311,16 @@ func (l *life) ended(err error) {
 		return
 	}
 	w.failf("%s: the arbiter ended: %v", n.name, err)
+}
+
+// folder is where a node keeps files that are not in fs: what is written there survives a crash.
+func (n *node) folder() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.dir == "" {
+		n.dir = n.w.t.TempDir()
+	}
+	return n.dir
 }
 
 // kill ends the node's process at once. Its disk keeps what was synced.
