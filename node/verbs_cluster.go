@@ -63,6 +63,9 @@ func (v *verbs) Nodes(_ context.Context, r *apiv1.NodesRequest) (*apiv1.NodesRes
 			Coordinator: st.Coordinator == m.ID, Draining: m.Draining, CpuMillis: m.CPUMillis, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
 			Instances: owned[m.ID], Started: timestamppb.New(time.UnixMilli(m.StartedUnixMs)),
 		}
+		for _, id := range m.Watchers {
+			a.Watchers = append(a.Watchers, n.nameOf(id))
+		}
 		switch {
 		case m.ID == n.id:
 			a.Connection, a.RttMs = "self", proto.Float64(0)

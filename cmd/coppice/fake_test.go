@@ -51,7 +51,7 @@ func (f *fake) Nodes(ctx context.Context, _ *apiv1.NodesRequest) (*apiv1.NodesRe
 	}
 	return &apiv1.NodesResponse{Nodes: []*apiv1.Node{
 		{Name: "n1", Id: "12D3KooWAAAAAAAAAAAAAAAAn1", State: "alive", Addrs: []string{"/ip4/10.0.0.1/tcp/7400"}, RttMs: proto.Float64(0), Connection: "self", Version: "0.1.0", Since: ago(90 * time.Second), Role: "full", Voter: true, Coordinator: true, CpuMillis: 4000, MemoryBytes: 8 << 30, Instances: 2, Labels: map[string]string{"region": "eu", "disk": "ssd"}},
-		{Name: "n2", Id: "12D3KooWBBBBBBBBBBBBBBBBn2", State: "suspect", RttMs: proto.Float64(0.4213), Connection: "direct", Version: "0.1.0", Since: ago(2 * time.Second), Role: "full", Voter: true, Evidence: "silent for 1.3s"},
+		{Name: "n2", Id: "12D3KooWBBBBBBBBBBBBBBBBn2", State: "suspect", RttMs: proto.Float64(0.4213), Connection: "direct", Version: "0.1.0", Since: ago(2 * time.Second), Role: "full", Voter: true, Watchers: []string{"n1", "n3"}, Evidence: "silent for 1.3s"},
 		{Name: "n3", Id: "12D3KooWCCCCCCCCCCCCCCCCn3", State: "dead", Connection: "none", Version: "0.1.0", Since: ago(26 * time.Hour), Role: "worker", Zone: "b"},
 	}}, nil
 }

@@ -18,7 +18,7 @@ func (c *cli) nodesCmd() *cobra.Command {
 			"quarantined (flapping or failing, not used until readmitted).",
 		example: examples(
 			"coppice nodes", "",
-			"coppice nodes --wide", "with ids, addresses, labels and the evidence for the state",
+			"coppice nodes --wide", "with ids, addresses, labels, who watches it and the evidence for the state",
 			`coppice nodes -o json | jq -r '.[] | select(.state == "alive") | .name'`, "names of those that live"),
 		max: 1, timeout: readTimeout, args: c.nodeNames(0),
 		run: func(ctx context.Context, args []string) error {
@@ -44,13 +44,13 @@ func (c *cli) nodesCmd() *cobra.Command {
 func (c *cli) nodesTable(nodes []*apiv1.Node, wide bool) *table {
 	head := []string{"NAME", "STATE", "RTT", "CONNECTION", "ROLE", "ZONE", "INSTANCES", "VERSION", "SINCE"}
 	if wide {
-		head = append(head, "CPU", "MEMORY", "DISK", "PLATFORM", "LABELS", "ADDRESSES", "ID", "EVIDENCE")
+		head = append(head, "CPU", "MEMORY", "DISK", "PLATFORM", "LABELS", "ADDRESSES", "ID", "WATCHED BY", "EVIDENCE")
 	}
 	t := c.table(head...)
 	for _, n := range nodes {
 		row := []any{n.Name, stateCell(n.State), optMS(n.RttMs), n.Connection, nodeRole(n), n.Zone, n.Instances, n.Version, c.sinceText(n.Since)}
 		if wide {
-			row = append(row, cpuText(n.CpuMillis), sizeOr(n.MemoryBytes), sizeOr(n.DiskBytes), n.Platform, pairs(n.Labels), join(n.Addrs), n.Id, n.Evidence)
+			row = append(row, cpuText(n.CpuMillis), sizeOr(n.MemoryBytes), sizeOr(n.DiskBytes), n.Platform, pairs(n.Labels), join(n.Addrs), n.Id, join(n.Watchers), n.Evidence)
 		}
 		t.row(row...)
 	}

@@ -199,7 +199,7 @@ func (i *instance) branched(g *generation, head *chainHead, before Saved) error 
 
 // goesAlone says whether the instance goes on although nothing can be decided here, and as what.
 func (i *instance) goesAlone(reg arbiter.Register, body *componentsv1.InstanceBody) (*components.Effective, bool) {
-	if reg.Owner != i.sup.cfg.Self || body.GetQuarantined() || body.GetLeased() || !i.sup.CutOff() || i.sup.paused() {
+	if !i.sup.owns(reg) || body.GetQuarantined() || body.GetLeased() || !i.sup.CutOff() || i.sup.paused() {
 		return nil, false
 	}
 	eff, err := i.sup.effective(body.GetComponent())

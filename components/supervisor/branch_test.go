@@ -309,6 +309,59 @@ func TestAMergeThatFailsKeepsBoth(t *testing.T) {
 	})
 }
 
+// The owner is cut off together with a successor, and dies: the branch is the owner's, and waits for it.
+func TestABranchRunsOnItsOwnNodeOnly(t *testing.T) {
+	keptAmong(t, 5, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		n[1].adds(10)
+		for _, far := range n[2:] {
+			w.net.Cut(n[0].id, far.id, true)
+			w.net.Cut(n[1].id, far.id, true)
+		}
+		w.eventually(20*time.Second, "both know that they are cut off", func() bool { return n[0].sup.CutOff() && n[1].sup.CutOff() })
+		if v := n[0].adds(2); v != 12 {
+			w.t.Errorf("cut off it counts %d, want 12", v)
+		}
+		n[0].kill()
+		for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			if len(n[1].runner.running(testInstance)) > 0 {
+				w.t.Fatal("a neighbour runs it, without the arbiter and without the branch")
+			}
+		}
+		n[0].start(false)
+		for _, far := range n[2:] {
+			w.net.Cut(n[0].id, far.id, true)
+			w.net.Cut(n[1].id, far.id, true)
+		}
+		if v := n[0].adds(1); v != 13 {
+			w.t.Errorf("its node has it at %d, want 13", v)
+		}
+		w.net.Heal()
+		w.reads(13)
+	})
+}
+
+// A node that did not hear what was decided about its branch asks again: the branch is not merged twice.
+func TestABranchIsDecidedOnce(t *testing.T) {
+	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		n[1].adds(10)
+		w.net.Isolate(n[0].id)
+		next := w.takenOver()
+		n[2].adds(5)
+		n[0].adds(4)
+		w.net.Heal()
+		w.reads(19)
+		again := &componentsv1.ReconcileRequest{Instance: testInstance, Branch: components.BranchRegister(testInstance, "n1", 1)}
+		w.eventually(20*time.Second, "the owner tells what was decided", func() bool {
+			reply, err := next.sup.serveReconcile(within(w.t, 10*time.Second), n[0].id, again)
+			return err == nil && reply.GetOutcome() == outcomeMerged
+		})
+		time.Sleep(time.Second)
+		w.reads(19)
+	})
+}
+
 // What does not keep stops as before.
 func TestWhatStopsStopsInACut(t *testing.T) {
 	scene(t, 3, func(w *world) {

@@ -198,7 +198,7 @@ func (i *instance) step(ctx context.Context) time.Duration {
 	if i.sup.finishing(i.name) {
 		return 20 * time.Millisecond
 	}
-	if reg.Owner != i.sup.cfg.Self {
+	if !i.sup.owns(reg) {
 		return i.fenced(reg)
 	}
 	var body componentsv1.InstanceBody

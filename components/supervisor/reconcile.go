@@ -19,6 +19,7 @@ import (
 	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // What becomes of a branch (notes: consistency §6). It is stored in the cluster first, whatever the policy: its pages on the instance's holders, and a
@@ -259,7 +260,7 @@ func (i *instance) reconcile(ctx context.Context, from peer.ID, key string) (*co
 	if !there || proto.Unmarshal(stored.Body, &b) != nil {
 		return &componentsv1.ReconcileReply{Outcome: outcomeKept, Reason: "the branch is not there any more"}, nil
 	}
-	if b.GetOutcome() != "" {
+	if b.GetOutcome() != "" && !planted.Bug("branch-decided-twice") {
 		return &componentsv1.ReconcileReply{Outcome: b.GetOutcome(), Reason: b.GetReason()}, nil
 	}
 	var body componentsv1.InstanceBody

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -427,5 +428,81 @@ func TestAProcessThatCrashesAgainAndAgainIsBackedOffFrom(t *testing.T) {
 		if v, err := n.get(within(w.t, 5*time.Second)); err != nil || v != 1 {
 			w.t.Errorf("%d, %v", v, err)
 		}
+	})
+}
+
+// lateCommits has one commit arrive late, and its answer be lost.
+type lateCommits struct {
+	Registers
+	next, underWay, through atomic.Bool
+	arrive                  chan struct{} // closed: now
+}
+
+// Commit implements Registers.
+func (l *lateCommits) Commit(ctx context.Context, r arbiter.CommitRequest) (arbiter.Register, error) {
+	if !l.next.CompareAndSwap(true, false) {
+		return l.Registers.Commit(ctx, r)
+	}
+	l.underWay.Store(true)
+	go func() {
+		<-l.arrive
+		_, _ = l.Registers.Commit(context.Background(), r) // it counts, or it was done meanwhile
+		l.through.Store(true)
+	}()
+	<-ctx.Done()
+	return arbiter.Register{}, ctx.Err()
+}
+
+// A process dies while a commit of it is under way that comes through later. The next process is given what it was, and is not started a second time
+// because the log has another state than it.
+func TestARestartWaitsForTheCommitThatIsUnderWay(t *testing.T) {
+	late := &lateCommits{}
+	inWorldWith(t, 3, func(n *simNode, cfg *Config) {
+		if n.name == "n1" {
+			late.Registers, late.arrive, cfg.Arbiter = cfg.Arbiter, make(chan struct{}), late
+		}
+	}, func(w *world) {
+		n := w.nodes
+		// It arrives when the next process has its state, and has not answered anything yet.
+		arrives := sync.OnceFunc(func() { close(late.arrive) })
+		w.shelf.add(&binary{name: "counter", version: "1.0.0", onStart: func(context.Context) error {
+			for late.underWay.Load() && !late.through.Load() {
+				arrives()
+				time.Sleep(time.Millisecond)
+			}
+			return nil
+		}})
+		w.deploy("1.0.0")
+		w.place(n[0], n[1], n[2])
+		w.running(n[0], "1.0.0")
+		n[1].adds(3)
+		started := func() (count int) {
+			r := n[0].runner
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			for p := range r.procs {
+				if p.spec.Instance == testInstance {
+					count++
+				}
+			}
+			return count
+		}
+		before := started()
+		late.next.Store(true)
+		called := make(chan error, 1)
+		go func() {
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			defer cancel()
+			_, err := n[1].add(ctx)
+			called <- err
+		}()
+		w.eventually(5*time.Second, "a commit is under way", late.underWay.Load)
+		n[0].runner.running(testInstance)[0].die("killed")
+		w.eventually(10*time.Second, "another process runs", func() bool { return len(n[0].runner.running(testInstance)) == 1 && n[0].runs("") })
+		n[1].adds(5)
+		if now := started(); now != before+1 {
+			w.t.Errorf("%d processes were started after the death of one", now-before)
+		}
+		w.t.Logf("the call under way: %v", <-called)
 	})
 }

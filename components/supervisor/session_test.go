@@ -235,6 +235,27 @@ func TestALeaseThatIsNotRenewedEndsTheProcess(t *testing.T) {
 	})
 }
 
+// A process may outlive the lease for a moment, when its node stood still: nothing of it is served any more.
+func TestALeaseThatHasRunOutServesNothing(t *testing.T) {
+	inWorld(t, 3, func(w *world) {
+		n := w.nodes[2]
+		w.deploy("1.0.0", exactlyOne)
+		w.place(n, w.nodes[0], w.nodes[1])
+		w.running(n, "1.0.0")
+		st := &n.sup.service(testInstance).lease
+		w.eventually(5*time.Second, "it may serve", func() bool { return n.sup.mayServe(st) && n.sup.lease.holds() })
+		n.clock.mu.Lock()
+		n.clock.start = n.clock.start.Add(-10 * time.Second) // the machine slept for 10 s
+		n.clock.mu.Unlock()
+		if n.sup.mayServe(st) {
+			t.Error("it may serve after the end of the instance's lease")
+		}
+		if n.sup.lease.holds() {
+			t.Error("it may serve before its ownership is confirmed")
+		}
+	})
+}
+
 // The grade is fixed for an epoch: changed in desired state it begins the next one, in which the process goes on.
 func TestAnotherTakeoverBeginsAnotherEpoch(t *testing.T) {
 	scene(t, 3, func(w *world) {

@@ -24,6 +24,7 @@ import (
 	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/dht/peers"
+	"github.com/coppice-project/coppice/internal/planted"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -250,12 +251,17 @@ func (s *Supervisor) Wake() {
 	}
 }
 
+// owns says whether an instance is this node's to run.
+func (s *Supervisor) owns(reg arbiter.Register) bool {
+	return reg.Owner == s.cfg.Self || planted.Bug("branch-elsewhere") && s.CutOff()
+}
+
 // sweep makes sure that each instance this node owns has an actor, and that actors look.
 func (s *Supervisor) sweep() {
 	list := s.registers()
 	s.sight(list)
 	for _, reg := range list {
-		if reg.Owner == s.cfg.Self {
+		if s.owns(reg) {
 			s.actor(instanceOf(reg.Key))
 			continue
 		}

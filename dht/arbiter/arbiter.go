@@ -58,6 +58,7 @@ type Arbiter struct {
 	turns     chan turn  // wishes to go on in the next incarnation
 	outdated  chan error // the group went on to a format that this build does not know; buffered
 
+	begun    time.Duration // boot time of New
 	ids      idCache
 	failures failures
 	once     sync.Once
@@ -77,6 +78,7 @@ func New(cfg Config) (*Arbiter, error) {
 	a := &Arbiter{
 		cfg: cfg, t: cfg.Timings, log: cfg.Log, disk: d, view: newView(), where: &whereabouts{}, closing: make(chan struct{}),
 		caller: peers.NewCaller(cfg.Peers), seen: newSightings(), turns: make(chan turn), outdated: make(chan error, 1),
+		begun: cfg.BootTime(),
 	}
 	if err := a.label(); err != nil {
 		return nil, errors.Join(err, d.Close())
@@ -130,7 +132,7 @@ func (a *Arbiter) label() error {
 			ErrRolledBack, a.cfg.Dir, id, a.cfg.Self)
 	}
 	next := &wirev1.ArbiterDisk{
-		Format: diskFormat, Self: l.GetSelf(), Boots: l.GetBoots() + 1, Boot: a.cfg.Boot, Group: l.GetGroup(), Seen: l.GetSeen(),
+		Format: diskFormat, Self: l.GetSelf(), Boots: l.GetBoots() + 1, Boot: a.cfg.Boot, Group: l.GetGroup(), Seen: l.GetSeen(), Settled: l.GetSettled(),
 	}
 	if err := a.disk.writeLabel(next); err != nil {
 		return fmt.Errorf("label the raft database %s: %w", a.cfg.Dir, err)

@@ -101,6 +101,7 @@ func (a *Arbiter) observe(ctx context.Context, r *raft.Raft) {
 		case <-events:
 		case <-a.fsm.regrouped.next():
 		case <-tick.C:
+			a.settleDown()
 			if c := r.CommitIndex(); c != marked && !a.halted.Load() {
 				marked = c
 				if err := a.disk.markCommitted(c); err != nil {
@@ -110,6 +111,17 @@ func (a *Arbiter) observe(ctx context.Context, r *raft.Raft) {
 		case <-ctx.Done():
 			return
 		}
+	}
+}
+
+// settleDown notes, once for all lives of this node, that the group is older than Settle. Its leader may be started anew: then it sees everybody as if they
+// had just come.
+func (a *Arbiter) settleDown() {
+	if _, member := a.inGroup(); !member || a.cfg.BootTime()-a.begun < a.t.Settle {
+		return
+	}
+	if err := a.disk.settleDown(); err != nil {
+		a.failures.note("note that the group has settled", err)
 	}
 }
 

@@ -107,6 +107,54 @@ func TestVotersFollowMembership(t *testing.T) {
 	})
 }
 
+// TestAJoinStormAfterARestartOfTheLeader: a leader that was started anew sees everybody as if he had just come. The cluster is not young for that: who joins
+// now votes only once it has been up for Settle.
+func TestAJoinStormAfterARestartOfTheLeader(t *testing.T) {
+	inCluster(t, 55, 3, func(c *cluster) {
+		time.Sleep(2 * testTimings.Settle)
+		old := ids(c.nodes)
+		for _, n := range c.nodes {
+			c.kill(n)
+		}
+		time.Sleep(time.Second)
+		for _, n := range c.nodes {
+			c.up(n, false)
+		}
+		c.settled(10*time.Second, 3, 0)
+		c.grow(4)
+		for end := time.Now().Add(testTimings.Settle - time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			for _, id := range c.leader2(nil).arb().Status().Voters {
+				if !slices.Contains(old, id) {
+					t.Fatalf("a newcomer votes %s before its time", time.Until(end))
+				}
+			}
+		}
+		c.settled(10*time.Second, 5, 0)
+	})
+}
+
+// TestANewcomerThatOnlyTheLeaderReachesDoesNotVote: it would vote for nobody else, and be of no use without this leader.
+func TestANewcomerThatOnlyTheLeaderReachesDoesNotVote(t *testing.T) {
+	inCluster(t, 56, 3, func(c *cluster) {
+		time.Sleep(2 * testTimings.Settle)
+		lead := c.leader()
+		c.grow(2)
+		far := c.nodes[3]
+		for _, n := range c.nodes {
+			if n != lead && n != far {
+				c.net.Cut(far.id, n.id, true)
+			}
+		}
+		for end := time.Now().Add(3 * testTimings.Settle); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			if s := lead.arb().Status(); slices.Contains(s.Voters, far.id) || slices.Contains(s.Learners, far.id) {
+				t.Fatalf("it votes or learns: %v, %v", s.Voters, s.Learners)
+			}
+		}
+		c.net.Heal()
+		c.settled(time.Minute, 5, 0)
+	})
+}
+
 func ids(ns []*node) []peer.ID {
 	var out []peer.ID
 	for _, n := range ns {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // incarnation names one life of the group. Its number rises whenever a node goes on without the others' consent: as the last of two, or
@@ -69,6 +70,12 @@ func (d *disk) setIncarnations(f func(group, seen incarnation) (incarnation, inc
 	d.mu.RLock()
 	l := d.relabelled(group, seen)
 	d.mu.RUnlock()
+	if planted.Bug("incarnation-forgotten") && group == was {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.label = l
+		return group, seen, nil
+	}
 	if err := d.writeLabel(l); err != nil {
 		return was, saw, fmt.Errorf("label the raft database: %w", err)
 	}
@@ -79,6 +86,7 @@ func (d *disk) setIncarnations(f func(group, seen incarnation) (incarnation, inc
 func (d *disk) relabelled(group, seen incarnation) *wirev1.ArbiterDisk {
 	return &wirev1.ArbiterDisk{
 		Format: d.label.GetFormat(), Self: d.label.GetSelf(), Boots: d.label.GetBoots(), Boot: d.label.GetBoot(), Group: group.wire(), Seen: seen.wire(),
+		Settled: d.label.GetSettled(),
 	}
 }
 
@@ -135,7 +143,7 @@ func (a *Arbiter) greet(in incarnation) (answer incarnation, admitted bool) {
 		a.failures.note("join incarnation "+in.String(), err)
 		return seen, false
 	}
-	return seen, !in.none() && in == group && in == seen
+	return seen, !in.none() && (in == group && in == seen || planted.Bug("incarnation-unfenced"))
 }
 
 // speaks returns the incarnation under which this node may open raft streams.

@@ -1,6 +1,7 @@
 package arbiter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,17 +26,36 @@ type keeper struct {
 	leads    bool
 	swapped  time.Time
 	firstMet map[peer.ID]time.Time // servers that the view does not name: since when
+	reach    map[peer.ID]reach     // newcomers
 
 	mu      sync.Mutex // guards the rest
 	leaving map[peer.ID]time.Time
 	word    string
 }
 
+// reach is whether others than the leader get through to a newcomer, as they said last, and until when that counts: meanwhile one that is out of reach
+// is passed over.
+type reach struct {
+	ok    bool
+	wait  time.Duration
+	until time.Time
+}
+
+const (
+	// reachHolds is how long a yes counts.
+	reachHolds = 10 * time.Second
+	// reachLeast and reachMost are how long a no does: who joined just now is not known to all yet.
+	reachLeast = 500 * time.Millisecond
+	reachMost  = 30 * time.Second
+	// reachAsked is how many others are asked.
+	reachAsked = 5
+)
+
 // leaveTime is how long a wish to stop voting holds.
 const leaveTime = time.Minute
 
 func newKeeper(a *Arbiter) *keeper {
-	return &keeper{a: a, kicks: make(chan struct{}, 1), leaving: map[peer.ID]time.Time{}, firstMet: map[peer.ID]time.Time{}}
+	return &keeper{a: a, kicks: make(chan struct{}, 1), leaving: map[peer.ID]time.Time{}, firstMet: map[peer.ID]time.Time{}, reach: map[peer.ID]reach{}}
 }
 
 // kick has the keeper look now.
@@ -77,6 +97,7 @@ func (k *keeper) run(ctx context.Context, r *raft.Raft) {
 			if !k.leads {
 				k.leads, k.since, k.swapped = true, time.Now(), time.Time{}
 				clear(k.firstMet)
+				clear(k.reach)
 			}
 			pause = k.look(ctx, r)
 		}
@@ -126,13 +147,13 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 		s.primary = k.primary(st)
 	}
 	list := a.cfg.Members.List()
-	young := true
+	young := !a.disk.settled()
 	for _, m := range list {
 		young = young && (!m.Alive || m.For < a.t.Settle)
 	}
 	former := a.fsm.former()
 	for _, m := range list {
-		can := eligible(m, slices.Contains(former, m.ID), young, a.t.Settle) && !k.isLeaving(m.ID)
+		can := eligible(m, slices.Contains(former, m.ID), young, a.t.Settle) && !k.isLeaving(m.ID) && (slices.Contains(s.voters, m.ID) || !k.outOfReach(m.ID))
 		// After a restart the view begins with everybody dead: what raft hears is not.
 		quiet := min(m.For, time.Since(k.since), time.Since(a.trans.Load().of(m.ID).heard))
 		s.members[m.ID] = standing{alive: m.Alive, dead: m.Dead && quiet >= a.t.DeadFor, eligible: can, zone: m.Zone}
@@ -151,6 +172,7 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	s.mayHand = young || time.Since(k.since) < 2*a.t.Keeper+a.t.RPC || time.Since(k.since) >= a.t.Transfer
 	s.known = lowestFormat(a.cfg.Format, list)
 	s.ready = func(id peer.ID) bool { return k.caughtUp(ctx, r, id) }
+	s.reached = func(id peer.ID) bool { return k.reached(ctx, id, list, s.voters) }
 	return s
 }
 
@@ -203,6 +225,74 @@ func (k *keeper) caughtUp(ctx context.Context, r *raft.Raft, id peer.ID) bool {
 		format = st.meta.Format
 	}
 	return l.GetOpen() && l.GetHalted() == "" && l.GetMaxFormat() >= format && l.GetApplied()+near >= k.a.fsm.applied.Load()
+}
+
+// outOfReach says whether nobody but the leader got through to a newcomer a moment ago.
+func (k *keeper) outOfReach(id peer.ID) bool {
+	r, asked := k.reach[id]
+	return asked && !r.ok && time.Now().Before(r.until)
+}
+
+// reached says whether somebody besides this leader gets through to a newcomer: a voter that only the leader reaches votes for nobody else, and is of no
+// use when the leader is gone. Other voters are asked first.
+func (k *keeper) reached(ctx context.Context, id peer.ID, list []Member, voters []peer.ID) bool {
+	was := k.reach[id]
+	if time.Now().Before(was.until) {
+		return was.ok
+	}
+	var ask []peer.ID
+	for _, m := range list {
+		if m.Alive && m.ID != id && m.ID != k.a.cfg.Self {
+			ask = append(ask, m.ID)
+		}
+	}
+	slices.SortStableFunc(ask, func(a, b peer.ID) int {
+		return cmp.Compare(slices.Index(voters, b), slices.Index(voters, a)) // who is none has -1
+	})
+	now := reach{ok: k.reachedBy(ctx, id, ask[:min(len(ask), reachAsked)]), wait: reachHolds}
+	if !now.ok {
+		now.wait = min(max(2*was.wait, reachLeast), reachMost)
+		if was.ok {
+			now.wait = reachLeast
+		}
+		k.a.log.Info("arbiter keeper: nobody but the leader gets through to a node: it may not vote", "node", id, "again", now.wait)
+	}
+	now.until = time.Now().Add(now.wait)
+	k.reach[id] = now
+	return now.ok
+}
+
+// reachedBy asks others, all at once; one that gets through is enough. Who does not know the question, an older version, says nothing against it, and
+// without anybody to ask there is nothing to find out.
+func (k *keeper) reachedBy(ctx context.Context, id peer.ID, ask []peer.ID) bool {
+	if len(ask) == 0 {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(ctx, k.a.t.RPC)
+	defer cancel()
+	answers := make(chan wirev1.ArbiterResponse_Code, len(ask))
+	for _, other := range ask {
+		go func() {
+			resp := new(wirev1.ArbiterResponse)
+			req := k.a.request(&wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Reach{Reach: []byte(id)}})
+			if k.a.caller.Call(ctx, other, protoCall, req, resp) != nil {
+				resp.Code = wirev1.ArbiterResponse_BUSY
+			}
+			answers <- resp.GetCode()
+		}()
+	}
+	unknown, no := false, false
+	for range ask {
+		switch <-answers {
+		case wirev1.ArbiterResponse_OK:
+			return true
+		case wirev1.ArbiterResponse_INVALID:
+			unknown = true
+		default:
+			no = true
+		}
+	}
+	return unknown && !no
 }
 
 // do carries a step out. It returns when the change is committed, or can no longer be by this leader.

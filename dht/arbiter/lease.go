@@ -111,6 +111,9 @@ func (a *Arbiter) Lease(ctx context.Context, r LeaseRequest) (Leases, error) {
 			resp, err := a.attempt(ctx, leader, changed, req)
 			switch a.judge(leader, resp, err) {
 			case carried:
+				if planted.Bug("lease-from-answer") {
+					asked = a.cfg.BootTime()
+				}
 				return leasesFrom(asked, resp.GetLeases()), nil
 			case rejected:
 				return Leases{}, fmt.Errorf("renew leases: %s", resp.GetReason())
@@ -194,7 +197,11 @@ func (l *leases) lead(r *raft.Raft) bool {
 	}
 	if r != l.raft || term != l.term {
 		// Seen later than it was: that only makes it wait longer.
+		first := l.raft == nil
 		l.raft, l.term, l.since, l.keys, l.current, l.flight = r, term, l.a.cfg.BootTime(), map[string]*leased{}, false, map[string]int{}
+		if first && planted.Bug("lease-lost-on-boot") {
+			l.since -= withDrift(l.a.t.Lease)
+		}
 	}
 	return true
 }
@@ -276,6 +283,7 @@ func (l *leases) renew(tree *iradix.Tree, from peer.ID, req *wirev1.ArbiterLease
 			refused = "the epoch is revoked: another node claims it"
 		default:
 			c.free, c.revoked, c.end = false, false, now+withDrift(l.a.t.Lease)
+			l.tell(LeaseRenewed, k.GetKey(), k.GetEpoch())
 		}
 		out.Keys = append(out.Keys, &wirev1.ArbiterLease{Key: k.GetKey(), Epoch: k.GetEpoch(), Refused: refused})
 	}
@@ -351,8 +359,42 @@ type admission struct {
 
 // taken is an epoch that an admitted command ends.
 type taken struct {
+	key   string
 	lease *leased
 	epoch uint64
+}
+
+// LeaseStep is one thing that a leader has decided about the lease of an epoch, for an audit of I5: while a claim that ends the epoch is being decided,
+// for the rest of the term when nobody knows how that came out, and for half a second after a claim was told to wait, no renewal of it is acknowledged.
+type LeaseStep struct {
+	Kind  LeaseStepKind
+	Key   string
+	Epoch uint64
+	Term  uint64        // in which this node leads
+	At    time.Duration // Config.BootTime
+}
+
+// LeaseStepKind says what was decided.
+type LeaseStepKind int
+
+const (
+	// LeaseRenewed: a renewal is acknowledged.
+	LeaseRenewed LeaseStepKind = iota
+	// LeaseAsked: a claim that ends the epoch is told to wait.
+	LeaseAsked
+	// LeaseEnding: a claim that ends the epoch is proposed.
+	LeaseEnding
+	// LeaseDecided: that claim is decided; the epoch goes on when it was refused.
+	LeaseDecided
+	// LeaseDoubted: what became of that claim is not known.
+	LeaseDoubted
+)
+
+// tell has a step audited. Locked, so that the audit sees the order in which things were decided.
+func (l *leases) tell(kind LeaseStepKind, key string, epoch uint64) {
+	if l.a.cfg.AuditLeases != nil {
+		l.a.cfg.AuditLeases(LeaseStep{kind, key, epoch, l.term, l.a.cfg.BootTime()})
+	}
 }
 
 // admit decides which commands of an entry may be proposed now. The epochs that they end are revoked when it returns. settle is called
@@ -384,6 +426,9 @@ func (l *leases) admit(r *raft.Raft, e *wirev1.ArbiterEntry) (*admission, bool) 
 	}
 	for key := range ad.keys {
 		l.flight[key]++
+	}
+	for _, t := range ad.claims {
+		l.tell(LeaseEnding, t.key, t.epoch)
 	}
 	return ad, true
 }
@@ -418,7 +463,7 @@ func (l *leases) admitCommand(ad *admission, st *viewState, i int, cmd *wirev1.A
 			continue
 		}
 		c, wait := l.take(reg)
-		ends = append(ends, taken{c, reg.Epoch})
+		ends = append(ends, taken{reg.Key, c, reg.Epoch})
 		if wait > longest {
 			longest, key = wait, reg.Key
 		}
@@ -467,6 +512,7 @@ func (l *leases) take(reg *Register) (*leased, time.Duration) {
 	if c.free || now >= c.end || planted.Bug("no-lease-wait") {
 		return c, 0
 	}
+	l.tell(LeaseAsked, reg.Key, reg.Epoch)
 	if l.a.cfg.Links != nil && (c.probed == 0 || now-c.probed > time.Second) {
 		c.probed = max(now, 1)
 		go l.probe(*reg, l.raft, l.term)
@@ -543,6 +589,11 @@ func (ad *admission) settle(doubt bool) {
 		if c := t.lease; c.epoch == t.epoch {
 			c.claims = max(c.claims-1, 0)
 			c.doubt = c.doubt || doubt
+			if doubt {
+				ad.l.tell(LeaseDoubted, t.key, t.epoch)
+			} else {
+				ad.l.tell(LeaseDecided, t.key, t.epoch)
+			}
 		}
 	}
 }

@@ -65,6 +65,24 @@ func TestIncarnationOutranksOnDisk(t *testing.T) {
 	})
 }
 
+// TestAnIncarnationThatWasMetIsNotForgotten: a node dies at the moment at which it has heard of a higher incarnation. Its next life knows of it, with
+// nobody to tell it again (I8).
+func TestAnIncarnationThatWasMetIsNotForgotten(t *testing.T) {
+	inCluster(t, 54, 3, func(c *cluster) {
+		n := c.nodes[1]
+		n.arb().meet(incarnation{5, 9})
+		c.kill(n)
+		c.net.Isolate(n.id)
+		c.up(n, false)
+		if _, seen := n.arb().disk.incarnations(); seen != (incarnation{5, 9}) {
+			t.Errorf("after its death it has seen %s", seen)
+		}
+		if answer, ok := n.arb().greet(incarnation{1, 0}); ok {
+			t.Errorf("it admits incarnation 1: %s", answer)
+		}
+	})
+}
+
 // stubborn is a log that cannot be compacted.
 type stubborn struct{ raft.LogStore }
 

@@ -47,6 +47,7 @@ type situation struct {
 	coordinator peer.ID
 	primary     peer.ID            // of the rule of two nodes; "": it does not hold
 	ready       func(peer.ID) bool // a learner that has caught up and would take part
+	reached     func(peer.ID) bool // a newcomer that others than the leader get through to
 	max         int                // voters at most
 	maySwap     bool               // distance alone may change the group now
 	mayHand     bool               // a healthy leader may hand over now
@@ -169,7 +170,7 @@ func (s *situation) next() step {
 	}
 	for _, rule := range []func(groups) step{s.fill, s.takeOut, s.shrink, s.swap, s.pair, s.learn, s.tidy, s.name, s.raise, s.hand} {
 		st := rule(g)
-		if s.primary != "" && (st.kind == stepVoter || st.kind == stepDemote || st.kind == stepRemove && slices.Contains(s.voters, st.id)) {
+		if s.primary != "" && !planted.Bug("two-among-three") && (st.kind == stepVoter || st.kind == stepDemote || st.kind == stepRemove && slices.Contains(s.voters, st.id)) {
 			return s.unpair(st)
 		}
 		if st.kind != stepNone {
@@ -200,6 +201,8 @@ func (s *situation) pair(g groups) step {
 // bring adds a voter: learner first, voter when it has caught up.
 func (s *situation) bring(id peer.ID, why string) step {
 	switch {
+	case !s.reached(id):
+		return step{stepWait, id, why} // it is passed over from now on
 	case !slices.Contains(s.learners, id) && !planted.Bug("vote-without-learning"):
 		return step{stepLearner, id, why}
 	case !s.ready(id) && !planted.Bug("vote-without-learning"):

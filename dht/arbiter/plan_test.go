@@ -15,7 +15,7 @@ type world struct {
 }
 
 func newWorld(n int) *world {
-	w := &world{s: situation{members: map[peer.ID]standing{}, max: 5, ready: func(peer.ID) bool { return true }, maySwap: true, mayHand: true}}
+	w := &world{s: situation{members: map[peer.ID]standing{}, max: 5, ready: func(peer.ID) bool { return true }, reached: func(peer.ID) bool { return true }, maySwap: true, mayHand: true}}
 	for i := range n {
 		w.s.members[testID(i+1)] = standing{alive: true, eligible: true}
 	}

@@ -52,11 +52,24 @@ func (a *Arbiter) answer(ctx context.Context, from peer.ID, req *wirev1.ArbiterR
 		return a.serveLease(ctx, from, k.Lease)
 	case *wirev1.ArbiterRequest_Beat:
 		return a.two.serveBeat(from, incarnationOf(req.GetIncarnation()))
+	case *wirev1.ArbiterRequest_Reach:
+		return a.serveReach(ctx, peer.ID(k.Reach))
 	case *wirev1.ArbiterRequest_StepDown:
 		a.keeper.leave(from)
 		return &wirev1.ArbiterResponse{}
 	}
 	return invalid("unknown request")
+}
+
+// serveReach says whether this node gets through to another one.
+func (a *Arbiter) serveReach(ctx context.Context, to peer.ID) *wirev1.ArbiterResponse {
+	ctx, cancel := context.WithTimeout(ctx, a.t.RPC/2)
+	defer cancel()
+	req := a.request(&wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Status{Status: true}})
+	if err := a.caller.Call(ctx, to, protoCall, req, new(wirev1.ArbiterResponse)); err != nil {
+		return &wirev1.ArbiterResponse{Code: wirev1.ArbiterResponse_BUSY, Reason: err.Error()}
+	}
+	return &wirev1.ArbiterResponse{}
 }
 
 func notLeader() *wirev1.ArbiterResponse {

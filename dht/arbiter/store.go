@@ -190,6 +190,33 @@ func (d *disk) boots() uint64 {
 	return d.label.GetBoots()
 }
 
+// settled says whether this node was in the group for Timings.Settle, in any of its lives.
+func (d *disk) settled() bool {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.label.GetSettled()
+}
+
+// settleDown notes that it was.
+func (d *disk) settleDown() error {
+	if d.settled() {
+		return nil
+	}
+	d.labels <- struct{}{}
+	defer func() { <-d.labels }()
+	if d.gone.Load() {
+		return nil
+	}
+	d.mu.RLock()
+	l := proto.CloneOf(d.label)
+	d.mu.RUnlock()
+	l.Settled = true
+	if err := d.writeLabel(l); err != nil {
+		return fmt.Errorf("label the raft database: %w", err)
+	}
+	return nil
+}
+
 // wipe empties log, stable store and snapshots in one step, after which the disk is of no incarnation. What it has met stays.
 func (d *disk) wipe() error {
 	d.labels <- struct{}{}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // The rule of two nodes (consistency.md §3.6). A group of two commits with both. While Meta.TwoNode names one of them, the primary, either
@@ -47,9 +48,11 @@ func (l loner) alone() bool {
 	case !l.on || !l.met:
 		return false
 	case l.primary:
-		return l.proven || l.silent >= l.limit
+		return l.proven || l.silent >= l.limit || planted.Bug("two-impatient") && l.silent >= l.limit/4
+	case planted.Bug("two-unproven") && l.silent >= l.limit:
+		return true
 	}
-	return l.proven && l.silent <= time.Duration(float64(l.limit)*(1-2*drift))
+	return l.proven && (l.silent <= time.Duration(float64(l.limit)*(1-2*drift)) || planted.Bug("two-late-proof"))
 }
 
 // two watches the other of two nodes.
@@ -152,7 +155,7 @@ func (t *two) status(r *raft.Raft) (primary peer.ID, paired bool) {
 func (t *two) contact(with peer.ID, inc incarnation, at time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.leaving {
+	if t.leaving && !planted.Bug("two-contact-leaving") {
 		return false
 	}
 	t.with, t.inc, t.at = with, inc, at
@@ -204,6 +207,8 @@ func (t *two) look(other peer.ID, primary, on bool, inc incarnation) loner {
 	l := loner{on: on, primary: primary, limit: t.a.t.Alone}
 	if t.with == other && t.inc == inc {
 		l.met, l.silent = true, t.a.cfg.BootTime()-t.at
+	} else if planted.Bug("two-unmet") {
+		l.met, l.silent = true, t.a.cfg.BootTime()-t.a.begun
 	}
 	return l
 }

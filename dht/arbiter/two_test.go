@@ -167,15 +167,21 @@ func TestTwoNodesSilence(t *testing.T) {
 // death, too late. It must not go on from its old state.
 func TestTwoNodesLateProof(t *testing.T) {
 	inPair(t, 43, func(c *cluster, a, b *node) {
+		c.net.SetTimeout(time.Second) // what the two said last does not arrive when the link comes back
 		c.net.Isolate(b.id)
 		if err := put(a.arb(), "k", "alone", 20*time.Second); err != nil {
 			t.Fatal(err)
 		}
+		c.eventually(10*time.Second, "the secondary has found the link gone", func() bool { return b.arb().two.isDown(a.id) })
+		time.Sleep(3 * time.Second)
 		c.kill(a)
 		c.net.Heal()
 		time.Sleep(20 * time.Second)
 		if inc := b.incarnation(); inc != 1 {
 			t.Fatalf("the secondary is in incarnation %d", inc)
+		}
+		if _, seen := b.arb().disk.incarnations(); seen.number != 1 {
+			t.Fatalf("the secondary has heard of incarnation %s: the test shows nothing", seen)
 		}
 		c.up(a, false)
 		c.settled(20*time.Second, 2, 0)
@@ -189,27 +195,42 @@ func TestTwoNodesLateProof(t *testing.T) {
 // TestTwoNodesFreshlyBooted: a node that was started after the other was gone goes on alone in no case, proof or not.
 func TestTwoNodesFreshlyBooted(t *testing.T) {
 	for i, who := range []string{"primary", "secondary"} {
-		t.Run(who, func(t *testing.T) {
-			inPair(t, uint64(44+i), func(c *cluster, a, b *node) {
-				first, second := a, b
-				if who == "secondary" {
-					first, second = b, a
-				}
-				c.kill(first)
-				if err := put(second.arb(), "k", "alone", 5*time.Second); err != nil {
-					t.Fatal(err)
-				}
-				c.kill(second)
-				c.up(first, false)
-				time.Sleep(20 * time.Second)
-				if s := first.arb().Status(); s.HasLeader || s.Incarnation != 1 {
-					t.Fatalf("it goes on: %+v", s)
-				}
-				c.up(second, false)
-				c.settled(20*time.Second, 2, 0)
-				c.has(first, "k", "alone")
+		// Without a snapshot it does not even know of the rule before it hears the other.
+		for j, snapshots := range []string{"log", "snapshot"} {
+			t.Run(who+"/"+snapshots, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					c := newCluster(t, uint64(44+2*i+100*j))
+					defer c.close()
+					if snapshots == "snapshot" {
+						c.adjust = func(cfg *Config) { cfg.Timings.Snapshot, cfg.Timings.SnapshotAfter = 100*time.Millisecond, 1 }
+					}
+					c.grow(2)
+					c.settled(10*time.Second, 2, 0)
+					c.paired(c.nodes[0], c.nodes[1])
+					first, second := c.nodes[0], c.nodes[1]
+					if who == "secondary" {
+						first, second = second, first
+					}
+					if err := put(first.arb(), "k", "both", time.Second); err != nil {
+						t.Fatal(err)
+					}
+					time.Sleep(time.Second)
+					c.kill(first)
+					if err := put(second.arb(), "k", "alone", 5*time.Second); err != nil {
+						t.Fatal(err)
+					}
+					c.kill(second)
+					c.up(first, false)
+					time.Sleep(20 * time.Second)
+					if s := first.arb().Status(); s.HasLeader || s.Incarnation != 1 {
+						t.Fatalf("it goes on: %+v", s)
+					}
+					c.up(second, false)
+					c.settled(20*time.Second, 2, 0)
+					c.has(first, "k", "alone")
+				})
 			})
-		})
+		}
 	}
 }
 
@@ -285,6 +306,25 @@ func TestStaleGroupCannotTalk(t *testing.T) {
 		if group.number != 2 || seen != group {
 			t.Errorf("on disk: %s, seen %s", group, seen)
 		}
+	})
+}
+
+// TestNothingCountsAsContactWhileANodeGoesAlone: between the question whether the other is dead and what is done about the answer a process that was
+// started there is not taken for the one that was met.
+func TestNothingCountsAsContactWhileANodeGoesAlone(t *testing.T) {
+	inPair(t, 53, func(c *cluster, a, b *node) {
+		inc, err := a.arb().speaks()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp := a.arb().two.serveBeat(b.id, inc); resp.GetReason() != "" {
+			t.Fatalf("a beat does not count: %s", resp.GetReason())
+		}
+		a.arb().two.leave(true)
+		if resp := a.arb().two.serveBeat(b.id, inc); resp.GetReason() == "" {
+			t.Error("a beat counted while the node was about to go on alone")
+		}
+		a.arb().two.leave(false)
 	})
 }
 

@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/coppice-project/coppice/internal/cluster"
 	"github.com/coppice-project/coppice/internal/cluster/clustertest"
 	"github.com/coppice-project/coppice/internal/load"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
@@ -199,9 +198,7 @@ func (g *grove) pid(component, instance string) int {
 func TestOwnerCutOff(t *testing.T) {
 	t.Parallel() // it waits most of the time
 	g := seedIn(t, clustertest.Config{Nodes: 3, Namespaces: true})
-	if g.Network.Kind() == cluster.Loopback {
-		t.Skip("links can be cut in network namespaces only, and those are not permitted here")
-	}
+	clustertest.Cuttable(t, g.Cluster)
 	must(t, g.Up(t.Context()))
 	g.waitVoters()
 	n1 := g.Nodes[0]

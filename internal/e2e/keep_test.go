@@ -36,9 +36,7 @@ func (g *grove) addAt(n *cluster.Node, key string, count int) string {
 func TestAlwaysOnRunsOnBothSidesOfACut(t *testing.T) {
 	t.Parallel() // it waits most of the time
 	g := seedIn(t, clustertest.Config{Nodes: 3, Namespaces: true})
-	if g.Network.Kind() == cluster.Loopback {
-		t.Skip("links can be cut in network namespaces only, and those are not permitted here")
-	}
+	clustertest.Cuttable(t, g.Cluster)
 	must(t, g.Up(t.Context()))
 	g.waitVoters()
 	n1 := g.Nodes[0]

@@ -40,8 +40,10 @@ type clientele struct {
 	t    *testing.T
 	c    *cluster.Cluster
 	hist *history
-	stop chan struct{}
-	goes sync.WaitGroup
+	// drafts is the history of what is saved on demand only.
+	drafts *drafts
+	stop   chan struct{}
+	goes   sync.WaitGroup
 
 	mu        sync.Mutex // guards the rest
 	balances  map[string]int64
@@ -57,7 +59,7 @@ func account(i int) string { return fmt.Sprintf("holder-%d", i) }
 // open opens the accounts and starts the clients.
 func open(t *testing.T, c *cluster.Cluster, seed uint64) *clientele {
 	t.Helper()
-	l := &clientele{t: t, c: c, hist: newHistory(), stop: make(chan struct{}), balances: map[string]int64{}}
+	l := &clientele{t: t, c: c, hist: newHistory(), drafts: newDrafts(), stop: make(chan struct{}), balances: map[string]int64{}}
 	rng := rand.New(rand.NewPCG(seed, 2))
 	for i := range holders {
 		if _, err := l.call(rng, "bank/bank", "Open", fmt.Sprintf(`{"name":%q,"balance":"%d"}`, account(i), opening), "open-"+account(i)); err != nil {
@@ -84,7 +86,7 @@ func (l *clientele) ended() bool {
 func (l *clientele) client(id int, rng *rand.Rand) {
 	for n := 0; !l.ended(); n++ {
 		key := fmt.Sprintf("c%d-%d", id, n)
-		switch rng.IntN(4) {
+		switch rng.IntN(7) {
 		case 0:
 			l.put(id, rng, key)
 		case 1:
@@ -93,6 +95,14 @@ func (l *clientele) client(id int, rng *rand.Rand) {
 			l.transfer(rng, key)
 		case 3:
 			l.sum(rng)
+		case 4:
+			l.putDraft(id, rng, key)
+		case 5:
+			l.getDraft(id, rng)
+		case 6:
+			if rng.IntN(4) == 0 {
+				l.save(id, rng)
+			}
 		}
 		time.Sleep(pace)
 	}
@@ -100,6 +110,12 @@ func (l *clientele) client(id int, rng *rand.Rand) {
 
 // call has a call answered by whichever node answers it, within patience.
 func (l *clientele) call(rng *rand.Rand, component, method, body, key string) (string, error) {
+	out, _, err := l.tried(rng, component, method, body, key)
+	return out, err
+}
+
+// tried is call, and says how often it was tried.
+func (l *clientele) tried(rng *rand.Rand, component, method, body, key string) (out string, tries int, err error) {
 	var last error
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		alive := l.c.Alive()
@@ -113,19 +129,20 @@ func (l *clientele) call(rng *rand.Rand, component, method, body, key string) (s
 			continue
 		}
 		ctx, cancel := context.WithTimeout(l.t.Context(), attempt)
+		tries++
 		res, err := c.Call(ctx, &apiv1.CallRequest{Component: component, Method: method, Json: body, IdempotencyKey: key, TimeoutMs: uint64(attempt.Milliseconds())})
 		cancel()
 		if err == nil {
-			return res.GetJson(), nil
+			return res.GetJson(), tries, nil
 		}
 		for says, is := range refusals {
 			if strings.Contains(err.Error(), says) {
-				return "", is
+				return "", tries, is
 			}
 		}
 		last = err
 	}
-	return "", fmt.Errorf("%w: %s %s: %w", errNoAnswer, component, method, last)
+	return "", tries, fmt.Errorf("%w: %s %s: %w", errNoAnswer, component, method, last)
 }
 
 func (l *clientele) wrote() {
@@ -230,6 +247,7 @@ func (l *clientele) close(seed uint64) {
 	close(l.stop)
 	l.goes.Wait()
 	ops, doubtful := l.hist.linearizable(l.t)
+	l.drafts.check(l.t)
 	b, err := l.read(rand.New(rand.NewPCG(seed, 3)))
 	if err != nil {
 		l.t.Fatal(err)

@@ -21,6 +21,9 @@ type fault struct {
 	do   func(ctx context.Context, b *bed) (string, error)
 }
 
+// errSkipped is wrapped by a fault that cannot be done here.
+var errSkipped = errors.New("not possible here")
+
 // faults in the order in which a seed chooses from them.
 var faults = []fault{
 	{"kill", func(ctx context.Context, b *bed) (string, error) { return b.kill(ctx, b.any()) }},
@@ -58,6 +61,7 @@ var faults = []fault{
 	{"roll-back", rollBack},
 	{"clocks", clocks},
 	{"boot-1970", boot1970},
+	{"kill-watchers", killWatchers},
 }
 
 func names(nodes []*cluster.Node) string {
@@ -99,9 +103,9 @@ func (b *bed) leader(ctx context.Context) (*cluster.Node, error) {
 	return b.any(), nil
 }
 
-// owner is the node of one of the two components, with the component's process.
+// owner is the node of one of the components, with the component's process.
 func (b *bed) owner(ctx context.Context) (*cluster.Node, int, error) {
-	component := []string{"data/kv", "bank/bank"}[b.rng.IntN(2)]
+	component := components[b.rng.IntN(len(components))]
 	in, err := cluster.Calm(ctx, b.c.Nodes[0], component)
 	if err != nil {
 		return nil, 0, err
@@ -121,6 +125,31 @@ func (b *bed) kill(ctx context.Context, nodes ...*cluster.Node) (string, error) 
 		return "", err
 	}
 	return fmt.Sprintf("%s killed, started again after %s", names(nodes), down.Round(time.Millisecond)), cluster.Each(nodes, func(n *cluster.Node) error { return n.Start(ctx) })
+}
+
+// killWatchers kills a node and all that watch it, at once: nobody is left who would miss its heartbeats, and others have to find out.
+func killWatchers(ctx context.Context, b *bed) (string, error) {
+	n := b.any()
+	var watchers []*cluster.Node
+	if err := cluster.WaitFor(ctx, back, n.Name+" to be watched", func(ctx context.Context) (bool, error) {
+		var list []*apiv1.Node
+		if err := b.c.Coppice(ctx, n, &list, "nodes", n.Name); err != nil {
+			return false, err
+		}
+		watchers = nil
+		for _, it := range list {
+			for _, name := range it.GetWatchers() {
+				if w := b.c.Node(name); w != nil && it.GetState() == "alive" {
+					watchers = append(watchers, w)
+				}
+			}
+		}
+		return len(watchers) > 0, nil
+	}); err != nil {
+		return "", err
+	}
+	what, err := b.kill(ctx, append(watchers, n)...)
+	return fmt.Sprintf("%s and its watchers: %s", n.Name, what), err
 }
 
 func (b *bed) terminate(ctx context.Context, n *cluster.Node) (string, error) {

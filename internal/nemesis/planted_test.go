@@ -49,12 +49,7 @@ func newStandstill(t *testing.T, bug string) *standstill {
 	t.Helper()
 	begun := time.Now()
 	s := &standstill{t: t, c: clustertest.New(t, clustertest.Config{Nodes: 4, Namespaces: true, Planted: true, Bug: bug})}
-	if s.c.Network.Kind() == cluster.Loopback {
-		if os.Getenv("CI") != "" {
-			t.Fatal("network namespaces are not permitted here, and in CI they must be")
-		}
-		t.Skip("links are cut in network namespaces, and those are not permitted here")
-	}
+	clustertest.Cuttable(t, s.c)
 	ln, err := s.c.Network.Listen()
 	must(t, err)
 	s.store = clustertest.OpenOutside(t, ln)

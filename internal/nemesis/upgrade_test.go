@@ -21,6 +21,7 @@ func TestRollingUpgrade(t *testing.T) {
 	b := newBed(t, 3, time.Second)
 	ctx := t.Context()
 	l := open(t, b.c, b.seed)
+	over := l.drafts.during()
 	format := func(is uint32) error {
 		return cluster.WaitFor(ctx, back, fmt.Sprintf("format %d everywhere", is), func(ctx context.Context) (bool, error) {
 			for _, n := range b.c.Alive() {
@@ -79,5 +80,6 @@ func TestRollingUpgrade(t *testing.T) {
 	_, err = b.whole(ctx, l)
 	must(t, err)
 	must(t, format(2))
+	over()
 	l.close(b.seed)
 }

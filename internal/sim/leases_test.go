@@ -3,6 +3,7 @@ package sim
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -15,13 +16,16 @@ import (
 )
 
 // leasesKind is the arbiter's leases alone: nodes claim registers from each other, renew, let lapse and give up, with clocks of different
-// rates, while everything goes wrong. I4: nobody becomes owner while another node, or a process that a dead one left behind, may still act.
+// rates, while everything goes wrong. I4: nobody becomes owner while another node, or a process that a dead one left behind, may still act. I5: no leader
+// acknowledges a renewal of an epoch that a claim is about to end.
 var leasesKind = kind{"leases", func(s *schedule) { newLeases(s).run() }}
 
 const (
 	leaseOf = 3 * time.Second // arbiter.Timings.Lease of the profile lan
 	// orphan is how long a process runs on without its node (components/supervisor; arbiter/lease.go counts with it).
 	orphan = 2 * time.Second
+	// claimed is how long a claim that was told to wait counts (arbiter.WaitError).
+	claimed = 500 * time.Millisecond
 )
 
 type leases struct {
@@ -31,6 +35,23 @@ type leases struct {
 
 	held sync.Mutex // guards the rest
 	acts []*act
+	// ends is what leaders have decided about the ends of epochs.
+	ends map[ending]*decisions
+}
+
+// ending is an epoch as a leader knows it: in one life and one term.
+type ending struct {
+	by    *life
+	term  uint64
+	key   string
+	epoch uint64
+}
+
+// decisions are what a leader has decided about the end of an epoch.
+type decisions struct {
+	asked    time.Duration // when a claim was told to wait last, by the leader's clock; 0 never
+	proposed int           // claims under way
+	doubt    bool          // nobody knows what became of one
 }
 
 // act is a time in which a process may act as the owner of an epoch, in the schedule's time.
@@ -47,7 +68,8 @@ func newLeases(s *schedule) *leases {
 	if err != nil {
 		panic(err)
 	}
-	g := &leases{world: newWorld(s), keys: []string{components.InstanceRegister("app/c-0"), components.InstanceRegister("app/c-1")}, body: body}
+	g := &leases{world: newWorld(s), keys: []string{components.InstanceRegister("app/c-0"), components.InstanceRegister("app/c-1")}, body: body, ends: map[ending]*decisions{}}
+	g.audit = g.decided
 	g.build = func(n *node, l *life) error {
 		g.startsAnew(n)
 		o := &owner{g: g, l: l, r: g.dice(), gaveUp: map[arbiter.LeaseKey]bool{}}
@@ -266,6 +288,39 @@ func (g *leases) died(l *life) {
 // startsAnew notes that a node begins another life, and ends first what the one before left behind.
 func (g *leases) startsAnew(n *node) {
 	g.until(g.now(), func(a *act) bool { return a.by.n == n })
+}
+
+// decided asserts I5.
+func (g *leases) decided(l *life, s arbiter.LeaseStep) {
+	g.held.Lock()
+	defer g.held.Unlock()
+	at := ending{l, s.Term, s.Key, s.Epoch}
+	d := g.ends[at]
+	if d == nil {
+		d = &decisions{}
+		g.ends[at] = d
+	}
+	switch s.Kind {
+	case arbiter.LeaseRenewed:
+		what := fmt.Sprintf("I5: %s acknowledged a renewal of epoch %d of %s in term %d", l.n.name, s.Epoch, s.Key, s.Term)
+		switch {
+		case d.proposed > 0:
+			g.failf("%s while a claim that ends it was being decided", what)
+		case d.doubt:
+			g.failf("%s although nobody knows what became of a claim that ends it", what)
+		case d.asked > 0 && s.At-d.asked < claimed:
+			g.failf("%s %s after a claim of it was told to wait", what, s.At-d.asked)
+		}
+	case arbiter.LeaseAsked:
+		d.asked = max(s.At, 1)
+	case arbiter.LeaseEnding:
+		d.proposed++
+	case arbiter.LeaseDecided:
+		d.proposed--
+	case arbiter.LeaseDoubted:
+		d.proposed--
+		d.doubt = true
+	}
 }
 
 // apart asserts I4.

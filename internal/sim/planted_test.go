@@ -62,10 +62,12 @@ var bugs = []bug{
 	{"lease-no-revoke", "leases", 800, "leases of an epoch are renewed while a claim that ends it is being decided"},
 	{"lease-unverified", "leases", 800, "a leader renews leases without making sure that it still leads"},
 	{"lease-new-leader", "leases", 100, "a new leader does not wait for the leases that its predecessors acknowledged"},
+	{"lease-lost-on-boot", "leases", 200, "a leader that was started anew does not wait for the leases that were acknowledged before"},
+	{"lease-from-answer", "leases", 400, "an owner counts its lease from the answer, not from its question"},
 	{"reply-before-commit", "whole", 100, "an answer is given before its effects are committed"},
 }
 
-// Planted as well, and not found: "stale-reply", "token-not-checked" and "unsettled-restart". docs/testing.md says why, and what shows them.
+// Others are shown by unit tests: TestPlanted in membrane, components/supervisor and dht/arbiter. docs/testing.md says which, and why not here.
 
 // TestPlanted has the simulation look for each planted bug, and fails where one is not found in time. Each hunt is a process of its own: some
 // of the bugs end it.

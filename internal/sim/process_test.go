@@ -12,6 +12,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/coppice-project/coppice/components/runner"
@@ -27,6 +28,8 @@ const (
 	counterDigest  = "sha256:counter-1.0.0"
 	counterVersion = "1.0.0"
 	counterName    = "counter"
+	// lineHeader tells in which epoch a call was carried out.
+	lineHeader = "sim-line"
 )
 
 type counter struct {
@@ -41,7 +44,9 @@ func (counter) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv1.V
 	}
 	value := int64(tx.Uint64("value")) + req.GetN()
 	tx.PutUint64("value", uint64(value))
-	return &counterv1.Value{Value: value}, nil
+	incarnation, epoch := sdk.Token(ctx)
+	err = grpc.SetHeader(ctx, metadata.Pairs(lineHeader, fmt.Sprintf("%d/%d", incarnation, epoch)))
+	return &counterv1.Value{Value: value}, err
 }
 
 // Get implements the service.
@@ -55,7 +60,10 @@ func (counter) Get(ctx context.Context, _ *counterv1.GetRequest) (*counterv1.Val
 
 func counterComponent() *sdk.Component {
 	return &sdk.Component{
-		Type: counterName, Version: counterVersion, State: &sdk.State{Schema: 1},
+		Type: counterName, Version: counterVersion, State: &sdk.State{Schema: 1, Merge: func(base, ours, theirs, into *sdk.Txn) error {
+			into.PutUint64("value", ours.Uint64("value")+theirs.Uint64("value")-base.Uint64("value"))
+			return nil
+		}},
 		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, counter{}) },
 	}
 }

@@ -14,7 +14,7 @@ import (
 )
 
 // kinds are all there are.
-var kinds = []kind{registersKind, pagesKind, wholeKind, leasesKind}
+var kinds = []kind{registersKind, pagesKind, wholeKind, leasesKind, alwaysKind}
 
 func kindOf(name string) (kind, bool) {
 	for _, k := range kinds {
@@ -114,7 +114,7 @@ func TestSim(t *testing.T) {
 }
 
 // shares of the kinds, in percent of all schedules.
-var shares = map[string]int{"registers": 65, "pages": 20, "whole": 10, "leases": 5}
+var shares = map[string]int{"registers": 63, "pages": 20, "whole": 10, "leases": 5, "always": 2}
 
 // TestReplay plays one schedule, named by COPPICE_SIM_SEED ("registers/17"), and prints all its events. COPPICE_SIM_TIMES plays it more than
 // once: what a seed leaves open is the order of goroutines.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
@@ -195,12 +197,19 @@ func (w *whole) afterwards() {
 		w.owners()
 		return
 	}
+	if w.keeps() {
+		if w.decided(); w.failed() {
+			return
+		}
+		begun = time.Now()
+	}
 	for _, n := range w.live() {
 		p := n.part()
 		for _, name := range w.instances {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Until(begun.Add(ownedWithin+healed)))
 			o := history.Op[int64]{Client: 9, Call: w.now()}
-			v, err := counterv1.NewCounterClient(p.router.Conn(name, "")).Add(ctx, &counterv1.AddRequest{N: 1})
+			var header metadata.MD
+			v, err := counterv1.NewCounterClient(p.router.Conn(name, "")).Add(ctx, &counterv1.AddRequest{N: 1}, grpc.Header(&header))
 			cancel()
 			if err != nil {
 				w.failf("I10: %s is not answered at %s: %v", name, n.name, err)
@@ -211,6 +220,10 @@ func (w *whole) afterwards() {
 			o.Name = fmt.Sprintf("the last add to %s at %s = %d", name, n.name, v.GetValue())
 			o.Step = func(s int64) (int64, bool) { return s + 1, s+1 == v.GetValue() }
 			w.logf("%s", o.Name)
+			if w.keeps() {
+				w.answered(name, added{o.Call, o.Return, v.GetValue(), lineOf(header, err)})
+				continue
+			}
 			w.hist.Lock()
 			w.ops[name] = append(w.ops[name], o)
 			w.hist.Unlock()

@@ -25,6 +25,9 @@ func (w *whole) look() {
 		if w.guarantee == components.ExactlyOne {
 			w.alone()
 		}
+		if w.keeps() {
+			w.ownNode()
+		}
 		if round%40 != 0 {
 			continue
 		}

@@ -112,12 +112,16 @@ func (p *part) withArbiter(l *life) error {
 	p.direct = &directory{shelf: w.shelf, changed: make(chan struct{})}
 	conns := &gates{end: l.end, conns: map[string]*grpc.ClientConn{}}
 	p.router = membrane.NewRouter(membrane.RouterConfig{Self: n.id.String(), Caller: fmt.Sprintf("%s.%x", n.name, l.boot), Directory: p.direct, Peers: conns, Log: l.log})
-	p.sup = supervisor.New(supervisor.Config{
+	cfg := supervisor.Config{
 		Self: n.id, Name: n.name, Boot: l.boot, Arbiter: l.arb, Members: p.members, Blobs: p.blobs, Artifacts: w.shelf, Runner: p.procs, Peers: l.end,
 		Caller: p.caller, Events: eventLog{w.world, n}, Shell: p.newShell, RunDir: "/nowhere", LogDir: "/nowhere", DataDir: "/nowhere", Log: l.log,
 		Rand: rand.New(rand.NewPCG(l.boot, 5)), BootTime: l.clock.now, Touch: l.arb.HeardLeader, Settle: 500 * time.Millisecond,
 		Adopted: func(arbiter.Register) { p.direct.tell() },
-	})
+	}
+	if w.keeps() {
+		cfg.DataDir = n.folder()
+	}
+	p.sup = supervisor.New(cfg)
 	p.direct.sup.Store(p.sup)
 	p.blobs.SetOnAcked(p.sup.OnAcked)
 	p.blobs.SetLive(p.liveRoots)
@@ -156,6 +160,12 @@ func (p *part) liveRoots() []blobs.Hash {
 		}
 		out = append(out, roots...)
 	}
+	for _, reg := range p.l.arb.List(components.BranchPrefix) {
+		if len(reg.Root) == len(blobs.Hash{}) {
+			out = append(out, blobs.Hash(reg.Root))
+		}
+	}
+	out = append(out, p.sup.BranchRoots()...)
 	for _, in := range p.sup.Infos() {
 		if !in.Saved.Root.IsZero() {
 			out = append(out, in.Saved.Root)

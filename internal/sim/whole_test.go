@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/protocol"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
@@ -49,16 +51,18 @@ type whole struct {
 	*world
 	shelf     *shelf
 	guarantee string
+	reconcile string // of always-on
 	instances []string
 
 	hist   sync.Mutex // guards the rest
 	ops    map[string][]history.Op[int64]
 	frozen map[*life]time.Time  // since when
 	beside map[string]time.Time // by instance: since when two may serve it
+	adds   map[string][]added   // of always-on, instead of ops
 }
 
 func newWhole(s *schedule) *whole {
-	w := &whole{world: newWorld(s), ops: map[string][]history.Op[int64]{}, frozen: map[*life]time.Time{}, beside: map[string]time.Time{}}
+	w := &whole{world: newWorld(s), ops: map[string][]history.Op[int64]{}, frozen: map[*life]time.Time{}, beside: map[string]time.Time{}, adds: map[string][]added{}}
 	w.guarantee = components.Safe
 	if w.oneIn(2) {
 		w.guarantee = components.ExactlyOne
@@ -107,6 +111,9 @@ func (w *whole) run() {
 	}
 	w.copies()
 	end := time.Now().Add(w.between(6*time.Second, 12*time.Second))
+	if w.keeps() {
+		end = end.Add(12 * time.Second) // branches take their time
+	}
 	var callers sync.WaitGroup
 	for i := range 3 {
 		r := w.dice()
@@ -116,6 +123,9 @@ func (w *whole) run() {
 	f.losses = 1
 	f.harms = append(f.harms, harm{"crash of a process", 4, w.crashProcess}, harm{"crash of an owner", 4, w.crashOwner},
 		harm{"owner cut off", 4, w.isolateOwner}, harm{"owner stands still", 3, w.freezeOwner}, harm{"move", 3, w.move})
+	if w.keeps() {
+		w.alwaysHarms(f)
+	}
 	if w.trusting() {
 		f.harms = slices.DeleteFunc(f.harms, func(h harm) bool { return h.name == "bridge" || h.name == "one way" })
 	}
@@ -126,7 +136,12 @@ func (w *whole) run() {
 	}
 	f.over()
 	w.afterwards()
-	w.histories()
+	switch {
+	case !w.keeps():
+		w.histories()
+	case !w.failed():
+		w.kept()
+	}
 }
 
 // trusting says that the lease of this schedule's instances is what their owner has heard.
@@ -149,6 +164,9 @@ func (w *whole) deploy() bool {
 	app := &componentsv1.Application{
 		Format: components.ApplicationFormat, Name: simApp, Version: 1, Manifest: &componentsv1.Manifest{Application: simApp, Components: []*componentsv1.ComponentSpec{spec}},
 		Pinned: []*componentsv1.Pinned{{Component: "store", Digest: counterDigest, Name: counterName, Version: counterVersion, Durable: componentsv1.Durability_DURABILITY_EACH_CALL}},
+	}
+	if w.keeps() {
+		spec.Guarantee, spec.OnPartition, spec.Reconcile = "", components.PartitionKeep, w.reconcile
 	}
 	body, err := proto.Marshal(app)
 	if err != nil {
@@ -290,6 +308,7 @@ func (w *whole) once(number int, r *rand.Rand, n *node, p *part, name string) {
 	o := history.Op[int64]{Client: number, Call: w.now()}
 	var v *counterv1.Value
 	var err error
+	var header metadata.MD
 	read := w.guarantee == components.ExactlyOne && r.IntN(3) == 0
 	if read {
 		o.Name = "get " + name
@@ -297,7 +316,7 @@ func (w *whole) once(number int, r *rand.Rand, n *node, p *part, name string) {
 		o.Step = func(s int64) (int64, bool) { return s, s == v.GetValue() }
 	} else {
 		o.Name = "add to " + name
-		v, err = client.Add(ctx, &counterv1.AddRequest{N: 1})
+		v, err = client.Add(ctx, &counterv1.AddRequest{N: 1}, grpc.Header(&header))
 		failed := err != nil
 		o.Step = func(s int64) (int64, bool) { return s + 1, failed || s+1 == v.GetValue() }
 	}
@@ -307,6 +326,10 @@ func (w *whole) once(number int, r *rand.Rand, n *node, p *part, name string) {
 		o.Name += " " + err.Error()
 	}
 	w.logf("caller %d: %s, since %.4f", number, o.Name, o.Call.Seconds())
+	if w.keeps() {
+		w.answered(name, added{o.Call, o.Return, v.GetValue(), lineOf(header, err)})
+		return
+	}
 	w.hist.Lock()
 	defer w.hist.Unlock()
 	switch {
@@ -319,6 +342,14 @@ func (w *whole) once(number int, r *rand.Rand, n *node, p *part, name string) {
 		w.count.Answers++
 	}
 	w.ops[name] = append(w.ops[name], o)
+}
+
+// lineOf is the epoch of the process that answered a call; "": none did.
+func lineOf(h metadata.MD, err error) string {
+	if at := h.Get(lineHeader); err == nil && len(at) == 1 {
+		return at[0]
+	}
+	return ""
 }
 
 func (w *whole) histories() {

@@ -35,6 +35,8 @@ type world struct {
 	build func(n *node, l *life) error
 	// bare makes a life without an arbiter; nil: every life has one.
 	bare func(n *node, l *life) error
+	// audit is told what a life decides about leases; nil: nobody is.
+	audit func(l *life, s arbiter.LeaseStep)
 
 	mu    sync.Mutex // guards the rest
 	nodes []*node
@@ -54,9 +56,10 @@ type node struct {
 
 	mu    sync.Mutex // guards the rest
 	fs    *vfs.MemFS
-	lost  bool // its disk is gone or it was refused: it never comes back
-	wiped bool // it came back with an empty disk
-	busy  bool // a fault is being done to it
+	lost  bool   // its disk is gone or it was refused: it never comes back
+	wiped bool   // it came back with an empty disk
+	busy  bool   // a fault is being done to it
+	dir   string // its files besides fs, through all its lives; "": none yet
 
 	cur atomic.Pointer[life] // nil while it does not run
 }
@@ -252,6 +255,9 @@ func (l *life) assemble(bootstrap bool) error {
 	cfg := arbiter.Config{
 		Self: n.id, Boot: l.boot, Peers: l.end, Links: l.end, FS: l.disk, Dir: "raft", Timings: timings, Rand: l.rand.Uint64, Log: l.log, BootTime: l.clock.now, Leased: components.LeasedBody,
 	}
+	if w.audit != nil {
+		cfg.AuditLeases = func(s arbiter.LeaseStep) { w.audit(l, s) }
+	}
 	if w.echoes {
 		cfg.Peers = &echo{Peers: l.end, protocol: "/coppice/arbiter/1", ctx: w.ctx, goes: &w.goes, draw: func() (bool, time.Duration) {
 			return l.rand.Uint64()%4 == 0, time.Duration(l.rand.Uint64() % uint64(800*time.Millisecond))
@@ -305,6 +311,16 @@ func (l *life) ended(err error) {
 		return
 	}
 	w.failf("%s: the arbiter ended: %v", n.name, err)
+}
+
+// folder is where a node keeps files that are not in fs: what is written there survives a crash.
+func (n *node) folder() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.dir == "" {
+		n.dir = n.w.t.TempDir()
+	}
+	return n.dir
 }
 
 // kill ends the node's process at once. Its disk keeps what was synced.

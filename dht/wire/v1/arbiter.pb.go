@@ -1822,8 +1822,9 @@ type ArbiterDisk struct {
 	Self          []byte                 `protobuf:"bytes,2,opt,name=self,proto3" json:"self,omitempty"`
 	Boots         uint64                 `protobuf:"varint,3,opt,name=boots,proto3" json:"boots,omitempty"`
 	Boot          uint64                 `protobuf:"varint,4,opt,name=boot,proto3" json:"boot,omitempty"`
-	Group         *ArbiterIncarnation    `protobuf:"bytes,5,opt,name=group,proto3" json:"group,omitempty"` // that the raft state belongs to; absent: there is none
-	Seen          *ArbiterIncarnation    `protobuf:"bytes,6,opt,name=seen,proto3" json:"seen,omitempty"`   // highest ever met: nothing of a lower one is accepted any more
+	Group         *ArbiterIncarnation    `protobuf:"bytes,5,opt,name=group,proto3" json:"group,omitempty"`      // that the raft state belongs to; absent: there is none
+	Seen          *ArbiterIncarnation    `protobuf:"bytes,6,opt,name=seen,proto3" json:"seen,omitempty"`        // highest ever met: nothing of a lower one is accepted any more
+	Settled       bool                   `protobuf:"varint,7,opt,name=settled,proto3" json:"settled,omitempty"` // this node was in the group for Timings.Settle: who joins now is a newcomer, however young the process looks
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1900,6 +1901,13 @@ func (x *ArbiterDisk) GetSeen() *ArbiterIncarnation {
 	return nil
 }
 
+func (x *ArbiterDisk) GetSettled() bool {
+	if x != nil {
+		return x.Settled
+	}
+	return false
+}
+
 type ArbiterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -1912,6 +1920,7 @@ type ArbiterRequest struct {
 	//	*ArbiterRequest_StepDown
 	//	*ArbiterRequest_Lease
 	//	*ArbiterRequest_Beat
+	//	*ArbiterRequest_Reach
 	Kind          isArbiterRequest_Kind `protobuf_oneof:"kind"`
 	Incarnation   *ArbiterIncarnation   `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // the highest that the caller has met
 	Since         uint64                `protobuf:"varint,9,opt,name=since,proto3" json:"since,omitempty"`            // of propose: number of the incarnation that the entry's since is an index of
@@ -2028,6 +2037,15 @@ func (x *ArbiterRequest) GetBeat() bool {
 	return false
 }
 
+func (x *ArbiterRequest) GetReach() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*ArbiterRequest_Reach); ok {
+			return x.Reach
+		}
+	}
+	return nil
+}
+
 func (x *ArbiterRequest) GetIncarnation() *ArbiterIncarnation {
 	if x != nil {
 		return x.Incarnation
@@ -2078,6 +2096,10 @@ type ArbiterRequest_Beat struct {
 	Beat bool `protobuf:"varint,8,opt,name=beat,proto3,oneof"` // of the secondary of two nodes, to the primary
 }
 
+type ArbiterRequest_Reach struct {
+	Reach []byte `protobuf:"bytes,11,opt,name=reach,proto3,oneof"` // peer id: does a call of the asked node get through to that one
+}
+
 func (*ArbiterRequest_Propose) isArbiterRequest_Kind() {}
 
 func (*ArbiterRequest_Read) isArbiterRequest_Kind() {}
@@ -2093,6 +2115,8 @@ func (*ArbiterRequest_StepDown) isArbiterRequest_Kind() {}
 func (*ArbiterRequest_Lease) isArbiterRequest_Kind() {}
 
 func (*ArbiterRequest_Beat) isArbiterRequest_Kind() {}
+
+func (*ArbiterRequest_Reach) isArbiterRequest_Kind() {}
 
 type ArbiterResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3060,14 +3084,15 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x06result\x18\x03 \x01(\v2\x1d.coppice.dht.v1.ArbiterResultR\x06result\"F\n" +
 	"\x12ArbiterSnapshotEnd\x12\x1c\n" +
 	"\tregisters\x18\x01 \x01(\x04R\tregisters\x12\x12\n" +
-	"\x04txns\x18\x02 \x01(\x04R\x04txns\"\xd5\x01\n" +
+	"\x04txns\x18\x02 \x01(\x04R\x04txns\"\xef\x01\n" +
 	"\vArbiterDisk\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04self\x18\x02 \x01(\fR\x04self\x12\x14\n" +
 	"\x05boots\x18\x03 \x01(\x04R\x05boots\x12\x12\n" +
 	"\x04boot\x18\x04 \x01(\x04R\x04boot\x128\n" +
 	"\x05group\x18\x05 \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x05group\x126\n" +
-	"\x04seen\x18\x06 \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x04seen\"\x89\x03\n" +
+	"\x04seen\x18\x06 \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x04seen\x12\x18\n" +
+	"\asettled\x18\a \x01(\bR\asettled\"\xa1\x03\n" +
 	"\x0eArbiterRequest\x12\x1a\n" +
 	"\apropose\x18\x01 \x01(\fH\x00R\apropose\x12\x14\n" +
 	"\x04read\x18\x02 \x01(\tH\x00R\x04read\x12\x1f\n" +
@@ -3078,7 +3103,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\tstep_down\x18\x06 \x01(\bH\x00R\bstepDown\x12;\n" +
 	"\x05lease\x18\n" +
 	" \x01(\v2#.coppice.dht.v1.ArbiterLeaseRequestH\x00R\x05lease\x12\x14\n" +
-	"\x04beat\x18\b \x01(\bH\x00R\x04beat\x12D\n" +
+	"\x04beat\x18\b \x01(\bH\x00R\x04beat\x12\x16\n" +
+	"\x05reach\x18\v \x01(\fH\x00R\x05reach\x12D\n" +
 	"\vincarnation\x18\a \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\vincarnation\x12\x14\n" +
 	"\x05since\x18\t \x01(\x04R\x05sinceB\x06\n" +
 	"\x04kind\"\xf7\x03\n" +
@@ -3303,6 +3329,7 @@ func file_dht_wire_v1_arbiter_proto_init() {
 		(*ArbiterRequest_StepDown)(nil),
 		(*ArbiterRequest_Lease)(nil),
 		(*ArbiterRequest_Beat)(nil),
+		(*ArbiterRequest_Reach)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

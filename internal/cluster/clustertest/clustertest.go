@@ -132,6 +132,36 @@ func moduleRoot() (string, error) {
 	return filepath.Dir(mod), nil
 }
 
+// NotPermitted ends a test that needs what this machine does not permit: network namespaces, mounts. It is skipped with the reason; in CI it fails, so
+// that nobody takes for tested what never ran, unless COPPICE_NO_NETNS says that this machine is known for it.
+func NotPermitted(t testing.TB, why string) {
+	t.Helper()
+	mustBePermitted(t, why)
+	t.Skip("SKIPPED: " + why)
+}
+
+// Without is NotPermitted for a part of a test: the rest goes on.
+func Without(t testing.TB, why string) {
+	t.Helper()
+	mustBePermitted(t, why)
+	t.Log("SKIPPED in part: " + why)
+}
+
+func mustBePermitted(t testing.TB, why string) {
+	t.Helper()
+	if os.Getenv("CI") != "" && os.Getenv("COPPICE_NO_NETNS") == "" {
+		t.Fatalf("%s, and in CI it must be possible; COPPICE_NO_NETNS=1 lets such tests be skipped all the same", why)
+	}
+}
+
+// Cuttable ends a test whose cluster asked for network namespaces and is on loopback, where no link can be cut.
+func Cuttable(t testing.TB, c *cluster.Cluster) {
+	t.Helper()
+	if c.Network.Kind() == cluster.Loopback {
+		NotPermitted(t, "links can be cut in network namespaces only, and those are not permitted here")
+	}
+}
+
 // Config says what cluster a test wants.
 type Config struct {
 	Nodes int

@@ -719,6 +719,7 @@ type Node struct {
 	DiskBytes     uint64                 `protobuf:"varint,19,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	Instances     uint32                 `protobuf:"varint,20,opt,name=instances,proto3" json:"instances,omitempty"` // it owns
 	Started       *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=started,proto3" json:"started,omitempty"`
+	Watchers      []string               `protobuf:"bytes,22,rep,name=watchers,proto3" json:"watchers,omitempty"` // names of the nodes that it sends its heartbeats to
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -896,6 +897,13 @@ func (x *Node) GetInstances() uint32 {
 func (x *Node) GetStarted() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Started
+	}
+	return nil
+}
+
+func (x *Node) GetWatchers() []string {
+	if x != nil {
+		return x.Watchers
 	}
 	return nil
 }
@@ -9660,7 +9668,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\fNodesRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\";\n" +
 	"\rNodesResponse\x12*\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x14.coppice.api.v1.NodeR\x05nodes\"\xc7\x05\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x14.coppice.api.v1.NodeR\x05nodes\"\xe3\x05\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
@@ -9687,7 +9695,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\n" +
 	"disk_bytes\x18\x13 \x01(\x04R\tdiskBytes\x12\x1c\n" +
 	"\tinstances\x18\x14 \x01(\rR\tinstances\x124\n" +
-	"\astarted\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x1a9\n" +
+	"\astarted\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12\x1a\n" +
+	"\bwatchers\x18\x16 \x03(\tR\bwatchers\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
