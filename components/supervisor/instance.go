@@ -90,7 +90,7 @@ type Info struct {
 	Saved     Saved
 	Settled   bool // the epoch has answered and held: a failure does not return it to the version before
 	TxnCalls  bool
-	Durable   string
+	Durable   string  // how it is saved in fact, which may be less than desired (Reason says why)
 	StartedMs float64 // how long its last start took, once its artifact was here: launch, restore, start
 	Failures  int     // starts in a row that failed
 }
@@ -233,7 +233,7 @@ func (i *instance) step(ctx context.Context) time.Duration {
 		return i.rest(ctx, components.Stopped, "stopped by a command; try coppice start "+i.name)
 	case i.sup.paused():
 		return i.rest(ctx, components.Stopped, "the cluster is paused")
-	case i.sup.retiring.Load() && body.GetLeased():
+	case i.sup.retiring.Load():
 		return i.rest(ctx, components.Stopped, whyRetired)
 	case eff.Leased() != body.GetLeased() && !time.Now().Before(i.regradeAt):
 		return i.regrade(ctx, reg, &body, eff.Leased())
@@ -340,6 +340,6 @@ func (i *instance) note(g *generation, eff *components.Effective) {
 	i.info.Epoch, i.info.Version, i.info.Digest, i.info.Artifact = g.token.Epoch, g.version, g.digest, g.artifact
 	i.info.Started, i.info.Failures, i.info.Settled = g.since, 0, false
 	i.info.Pid, i.info.TxnCalls = g.proc.Ident().Pid, g.has(componentv1.FeatureTxnCalls)
-	i.info.Durable = components.DurableName(eff.Durable, eff.Interval)
+	i.info.Durable = durableNow(g, eff)
 	i.hung = nil
 }

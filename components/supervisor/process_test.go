@@ -33,6 +33,7 @@ type binary struct {
 	journal       int64                           // bytes kept of the journal; 0: plenty
 	ballast       int                             // bytes of state besides the counter
 	merge         func(base, ours, theirs, into *sdk.Txn) error
+	spoil         atomic.Pointer[spoiler] // changes the frames that its processes give and are given
 
 	desc *componentv1.Description
 }
@@ -231,7 +232,7 @@ func startProcess(b *binary, spec runner.Spec) (*simProcess, error) {
 	go p.server.Serve(stoppable{p.lis, p}) //nolint:errcheck // ends with the process
 	p.conn, err = grpc.NewClient("passthrough:component", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return p.lis.DialContext(ctx) }),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(runner.MaxMessage)))
+		grpc.WithStreamInterceptor(b.spoils), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(runner.MaxMessage)))
 	return p, err
 }
 

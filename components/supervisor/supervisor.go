@@ -117,7 +117,7 @@ type Supervisor struct {
 	lease *lease
 	// session renews the leases of single instances.
 	session *session
-	// retiring: nothing that is leased runs here any more.
+	// retiring: nothing is to run here any more.
 	retiring   atomic.Bool
 	reconciles chan struct{}
 
