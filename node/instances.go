@@ -137,7 +137,7 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 		out.State, out.Reason = string(components.Starting), "its node has not told about it yet"
 		return
 	}
-	out.State, out.Reason, out.Restarts = r.State, r.Reason, uint32(r.Restarts)
+	out.State, out.Reason, out.Restarts, out.DurableNow = r.State, r.Reason, uint32(r.Restarts), r.Durable
 	if r.State == string(components.Running) || r.State == string(components.Frozen) || r.State == string(components.Degraded) {
 		out.UptimeMs = uint64(max(0, r.UptimeMs+r.age.Milliseconds()))
 	}
@@ -155,7 +155,7 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 	if r.SavedAgeMs >= 0 {
 		out.CheckpointAgeMs = proto.Uint64(uint64(r.SavedAgeMs + r.age.Milliseconds()))
 	}
-	if r.Durable == "each-call" {
+	if r.Durable == "each-call" { // in fact, whatever is desired
 		out.WouldLoseMs = proto.Uint64(0)
 	} else if r.SavedAgeMs >= 0 {
 		out.WouldLoseMs = out.CheckpointAgeMs
