@@ -33,6 +33,7 @@ type binary struct {
 	journal       int64                           // bytes kept of the journal; 0: plenty
 	ballast       int                             // bytes of state besides the counter
 	merge         func(base, ours, theirs, into *sdk.Txn) error
+	hang          atomic.Pointer[chan struct{}] // Get waits for it
 	spoil         atomic.Pointer[spoiler] // changes the frames that its processes give and are given
 
 	desc *componentv1.Description
@@ -44,7 +45,7 @@ func (b *binary) digest() string { return "sha256:" + b.name + "-" + b.version }
 func (b *binary) component() *sdk.Component {
 	c := &sdk.Component{
 		Type: b.name, Version: b.version,
-		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, &counter{stateless: b.stateless}) },
+		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, &counter{stateless: b.stateless, hang: &b.hang}) },
 		OnStart: func(ctx context.Context, in *sdk.Instance) error {
 			if b.onStart != nil {
 				if err := b.onStart(ctx); err != nil {
@@ -72,6 +73,7 @@ func (b *binary) component() *sdk.Component {
 type counter struct {
 	counterv1.UnimplementedCounterServer
 	stateless bool
+	hang      *atomic.Pointer[chan struct{}]
 }
 
 func (c *counter) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv1.Value, error) {
@@ -88,6 +90,9 @@ func (c *counter) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv
 }
 
 func (c *counter) Get(ctx context.Context, _ *counterv1.GetRequest) (*counterv1.Value, error) {
+	if h := c.hang.Load(); h != nil {
+		<-*h
+	}
 	if c.stateless {
 		return &counterv1.Value{}, nil
 	}

@@ -188,6 +188,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	s.spawn(func() { s.keepReconciling(s.ctx) })
 	s.spawn(func() { s.watchLeases(s.ctx) })
 	s.spawn(func() { s.keepBranchCopies(s.ctx) })
+	s.spawn(func() { s.keepRestingCopies(s.ctx) })
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	s.sweep()
