@@ -49,6 +49,8 @@ type instance struct {
 	follows   retries           // of a swap that failed for no fault of the version
 	applied   applied           // what was last given to the process
 	regradeAt time.Time         // not before: a change of the takeover that failed
+	thin      broken            // too few copies of its checkpoint
+	loose     broken            // a required interface that leads nowhere
 
 	mu   sync.Mutex // guards the fields below
 	info Info

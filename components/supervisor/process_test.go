@@ -33,8 +33,9 @@ type binary struct {
 	journal       int64                           // bytes kept of the journal; 0: plenty
 	ballast       int                             // bytes of state besides the counter
 	merge         func(base, ours, theirs, into *sdk.Txn) error
+	requires      string                        // an interface
 	hang          atomic.Pointer[chan struct{}] // Get waits for it
-	spoil         atomic.Pointer[spoiler] // changes the frames that its processes give and are given
+	spoil         atomic.Pointer[spoiler]       // changes the frames that its processes give and are given
 
 	desc *componentv1.Description
 }
@@ -45,7 +46,9 @@ func (b *binary) digest() string { return "sha256:" + b.name + "-" + b.version }
 func (b *binary) component() *sdk.Component {
 	c := &sdk.Component{
 		Type: b.name, Version: b.version,
-		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, &counter{stateless: b.stateless, hang: &b.hang}) },
+		Register: func(r grpc.ServiceRegistrar) {
+			counterv1.RegisterCounterServer(r, &counter{stateless: b.stateless, hang: &b.hang})
+		},
 		OnStart: func(ctx context.Context, in *sdk.Instance) error {
 			if b.onStart != nil {
 				if err := b.onStart(ctx); err != nil {
@@ -62,6 +65,9 @@ func (b *binary) component() *sdk.Component {
 				return nil
 			})
 		},
+	}
+	if b.requires != "" {
+		c.Requires = []*sdk.Binding{sdk.Require(b.requires, "counter.v1.Counter")}
 	}
 	if !b.stateless {
 		c.State = &sdk.State{Schema: max(b.schema, 1), Reads: b.reads, Merge: b.merge}

@@ -149,7 +149,39 @@ func newSaver(cfg saverConfig, head *chainHead, saved Saved, have []peer.ID) *sa
 func (s *saver) Saved() (Saved, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.saved, cmp.Or(s.saveErr, s.stateFault, s.journalFault, s.copyErr)
+	return s.saved, cmp.Or(s.saveErr, s.stateFault, s.journalFault)
+}
+
+// copies says how many of the living nodes keep the last checkpoint, and how many should; ok false: that is not settled yet, or there is none.
+func (s *saver) copies() (have, want int, ok bool) {
+	s.mu.Lock()
+	young, none := time.Since(s.saved.At) < copiesEvery, s.saved.Seq == 0 || s.local
+	s.mu.Unlock()
+	if none || young || s.cfg.mode == componentsv1.Durability_DURABILITY_NONE {
+		return 0, 0, false
+	}
+	to, _ := s.cfg.holders()
+	for _, id := range s.keepers() {
+		if s.cfg.alive(id) {
+			have++
+		}
+	}
+	return have, len(to), true
+}
+
+// thin says that the last checkpoint is on fewer living nodes than it should be, and why; "" it is not.
+func (s *saver) thin() string {
+	have, want, ok := s.copies()
+	if !ok || have >= want {
+		return ""
+	}
+	why := fmt.Sprintf("its last checkpoint is on %d living nodes, %d should keep it", have, want)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.copyErr != nil {
+		why += ": " + s.copyErr.Error()
+	}
+	return why
 }
 
 // keepers are those who are known to keep the committed root.

@@ -207,16 +207,18 @@ func TestTerminatedNodeUnderLoadLosesNothing(t *testing.T) {
 			must(t, err)
 		},
 	} {
-		g.moveTo(n1, "data/kv-0", "n2")
-		p := g.press("data/kv", g.others(g.Node("n2")), 200, 3*time.Second)
+		in := g.running(n1, "data/kv-0", protected(3))
+		owner := g.Node(in.GetNode())
+		asked := g.others(owner)[0]
+		p := g.press("data/kv", g.others(owner), 200, 3*time.Second)
 		p.answered(200)
-		end(g.Node("n2"))
-		g.running(n1, "data/kv-0", notOn("n2"))
+		end(owner)
+		g.running(asked, "data/kv-0", notOn(owner.Name))
 		p.answered(200)
 		p.audit(false)
-		must(t, g.Node("n2").Start(t.Context()))
-		g.wait("n2 to be back", func(ctx context.Context) error {
-			st, err := g.status(ctx, n1)
+		must(t, owner.Start(t.Context()))
+		g.wait(owner.Name+" to be back", func(ctx context.Context) error {
+			st, err := g.status(ctx, asked)
 			if err == nil && st.GetNodes().GetAlive() != 3 {
 				err = fmt.Errorf("%d nodes are alive", st.GetNodes().GetAlive())
 			}
