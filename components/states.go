@@ -17,6 +17,9 @@ const (
 	Stopped  State = "stopped"
 )
 
+// Serves says that a process is there and has a state that may have changed: calls pass, or are held.
+func (s State) Serves() bool { return s == Running || s == Frozen || s == Degraded }
+
 // Lifecycle is the state of a membrane's lifecycle controller (DESIGN.md §5).
 type Lifecycle string
 

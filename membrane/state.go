@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/coppice-project/coppice/plugins/contract/component/frames"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -26,7 +27,7 @@ func (r *StateReader) Next() (*Frame, error) {
 		if errors.Is(err, io.EOF) {
 			return nil, io.EOF
 		}
-		return nil, fmt.Errorf("read state: %w", optional(err))
+		return nil, optional(err)
 	}
 	return f, nil
 }
@@ -123,44 +124,73 @@ func (w *StateWriter) Finish() (*componentv1.RestoreReply, error) {
 // Abort gives the state up. The process is not to be used any more: it has half a state.
 func (w *StateWriter) Abort() { w.cancel() }
 
-// CopyState sends what changed in from after mark since into b, undecoded, and returns how many bytes that was and the mark it reached.
-// since 0 copies all. Frames must come within what ctx allows; nothing is buffered.
+// CopyState sends what changed in from after mark since into b, and returns how many bytes that was and the mark it reached. since 0 copies all. Each frame
+// is checked on its way, and has to come and to be taken within StateStall; nothing is buffered.
 func CopyState(ctx context.Context, from, to *Backend, since uint64) (bytes, mark uint64, err error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	r, err := from.Checkpoint(ctx, &componentv1.CheckpointFrom{SinceMark: since, ChunkBytes: stateChunk, Schema: writesSchema(from, to)})
+	p := NewPatience(ctx)
+	defer p.Close()
+	r, err := from.Checkpoint(p.Context(), &componentv1.CheckpointFrom{SinceMark: since, ChunkBytes: stateChunk, Schema: writesSchema(from, to)})
 	if err != nil {
 		return 0, 0, err
 	}
 	defer r.Close()
-	w, err := to.Restore(ctx)
+	w, err := to.Restore(p.Context())
 	if err != nil {
 		return 0, 0, err
 	}
 	defer w.Abort()
+	check := frames.Checkpoint(since)
 	for {
-		f, err := r.Next()
+		n, err := copyFrame(p, r, w, check)
+		bytes += n
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			return bytes, 0, err
 		}
-		bytes += uint64(f.Len())
-		err = w.Send(f)
-		f.Free()
-		if errors.Is(err, io.EOF) {
-			break // Finish tells why
-		}
-		if err != nil {
-			return bytes, 0, fmt.Errorf("restore: %w", err)
-		}
 	}
-	reply, err := w.Finish()
-	if err != nil {
+	var reply *componentv1.RestoreReply
+	if err := p.Step(StateTaken, "did not say that it has taken its state", func() (err error) { reply, err = w.Finish(); return err }); err != nil {
 		return bytes, 0, err
 	}
 	return bytes, reply.GetMark(), nil
+}
+
+// SourceError says that a state could not be copied because of the process that has it, not of the one that was to be given it.
+type SourceError struct{ Err error }
+
+func (e *SourceError) Error() string { return "read state: " + e.Err.Error() }
+func (e *SourceError) Unwrap() error { return e.Err }
+
+// copyFrame moves one frame; io.EOF: that was all, or the receiver ended the stream, and Finish tells why.
+func copyFrame(p *Patience, r *StateReader, w *StateWriter, check *frames.Verifier) (uint64, error) {
+	var f *Frame
+	err := p.Step(StateStall, "gave nothing of its state", func() (err error) { f, err = r.Next(); return err })
+	if errors.Is(err, io.EOF) {
+		if err := check.End(); err != nil {
+			return 0, &SourceError{err}
+		}
+		return 0, io.EOF
+	}
+	if err != nil {
+		return 0, &SourceError{err}
+	}
+	defer f.Free()
+	state, err := f.State()
+	if err == nil {
+		err = check.Frame(state)
+	}
+	if err != nil {
+		return 0, &SourceError{err}
+	}
+	n := uint64(f.Len())
+	if err := p.Step(StateStall, "took nothing of its state", func() error { return w.Send(f) }); err != nil && !errors.Is(err, io.EOF) {
+		return n, fmt.Errorf("restore: %w", err)
+	} else if err != nil {
+		return n, io.EOF
+	}
+	return n, nil
 }
 
 const stateChunk = 256 << 10 // measured best between 32 KiB and 1 MiB

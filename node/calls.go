@@ -18,6 +18,7 @@ import (
 
 	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/components/supervisor"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/membrane"
 	"github.com/coppice-project/coppice/node/api"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
@@ -123,7 +124,7 @@ func (v *verbs) Inspect(ctx context.Context, r *apiv1.InspectRequest) (*apiv1.In
 	desc, err := n.description(ctx, s)
 	if err == nil {
 		methods := membrane.NewMethods(desc)
-		out.Type, out.Features, out.DurableBy = desc.GetType(), desc.GetFeatures(), durableBy(s, desc)
+		out.Type, out.Features, out.DurableBy = desc.GetType(), desc.GetFeatures(), durableBy(s.eff, desc)
 		out.Provides, out.Requires = interfacesOf(desc.GetProvides(), methods), interfacesOf(desc.GetRequires(), nil)
 		for _, p := range out.GetProvides() {
 			if path, ok := s.eff.Spec.GetExpose()[p.GetName()]; ok {
@@ -162,16 +163,20 @@ func (n *Node) description(ctx context.Context, s subject) (*componentv1.Descrip
 	return n.registry.Description(ctx, s.eff.Digest)
 }
 
-func durableBy(s subject, desc *componentv1.Description) string {
-	switch name := components.DurableName(s.eff.Durable, s.eff.Interval); {
-	case name == "each-call" && slices.Contains(desc.GetFeatures(), componentv1.FeatureTxnCalls):
+// durableBy says how a durability is reached, as the component's version can: what lacks txn-calls is saved at intervals, whatever was asked for.
+func durableBy(eff *components.Effective, desc *componentv1.Description) string {
+	switch name := components.DurableName(eff.Durable, eff.Interval); {
+	case name == "each-call" && !breaksEachCall(eff, desc):
 		return componentv1.FeatureTxnCalls
-	case name == "each-call":
-		return "hold-and-snapshot"
 	case name == "none" || name == "on-demand":
 		return name
 	}
 	return "interval"
+}
+
+// breaksEachCall says that a version cannot keep what durable: each-call promises of the component.
+func breaksEachCall(eff *components.Effective, desc *componentv1.Description) bool {
+	return eff.Durable == componentsv1.Durability_DURABILITY_EACH_CALL && !slices.Contains(desc.GetFeatures(), componentv1.FeatureTxnCalls)
 }
 
 // inspectInstance asks the owner's membrane where the owner is this node; elsewhere what the owner told has to do, and its calls are asked

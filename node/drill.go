@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -154,7 +155,7 @@ func (n *Node) predict(lost []members.Member, killed bool) *apiv1.DrillUpdate {
 		if !names[in.GetNode()] {
 			continue
 		}
-		d := &apiv1.DrillInstance{Instance: in.GetInstance(), From: in.GetNode(), Durable: in.GetDurable(), WouldLoseMs: in.WouldLoseMs}
+		d := &apiv1.DrillInstance{Instance: in.GetInstance(), From: in.GetNode(), Durable: cmp.Or(in.GetDurableNow(), in.GetDurable()), WouldLoseMs: in.WouldLoseMs}
 		if strings.HasSuffix(in.GetInstance(), "@"+in.GetNode()) { // components.EachNodeInstance
 			d.Reason = "one runs on each node: it comes back with its node"
 			out.Instances = append(out.Instances, d)

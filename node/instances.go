@@ -116,9 +116,7 @@ func (n *Node) instance(app, name string, eff *components.Effective, reports map
 	}
 	out.Node, out.Epoch, out.CheckpointSeq = n.nameOf(reg.Owner), reg.Epoch, reg.Seq
 	out.Artifact, out.Version, out.Quarantined = body.GetArtifactName(), body.GetVersion(), body.GetQuarantined()
-	for _, h := range reg.Holders {
-		out.Replicas = append(out.Replicas, n.nameOf(h))
-	}
+	n.replicas(out, reg.Holders)
 	n.successors(out, &body)
 	owner, alive := n.members.Member(reg.Owner)
 	switch {
@@ -129,7 +127,21 @@ func (n *Node) instance(app, name string, eff *components.Effective, reports map
 	default:
 		n.told(out, reg, reports)
 	}
+	if owner.State == members.Suspect && components.State(out.State).Serves() {
+		out.State, out.Reason = string(components.Degraded), "its node "+out.Node+" is suspect: it was not heard from for a moment"
+	}
 	return out
+}
+
+// replicas says who holds its checkpoint.
+func (n *Node) replicas(out *apiv1.Instance, holders []peer.ID) {
+	out.Replicas, out.ReplicasAlive = nil, 0
+	for _, id := range holders {
+		out.Replicas = append(out.Replicas, n.nameOf(id))
+		if m, ok := n.members.Member(id); ok && m.State == members.Alive {
+			out.ReplicasAlive++
+		}
+	}
 }
 
 // told adds what the owner told about the instance.
@@ -139,7 +151,7 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 		out.State, out.Reason = string(components.Starting), "its node has not told about it yet"
 		return
 	}
-	out.State, out.Reason, out.Restarts = r.State, r.Reason, uint32(r.Restarts)
+	out.State, out.Reason, out.Restarts, out.DurableNow = r.State, r.Reason, uint32(r.Restarts), r.Durable
 	if r.State == string(components.Running) || r.State == string(components.Frozen) || r.State == string(components.Degraded) {
 		out.UptimeMs = uint64(max(0, r.UptimeMs+r.age.Milliseconds()))
 	}
@@ -147,17 +159,18 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 		out.CheckpointSeq, out.CheckpointBytes = r.Seq, r.Bytes
 	}
 	if r.Seq > reg.Seq { // else who holds it is committed, and newer than what was told
-		out.Replicas = nil
+		var ids []peer.ID
 		for _, h := range r.Holders {
 			if id, err := peer.Decode(h); err == nil {
-				out.Replicas = append(out.Replicas, n.nameOf(id))
+				ids = append(ids, id)
 			}
 		}
+		n.replicas(out, ids)
 	}
 	if r.SavedAgeMs >= 0 {
 		out.CheckpointAgeMs = proto.Uint64(uint64(r.SavedAgeMs + r.age.Milliseconds()))
 	}
-	if r.Durable == "each-call" {
+	if r.Durable == "each-call" { // in fact, whatever is desired
 		out.WouldLoseMs = proto.Uint64(0)
 	} else if r.SavedAgeMs >= 0 {
 		out.WouldLoseMs = out.CheckpointAgeMs

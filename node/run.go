@@ -33,8 +33,10 @@ import (
 )
 
 const (
-	// saveWithin bounds the final checkpoints of a node that is told to stop by a signal; service managers wait longer than that.
-	saveWithin = 5 * time.Second
+	// aheadWithin bounds the checkpoints ahead of a stop, while calls go on: they make what is left to save, when calls are held, small. saveWithin bounds the
+	// rest: calls held, those under way answered, the last changes committed. Service managers wait longer than both.
+	aheadWithin = 2 * time.Second
+	saveWithin  = 5 * time.Second
 	// goodbyeWithin bounds the parting words of a planned end.
 	goodbyeWithin = time.Second
 	// httpHeaders bounds how long a peer may take for the headers of a request.

@@ -17,7 +17,7 @@ func (n *Node) shutdown(cancel context.CancelFunc) error {
 	n.Stop("stopping")
 	n.log.Info("stopping", "reason", n.why)
 	if n.why == whyTold {
-		sctx, done := context.WithTimeout(context.Background(), saveWithin)
+		sctx, done := context.WithTimeout(context.Background(), aheadWithin)
 		n.finalCheckpoints(sctx)
 		done()
 	}
@@ -32,14 +32,14 @@ func (n *Node) shutdown(cancel context.CancelFunc) error {
 	return n.close()
 }
 
-// part ends what is exactly-one, and says goodbye. Leases are given up to the leader before, so that nobody waits who claims at the goodbye; if this node
-// is the leader, whose successor knows nothing of them, again to that.
+// part brings everything here to rest, saved, and says goodbye. Leases are given up to the leader before, so that nobody waits who claims at the goodbye; if this
+// node is the leader, whose successor knows nothing of them, again to that.
 func (n *Node) part() {
 	led := n.arbiter.Status().Leader == n.id
 	ctx, done := context.WithTimeout(context.Background(), saveWithin)
 	defer done()
 	if err := n.sup.Retire(ctx); err != nil {
-		n.log.Warn("leases were not given up: others wait for their end", "error", err)
+		n.log.Error("not everything here ended in order: what is named goes on from its last acknowledged checkpoint, or after its lease", "error", err)
 	}
 	gctx, said := context.WithTimeout(context.Background(), goodbyeWithin)
 	defer said()

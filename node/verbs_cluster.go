@@ -152,14 +152,19 @@ func (n *Node) unsafeVotes(st arbiter.Status, alive uint32) string {
 
 // unsafe says what the loss of one node would cost an instance now; "" nothing.
 func (n *Node) unsafe(in *apiv1.Instance) string {
+	state := components.State(in.GetState())
 	switch {
 	case in.GetQuarantined():
 		return "quarantined: it is started nowhere; try coppice start " + in.GetComponent()
-	case in.GetDurable() == "none" || in.GetState() != string(components.Running):
+	case in.GetDurable() == "none":
 		return ""
-	case in.GetCheckpointSeq() > 0 && len(in.GetReplicas()) < 2:
+	case in.GetCheckpointSeq() > 0 && in.GetReplicasAlive() == 0:
+		return "no living node is known to hold its checkpoint"
+	case in.GetCheckpointSeq() > 0 && in.GetReplicasAlive() < 2:
 		return "its checkpoint lies on one node only"
-	case in.GetWouldRestartOn() == "" && len(n.members.Alive()) > 1:
+	case state == components.Degraded:
+		return cmp.Or(in.GetReason(), "degraded")
+	case state.Serves() && in.GetWouldRestartOn() == "" && len(n.members.Alive()) > 1:
 		return "no other node could take it over"
 	}
 	return ""

@@ -155,6 +155,17 @@ func (v *verbs) Swap(ctx context.Context, r *apiv1.SwapRequest) (*apiv1.ReplaceR
 	if err != nil {
 		return nil, err
 	}
+	if !r.GetForce() {
+		desc, err := n.registry.Description(ctx, art.GetDigest())
+		if err != nil {
+			return nil, fail(what, err)
+		}
+		if breaksEachCall(s.eff, desc) {
+			return nil, api.Fail(connect.CodeFailedPrecondition, what,
+				fmt.Sprintf("%s@%s does not offer txn-calls, which durable: each-call needs: answers would not wait until they are durable", art.GetName(), art.GetVersion()),
+				"deploy it with durable: 5s; or the same with --force, and it is saved every "+components.MinInterval.String())
+		}
+	}
 	out := &apiv1.ReplaceResponse{Component: s.component}
 	for _, name := range s.instances {
 		res, err := v.onOwner(ctx, what, name, r.GetTimeoutMs(), func(ctx context.Context) (supervisor.Replaced, error) {
@@ -164,7 +175,7 @@ func (v *verbs) Swap(ctx context.Context, r *apiv1.SwapRequest) (*apiv1.ReplaceR
 			}
 			return n.sup.Swap(ctx, name, wish)
 		}, func(ctx context.Context, c apiv1connect.ControlClient) (*apiv1.ReplaceResponse, error) {
-			return c.Swap(ctx, &apiv1.SwapRequest{Component: name, Version: art.GetDigest(), TimeoutMs: r.GetTimeoutMs()})
+			return c.Swap(ctx, &apiv1.SwapRequest{Component: name, Version: art.GetDigest(), TimeoutMs: r.GetTimeoutMs(), Force: r.GetForce()})
 		})
 		if err != nil {
 			return nil, err

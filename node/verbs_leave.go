@@ -5,6 +5,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -20,7 +22,9 @@ import (
 func (v *verbs) Down(ctx context.Context, r *apiv1.DownRequest) (*apiv1.DownResponse, error) {
 	begin := time.Now()
 	if !r.GetAll() || api.ForwardedFrom(ctx) != "" {
-		n := v.n.finalCheckpoints(ctx)
+		actx, done := context.WithTimeout(ctx, aheadWithin)
+		n := v.n.finalCheckpoints(actx)
+		done()
 		v.n.stopSoon(whyDown)
 		return &apiv1.DownResponse{Nodes: []*apiv1.DownNode{{Node: v.n.cfg.Name, Stopped: true}}, Checkpoints: n, TookMs: ms(time.Since(begin))}, nil
 	}
@@ -28,6 +32,7 @@ func (v *verbs) Down(ctx context.Context, r *apiv1.DownRequest) (*apiv1.DownResp
 	if err := v.n.put(ctx, pausedKey, []byte(time.Now().UTC().Format(time.RFC3339))); err != nil {
 		return nil, fail("down --all", fmt.Errorf("commit that the cluster is paused: %w", err))
 	}
+	v.n.resting(ctx)
 	// Voters last: each node still needs the arbiter for its final checkpoints.
 	voters := v.n.arbiter.Status().Voters
 	list := v.n.members.Alive()
@@ -66,21 +71,42 @@ func (n *Node) stopSoon(why string) {
 	time.AfterFunc(answerTime, func() { n.Stop(why) })
 }
 
-// finalCheckpoints saves what runs here and returns how many instances that were. A failure is logged; the last acknowledged
-// checkpoint then stands.
+// finalCheckpoints saves what runs here, while it goes on, and returns how many instances that were. A failure is logged: it is tried again when they are at rest.
 func (n *Node) finalCheckpoints(ctx context.Context) uint32 {
-	var count uint32
+	var count atomic.Uint32
+	var wg sync.WaitGroup
 	for _, in := range n.sup.Infos() {
-		if in.State != components.Running || in.Durable == "none" {
+		if !in.State.Serves() || in.Durable == "none" {
 			continue
 		}
-		if _, err := n.sup.Checkpoint(ctx, in.Instance); err != nil {
-			n.log.Warn("final checkpoint", "instance", in.Instance, "error", err)
-			continue
-		}
-		count++
+		wg.Go(func() {
+			if _, err := n.sup.Checkpoint(ctx, in.Instance); err != nil {
+				n.log.Warn("checkpoint ahead of the stop", "instance", in.Instance, "error", err)
+				return
+			}
+			count.Add(1)
+		})
 	}
-	return count
+	wg.Wait()
+	return count.Load()
+}
+
+// resting waits until everything in the paused cluster is at rest: the last checkpoints need a majority of the voters, which the next nodes to stop may be.
+func (n *Node) resting(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, saveWithin)
+	defer cancel()
+	var left []string
+	if !n.waitFor(ctx, saveWithin, func() bool {
+		left = nil
+		for _, in := range n.instances("") {
+			if components.State(in.GetState()).Serves() {
+				left = append(left, in.GetInstance())
+			}
+		}
+		return len(left) == 0
+	}) {
+		n.log.Error("the cluster stops although not everything is at rest", "instances", left)
+	}
 }
 
 // drain has placement move everything away from this node and waits for that.

@@ -10,10 +10,12 @@ import (
 )
 
 func (c *cli) swapCmd() *cobra.Command {
-	return c.command(spec{
+	var force bool
+	cmd := c.command(spec{
 		group: groupOne, use: "swap COMPONENT@VERSION", short: "Replace a running component by another version, keeping its state",
 		long: "Replace a running component by another version of its artifact, with its state and without a failed call: callers wait for the pause.\n" +
-			"If the new version does not become healthy, the old one goes on. VERSION is a version, a constraint or sha256:….",
+			"If the new version does not become healthy, the old one goes on. VERSION is a version, a constraint or sha256:….\n" +
+			"A version that cannot keep what `durable` promises (each-call without txn-calls) is refused, unless --force says that it may be.",
 		example: examples(
 			"coppice swap shop/store@1.1", "",
 			"coppice swap store@^2", "the newest 2.x",
@@ -28,11 +30,13 @@ func (c *cli) swapCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := cl.Swap(ctx, &apiv1.SwapRequest{Component: args[0][:i], Version: args[0][i+1:], TimeoutMs: c.waitMS(actTimeout)})
+			res, err := cl.Swap(ctx, &apiv1.SwapRequest{Component: args[0][:i], Version: args[0][i+1:], TimeoutMs: c.waitMS(actTimeout), Force: force})
 			if err != nil {
 				return err
 			}
 			return c.replaced(res)
 		},
 	})
+	cmd.Flags().BoolVar(&force, "force", false, "also to a version that cannot keep what durable promises; it is shown as degraded then")
+	return cmd
 }

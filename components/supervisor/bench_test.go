@@ -23,6 +23,7 @@ import (
 	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/dht/peers"
 	"github.com/coppice-project/coppice/dht/store"
+	"github.com/coppice-project/coppice/plugins/contract/component/frames"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -128,6 +129,10 @@ type tape struct {
 	broken  error
 	slow    time.Duration // of a full checkpoint
 	lag     time.Duration // of the journal
+	// spoil and spoilEntry change what is sent of a state and of the journal; a frame that is nil never comes.
+	spoil      func([]*componentv1.StateFrame) []*componentv1.StateFrame
+	spoilEntry func(*componentv1.StateFrame) *componentv1.StateFrame
+	asked      int // for checkpoints
 }
 
 func newTape() *tape { return &tape{changed: make(chan struct{}), first: 1, size: 16} }
@@ -142,18 +147,18 @@ func (c *tape) write(n int) uint64 {
 }
 
 func (c *tape) entry(mark uint64) *componentv1.StateFrame {
-	return &componentv1.StateFrame{Section: componentv1.SectionJournal, Mark: mark, Last: true, Data: bytes.Repeat([]byte{byte(mark)}, c.size)}
+	return frames.Seal(&componentv1.StateFrame{Section: componentv1.SectionJournal, Mark: mark, Last: true, Data: bytes.Repeat([]byte{byte(mark)}, c.size)})
 }
 
-// frames is a stream of state frames without a network.
-type frames struct {
+// tapeStream is a stream of state frames without a network.
+type tapeStream struct {
 	grpc.ServerStreamingClient[componentv1.StateFrame]
 	recv func() (*componentv1.StateFrame, error)
 }
 
-func (f *frames) Recv() (*componentv1.StateFrame, error) { return f.recv() }
+func (f *tapeStream) Recv() (*componentv1.StateFrame, error) { return f.recv() }
 
-func (*frames) Header() (metadata.MD, error) { return nil, nil }
+func (*tapeStream) Header() (metadata.MD, error) { return nil, nil }
 
 // Checkpoint: a header, all entries after since, an end; since 0 is a full one.
 func (c *tape) Checkpoint(ctx context.Context, q *componentv1.CheckpointFrom, _ ...grpc.CallOption) (grpc.ServerStreamingClient[componentv1.StateFrame], error) {
@@ -162,6 +167,7 @@ func (c *tape) Checkpoint(ctx context.Context, q *componentv1.CheckpointFrom, _ 
 	if c.broken != nil {
 		return nil, c.broken
 	}
+	c.asked++
 	since := q.GetSinceMark()
 	if c.opaque || since+1 < c.first {
 		since = 0
@@ -171,21 +177,33 @@ func (c *tape) Checkpoint(ctx context.Context, q *componentv1.CheckpointFrom, _ 
 		c.fulls++
 		wait = c.slow
 	}
-	list := []*componentv1.StateFrame{{Mark: c.mark, SinceMark: since}}
+	header := &componentv1.StateFrame{Mark: c.mark, SinceMark: since}
+	list := []*componentv1.StateFrame{header}
 	for m := since + 1; m <= c.mark; m++ {
 		f := c.entry(m)
 		if since == 0 {
-			f.Section, f.Last = componentv1.SectionMap, false
+			f.Section, f.Last, f.Offset = componentv1.SectionMap, false, header.GetTotalBytes()
 		}
+		header.TotalBytes += uint64(len(f.GetData()))
 		list = append(list, f)
 	}
 	list = append(list, &componentv1.StateFrame{Section: componentv1.SectionEnd, Mark: c.mark, Last: true})
-	return &frames{recv: func() (*componentv1.StateFrame, error) {
+	for _, f := range list {
+		frames.Seal(f)
+	}
+	if c.spoil != nil {
+		list = c.spoil(list)
+	}
+	return &tapeStream{recv: func() (*componentv1.StateFrame, error) {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
 		if len(list) == 0 {
 			return nil, io.EOF
+		}
+		if list[0] == nil { // it stands still
+			<-ctx.Done()
+			return nil, ctx.Err()
 		}
 		if len(list) == 1 && wait > 0 {
 			if err := pause(ctx, wait); err != nil {
@@ -201,7 +219,7 @@ func (c *tape) Checkpoint(ctx context.Context, q *componentv1.CheckpointFrom, _ 
 // Deltas streams entries as they are written.
 func (c *tape) Deltas(ctx context.Context, q *componentv1.CheckpointFrom, _ ...grpc.CallOption) (grpc.ServerStreamingClient[componentv1.StateFrame], error) {
 	next := q.GetSinceMark() + 1
-	return &frames{recv: func() (*componentv1.StateFrame, error) {
+	return &tapeStream{recv: func() (*componentv1.StateFrame, error) {
 		for {
 			c.mu.Lock()
 			if next < c.first {
@@ -210,8 +228,15 @@ func (c *tape) Deltas(ctx context.Context, q *componentv1.CheckpointFrom, _ ...g
 			}
 			if next <= c.mark {
 				f, lag := c.entry(next), c.lag
+				if c.spoilEntry != nil {
+					f = c.spoilEntry(f)
+				}
 				next++
 				c.mu.Unlock()
+				if f == nil { // it stands still
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}
 				return f, pause(ctx, lag)
 			}
 			wait := c.changed
@@ -383,7 +408,12 @@ func (b *bench) restored(i int, root blobs.Hash) uint64 {
 
 func (b *bench) eventually(what string, cond func() bool) {
 	b.t.Helper()
-	for end := time.Now().Add(30 * time.Second); !cond(); time.Sleep(time.Millisecond) {
+	b.eventuallyIn(30*time.Second, what, cond)
+}
+
+func (b *bench) eventuallyIn(d time.Duration, what string, cond func() bool) {
+	b.t.Helper()
+	for end := time.Now().Add(d); !cond(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			_, err := b.s.Saved()
 			b.t.Fatalf("waited in vain: %s (committed %d of %d; %v)", what, b.marks(), b.tape.mark, err)

@@ -7,6 +7,9 @@ import (
 	"io"
 	"sync"
 
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
+	"github.com/coppice-project/coppice/membrane"
+	"github.com/coppice-project/coppice/plugins/contract/component/frames"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -43,43 +46,97 @@ func (s *snapshot) state() (mark uint64, full bool) {
 	return s.mark, s.full
 }
 
-func (s *snapshot) saw(f *componentv1.StateFrame) {
+// saw takes what the header said.
+func (s *snapshot) saw(v *frames.Verifier) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.mark = max(s.mark, f.GetMark())
-	if f.GetSection() == componentv1.SectionHeader {
-		s.full = f.GetSinceMark() == 0
-	}
+	s.mark, s.full = v.Mark(), v.Full()
 }
 
+// pump passes the component's frames on, each checked. It ends with an error unless the checkpoint is whole: then whoever stores it commits nothing.
 func (s *saver) pump(ctx context.Context, since uint64, w io.Writer, snap *snapshot) error {
-	stream, err := s.cfg.component.Checkpoint(ctx, &componentv1.CheckpointFrom{SinceMark: since, ChunkBytes: 256 << 10, Schema: s.cfg.schema})
+	p := membrane.NewPatience(ctx)
+	defer p.Close()
+	check := frames.Checkpoint(since)
+	err := s.pumpFrames(p, since, w, func(f *componentv1.StateFrame) error {
+		err := check.Frame(f)
+		if err == nil {
+			snap.saw(check)
+		}
+		return err
+	})
+	if err == nil {
+		err = check.End()
+	}
+	if err == nil {
+		s.absolve(&s.stateFault)
+		return nil
+	}
+	err = fmt.Errorf("checkpoint of %s: %w", s.cfg.instance, err)
+	if atFault(err) && ctx.Err() == nil {
+		s.blame(&s.stateFault, err)
+	}
+	return err
+}
+
+func (s *saver) pumpFrames(p *membrane.Patience, since uint64, w io.Writer, check func(*componentv1.StateFrame) error) error {
+	stream, err := s.cfg.component.Checkpoint(p.Context(), &componentv1.CheckpointFrom{SinceMark: since, ChunkBytes: 256 << 10, Schema: s.cfg.schema})
 	if err != nil {
-		return fmt.Errorf("snapshot of %s: %w", s.cfg.instance, err)
+		return err
 	}
 	for {
-		f, err := stream.Recv()
+		var f *componentv1.StateFrame
+		err := p.Step(membrane.StateStall, "gave nothing of its state", func() (err error) { f, err = stream.Recv(); return err })
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("snapshot of %s: %w", s.cfg.instance, err)
+			return err
 		}
-		snap.saw(f)
+		if err := check(f); err != nil {
+			return err
+		}
 		var buf frameBuffer
 		if err := buf.add(f); err != nil {
 			return err
 		}
 		if _, err := w.Write(buf.buf.Bytes()); err != nil {
-			return fmt.Errorf("snapshot of %s: %w", s.cfg.instance, err)
+			return err
 		}
 	}
+}
+
+// atFault says whether an error is the component's: it sent what is no state, or stood still.
+func atFault(err error) bool {
+	if _, wrong := errors.AsType[*frames.Error](err); wrong {
+		return true
+	}
+	_, stalled := errors.AsType[*membrane.StalledError](err)
+	return stalled
+}
+
+// blame notes what the component did wrong; the first of a row is told.
+func (s *saver) blame(fault *error, err error) {
+	s.mu.Lock()
+	news := *fault == nil
+	*fault = err
+	s.mu.Unlock()
+	if news && s.cfg.faulty != nil {
+		s.cfg.faulty(err)
+	}
+}
+
+// absolve: it has done the same right since.
+func (s *saver) absolve(fault *error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	*fault = nil
 }
 
 // base writes a full snapshot as a new base. Everything is durable here when it returns.
 func (s *saver) base(ctx context.Context, snap *snapshot) (*chainHead, error) {
 	br := newByteReader(snap)
-	if _, err := br.Peek(1); err != nil && !errors.Is(err, io.EOF) {
+	if _, err := br.Peek(1); err != nil {
 		return nil, err
 	}
 	mark, _ := snap.state()
@@ -120,30 +177,25 @@ func (s *saver) capture(ctx context.Context, full bool) error {
 // captured stores a snapshot; nil when there is nothing new in it.
 func (s *saver) captured(ctx context.Context, snap *snapshot, head *chainHead, saved Saved, full bool) (*chainHead, error) {
 	br := newByteReader(snap)
-	_, err := br.Peek(1)
-	if err != nil && !errors.Is(err, io.EOF) {
+	if _, err := br.Peek(1); err != nil {
 		return nil, err
 	}
 	mark, whole := snap.state()
-	if err != nil && !whole {
-		return nil, nil // not a frame: nothing has changed
-	}
-	unchanged := head != nil && !full && mark == saved.Mark && mark != 0
+	back := mark < saved.Mark && (!whole || s.cfg.mode == componentsv1.Durability_DURABILITY_EACH_CALL)
 	switch {
-	case unchanged:
+	case head != nil && !full && mark == saved.Mark && mark != 0: // unchanged: all up to it is committed
+		s.absolve(&s.stateFault)
 		return nil, nil
+	case back:
+		err := fmt.Errorf("checkpoint of %s: the component is at mark %d, %d is committed", s.cfg.instance, mark, saved.Mark)
+		s.blame(&s.stateFault, err)
+		return nil, err
 	case whole:
 		next, err := writeBase(ctx, s.cfg.store, s.meta(mark), br)
 		if err == nil && next.link.Hash == saved.Root {
 			return nil, nil
 		}
 		return next, err
-	case mark < saved.Mark:
-		return nil, fmt.Errorf("checkpoint of %s: the component is at mark %d, %d is committed", s.cfg.instance, mark, saved.Mark)
 	}
-	frames, err := io.ReadAll(br)
-	if err != nil {
-		return nil, err
-	}
-	return writeDelta(ctx, s.cfg.store, head, s.meta(mark), frames)
+	return writeDelta(ctx, s.cfg.store, head, s.meta(mark), br)
 }

@@ -80,21 +80,40 @@ func writeBase(ctx context.Context, store *blobs.Store, meta *componentsv1.Check
 	return putHead(store, kindBase, []blobs.Link{tree}, meta)
 }
 
-// writeDelta stores what changed after prev and returns the new head.
-func writeDelta(ctx context.Context, store *blobs.Store, prev *chainHead, meta *componentsv1.CheckpointMeta, frames []byte) (*chainHead, error) {
+// writeDelta stores what changed after prev and returns the new head. Nothing is stored under a name when frames end with an error.
+func writeDelta(ctx context.Context, store *blobs.Store, prev *chainHead, meta *componentsv1.CheckpointMeta, frames io.Reader) (*chainHead, error) {
 	links := []blobs.Link{prev.link}
-	meta.Format, meta.Chain = chainFormat, prev.meta.GetChain()+1
-	meta.ChainBytes, meta.BaseBytes = prev.meta.GetChainBytes()+uint64(len(frames)), prev.meta.GetBaseBytes()
-	if len(frames) <= inlineFrames {
-		meta.Frames = frames
+	begin, err := io.ReadAll(io.LimitReader(frames, inlineFrames+1))
+	if err != nil {
+		return nil, fmt.Errorf("store a delta of %s: %w", meta.GetInstance(), err)
+	}
+	size := uint64(len(begin))
+	if size <= inlineFrames {
+		meta.Frames = begin
 	} else {
-		tree, err := store.WriteStream(ctx, bytes.NewReader(frames))
+		rest := &counted{r: frames}
+		tree, err := store.WriteStream(ctx, io.MultiReader(bytes.NewReader(begin), rest))
 		if err != nil {
 			return nil, fmt.Errorf("store a delta of %s: %w", meta.GetInstance(), err)
 		}
+		size += rest.n
 		links = append(links, tree)
 	}
+	meta.Format, meta.Chain = chainFormat, prev.meta.GetChain()+1
+	meta.ChainBytes, meta.BaseBytes = prev.meta.GetChainBytes()+size, prev.meta.GetBaseBytes()
 	return putHead(store, kindDelta, links, meta)
+}
+
+// counted counts what is read of it.
+type counted struct {
+	r io.Reader
+	n uint64
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.r.Read(b)
+	c.n += uint64(n)
+	return n, err
 }
 
 func putHead(store *blobs.Store, kind string, links []blobs.Link, meta *componentsv1.CheckpointMeta) (*chainHead, error) {
@@ -163,11 +182,20 @@ func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Node, *chai
 	return steps, newest, nil
 }
 
+// metaOf is what a node of a chain says about itself.
+func metaOf(node blobs.Node) (*componentsv1.CheckpointMeta, error) {
+	meta := &componentsv1.CheckpointMeta{}
+	if err := proto.Unmarshal(node.Data, meta); err != nil {
+		return nil, fmt.Errorf("read a checkpoint: %w", err)
+	}
+	return meta, nil
+}
+
 // stepFrames calls send with every frame of one chain node, in order.
 func stepFrames(store *blobs.Store, node blobs.Node, send func(*componentv1.StateFrame) error) error {
-	var meta componentsv1.CheckpointMeta
-	if err := proto.Unmarshal(node.Data, &meta); err != nil {
-		return fmt.Errorf("read a checkpoint: %w", err)
+	meta, err := metaOf(node)
+	if err != nil {
+		return err
 	}
 	var r io.Reader = bytes.NewReader(meta.GetFrames())
 	tree := -1

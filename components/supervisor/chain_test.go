@@ -52,7 +52,7 @@ func TestAChainGivesBackWhatWasWrittenInOrder(t *testing.T) {
 			if mark == 5 {
 				size = inlineFrames + 1 // too much to lie in the node
 			}
-			head, err = writeDelta(ctx, b.blobs[0], head, meta(mark), stored(t, frame(mark, size)))
+			head, err = writeDelta(ctx, b.blobs[0], head, meta(mark), bytes.NewReader(stored(t, frame(mark, size))))
 			b.must(err)
 			if mark == 6 {
 				middle, upTo = head.link.Hash, len(want)

@@ -14,8 +14,8 @@ import (
 	"github.com/coppice-project/coppice/internal/planted"
 )
 
-// pushAttempt bounds one try to have a root acknowledged: after it the holders are chosen anew, without those who have died since.
-const pushAttempt = 2 * time.Second
+// readWithin bounds the asking of the log how a commit came out; it is asked again.
+const readWithin = 2 * time.Second
 
 // proposal is a commit that was handed to the arbiter.
 type proposal struct {
@@ -35,7 +35,9 @@ func (s *saver) commit(ctx context.Context, head *chainHead) error {
 	s.doubt = &proposal{head: head} // late acknowledgements of this root count from now on
 	s.mu.Unlock()
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
-		acked, w, err := s.push(ctx, head.link.Hash)
+		pctx, stop := s.untilCut(ctx)
+		acked, w, err := s.push(pctx, head.link.Hash)
+		stop()
 		if err == nil {
 			return s.propose(ctx, &proposal{head: head, req: arbiter.CommitRequest{
 				Key: s.cfg.key, Epoch: s.cfg.epoch, Nonce: s.cfg.nonce, Seq: seq, Root: head.link.Hash[:], Holders: acked, W: uint32(w),
@@ -53,7 +55,8 @@ func (s *saver) commit(ctx context.Context, head *chainHead) error {
 	}
 }
 
-// push brings a root to its holders and returns those who acknowledged it, at least w.
+// push brings a root to its holders and returns those who acknowledged it, at least w. It takes as long as it gets on: what ends it is that so many holders are
+// dead, unreachable or silent that w cannot be reached. Then they are chosen anew.
 func (s *saver) push(ctx context.Context, root blobs.Hash) ([]peer.ID, int, error) {
 	to, w := s.cfg.holders()
 	if planted.Bug("one-holder-less") {
@@ -62,9 +65,7 @@ func (s *saver) push(ctx context.Context, root blobs.Hash) ([]peer.ID, int, erro
 	if len(to) < w {
 		return nil, w, fmt.Errorf("checkpoint %s: %d holders are alive, %d must acknowledge", s.cfg.instance, len(to), w)
 	}
-	pctx, cancel := context.WithTimeout(ctx, pushAttempt)
-	defer cancel()
-	acked, err := s.cfg.store.Push(pctx, root, to, w)
+	acked, err := s.cfg.store.Push(ctx, root, to, w)
 	if err != nil {
 		return nil, w, fmt.Errorf("checkpoint %s: copy to the holders: %w", s.cfg.instance, err)
 	}
@@ -163,7 +164,7 @@ func (s *saver) commitAlone(head *chainHead) error {
 func (s *saver) outcome(ctx context.Context, p *proposal, err error) (verdict error, certain bool) {
 	cur, exists, known := currentOf(err)
 	if !known {
-		rctx, cancel := context.WithTimeout(ctx, pushAttempt)
+		rctx, cancel := context.WithTimeout(ctx, readWithin)
 		defer cancel()
 		var rerr error
 		if cur, exists, rerr = s.cfg.ledger.Read(rctx, p.req.Key); rerr != nil {
@@ -295,9 +296,7 @@ func (s *saver) repair(ctx context.Context) error {
 	have := slices.DeleteFunc(s.keepers(), func(id peer.ID) bool { return !s.cfg.alive(id) })
 	to, _ := s.cfg.holders()
 	if give := lacking(to, slices.Compact(slices.Sorted(slices.Values(have))), s.cfg.apart); len(give) > 0 {
-		pctx, cancel := context.WithTimeout(ctx, 10*pushAttempt)
-		got, err := s.cfg.store.Push(pctx, saved.Root, give, 1)
-		cancel()
+		got, err := s.cfg.store.Push(ctx, saved.Root, give, 1)
 		if err != nil {
 			return fmt.Errorf("repair the copies of %s: %w", s.cfg.instance, err)
 		}

@@ -11,7 +11,9 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/coppice-project/coppice/components"
+	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/dht/blobs"
 )
 
 func TestWhoIsToBeGivenACopy(t *testing.T) {
@@ -134,4 +136,75 @@ func TestTheCopiesOfABranchAreRepaired(t *testing.T) {
 			w.eventually(60*time.Second, "it is back", func() bool { return len(n[1].members.Alive()) == 5 && len(n[2].members.Alive()) == 5 })
 		}
 	})
+}
+
+// Nobody runs a stopped instance, and its holders die one after another, its owner among them: each time there are as many copies again, of what is kept of earlier,
+// too, and the state goes on where it is started again. What is not started anywhere because its owners died of it is looked after by its holders.
+func TestTheCopiesOfWhatDoesNotRunAreRepaired(t *testing.T) {
+	for name, rests := range map[string]func(w *world){
+		"stopped": func(w *world) { w.overlay(func(o *componentsv1.Overlay) { o.Stopped = true }) },
+		"quarantined": func(w *world) {
+			reg, body := w.register()
+			body.Quarantined = true
+			w.claimFor(w.nodes[0], reg.Epoch, body)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			scene(t, 6, func(w *world) {
+				n := w.nodes[0]
+				w.raise(n, 3)
+				kept := w.kept(n)
+				w.raise(n, 4)
+				rests(w)
+				w.eventually(20*time.Second, "it rests", func() bool { s := n.state(); return s == components.Stopped || s == components.Failed })
+				earlier := func() (out []peer.ID) {
+					e, err := components.Find(w.history(), id(kept))
+					if err != nil {
+						w.t.Fatal(err)
+					}
+					return idsFrom(e.GetHolders())
+				}
+				whole := func() bool {
+					reg, _ := w.register()
+					e, _ := components.Find(w.history(), id(kept))
+					for root, list := range map[blobs.Hash][]peer.ID{hashFrom(reg.Root): reg.Holders, hashFrom(e.GetRoot()): earlier()} {
+						alive := 0
+						for _, h := range list {
+							if x := w.node(h); x.sup != nil && x.blobs.Complete(root) {
+								alive++
+							}
+						}
+						if alive < min(replicas, len(w.up())) {
+							return false
+						}
+					}
+					return true
+				}
+				w.eventually(time.Minute, "both are on three nodes", whole)
+				for range 4 {
+					reg, _ := w.register()
+					gone := w.node(reg.Owner)
+					if gone.sup == nil {
+						gone = w.node(reg.Holders[0])
+					}
+					gone.kill()
+					took := w.eventually(3*time.Minute, "they have as many holders again", whole)
+					w.t.Logf("%s died: whole again after %s", gone.name, took)
+					if len(w.up()) == 3 { // the next death needs a majority of the voters
+						break
+					}
+				}
+				reg, body := w.register()
+				if body.GetQuarantined() {
+					body.Quarantined = false
+					w.claimFor(w.up()[0], reg.Epoch, body)
+				}
+				w.overlay(func(o *componentsv1.Overlay) { o.Stopped = false })
+				w.eventually(time.Minute, "it runs again", func() bool {
+					return slices.ContainsFunc(w.up(), func(x *simNode) bool { return x.runs("1.0.0") })
+				})
+				w.shows(w.up()[0], 7)
+			})
+		})
+	}
 }

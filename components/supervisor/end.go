@@ -143,18 +143,43 @@ func (i *instance) rest(ctx context.Context, as components.State, why string) ti
 		sctx, cancel := context.WithTimeout(ctx, restWithin)
 		defer cancel()
 		i.quiet = true
-		if err := i.quiesce(sctx, reasonFreeze); err != nil {
+		qctx, qcancel := half(sctx)
+		err := i.quiesce(qctx, reasonFreeze)
+		qcancel()
+		if err != nil {
 			i.sup.cfg.Log.Warn("calls under way are cut off by the stop", "instance", i.name, "error", err)
 		}
-		if err := i.flush(sctx); err != nil && !i.gen.dead() && !errors.Is(err, errSaverEnded) {
+		inside := err != nil || i.gen.back.Streams() > 0
+		if err := i.flush(sctx); i.unsaved(err) {
 			i.show(components.Degraded, "not stopped yet: its state could not be saved: "+err.Error())
 			return time.Second
+		}
+		if inside {
+			// What is still inside may have answered since: from here on it does not, and what it did until here is saved, too.
+			i.shut(why, nil)
+			if err := i.flush(sctx); i.unsaved(err) {
+				i.sup.cfg.Log.Error("what calls did during the stop could not be saved", "instance", i.name, "error", err)
+			}
 		}
 	}
 	i.halt(why)
 	i.handBack(ctx)
 	i.show(as, why)
 	return 0
+}
+
+// unsaved says whether a flush's error means that something is not saved that could be.
+func (i *instance) unsaved(err error) bool {
+	return err != nil && !i.gen.dead() && !errors.Is(err, errSaverEnded)
+}
+
+// half bounds a first step to half of the time that there is, so that some is left for the second.
+func half(ctx context.Context) (context.Context, context.CancelFunc) {
+	end, ok := ctx.Deadline()
+	if !ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, time.Until(end)/2)
 }
 
 // unrest takes a process back that was held for a stop which is not wanted any more.

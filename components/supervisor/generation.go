@@ -1,11 +1,13 @@
 package supervisor
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,9 +23,11 @@ import (
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/blobs"
+	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/internal/planted"
 	"github.com/coppice-project/coppice/membrane"
+	"github.com/coppice-project/coppice/plugins/contract/component/frames"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -93,6 +97,11 @@ func interval(g *generation, eff *components.Effective) time.Duration {
 		return eff.Interval
 	}
 	return components.DefaultInterval
+}
+
+// durableNow is how the process's state is saved in fact, in the words of the manifest.
+func durableNow(g *generation, eff *components.Effective) string {
+	return components.DurableName(mode(g, eff), interval(g, eff))
 }
 
 func (g *generation) stateful() bool { return g.desc.GetState().GetStateful() }
@@ -179,7 +188,7 @@ func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blo
 	// One stream for the whole chain: frames of a base and of the deltas after it are restore input in this order.
 	if err := g.receive(ctx, func(send func(*componentv1.StateFrame) error) error {
 		for _, node := range steps {
-			if err := stepFrames(s.cfg.Blobs, node, send); err != nil {
+			if err := s.checkedStep(g.instance, node, send); err != nil {
 				return err
 			}
 		}
@@ -193,15 +202,54 @@ func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blo
 	return nil
 }
 
-// receive gives the process one stream of frames.
-func (g *generation) receive(ctx context.Context, frames func(send func(*componentv1.StateFrame) error) error) error {
-	stream, err := g.comp.Restore(ctx)
+// checkedStep sends the frames of one node of a chain, checked. What was stored before frames were checked is left to the component to judge.
+func (s *Supervisor) checkedStep(instance string, node blobs.Node, send func(*componentv1.StateFrame) error) error {
+	meta, err := metaOf(node)
 	if err != nil {
 		return err
 	}
-	ferr := frames(stream.Send)
-	reply, err := stream.CloseAndRecv()
+	check := frames.Stored()
+	var wrong error
+	look := func(err error) error {
+		if err == nil || !meta.GetChecked() {
+			wrong = cmp.Or(wrong, err)
+			return nil
+		}
+		return fmt.Errorf("the checkpoint of mark %d: %w", meta.GetMark(), err)
+	}
+	err = stepFrames(s.cfg.Blobs, node, func(f *componentv1.StateFrame) error {
+		if wrong == nil {
+			if err := look(check.Frame(f)); err != nil {
+				return err
+			}
+		}
+		return send(f)
+	})
+	if err == nil && wrong == nil {
+		err = look(check.End())
+	}
+	if wrong != nil {
+		s.cfg.Log.Warn("a checkpoint of an earlier version is not as the contract says; the component judges it", "instance", instance, "mark", meta.GetMark(), "error", wrong)
+	}
+	return err
+}
+
+// receive gives the process one stream of frames. A process that stands still is given up.
+func (g *generation) receive(ctx context.Context, all func(send func(*componentv1.StateFrame) error) error) error {
+	p := membrane.NewPatience(ctx)
+	defer p.Close()
+	stream, err := g.comp.Restore(p.Context())
 	if err != nil {
+		return err
+	}
+	ferr := all(func(f *componentv1.StateFrame) error {
+		return p.Step(membrane.StateStall, "took nothing of its state", func() error { return stream.Send(f) })
+	})
+	if ferr != nil && !errors.Is(ferr, io.EOF) {
+		return ferr // the stream is given up before its end: nothing of it counts
+	}
+	var reply *componentv1.RestoreReply
+	if err := p.Step(membrane.StateTaken, "did not say that it has taken its state", func() (err error) { reply, err = stream.CloseAndRecv(); return err }); err != nil {
 		return err // why the component refused says more than that the stream broke
 	}
 	if ferr != nil {
@@ -304,6 +352,7 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 		committed: g.back.SetCommitted, log: i.sup.cfg.Log, cut: i.sup.cutFor(eff),
 		branched: func(head *chainHead, before Saved) error { return i.branched(g, head, before) }, local: i.sup.branch(i.name, g.token) != nil,
 		history: func(ctx context.Context, s *saver) { i.hist.keep(ctx, s, token) },
+		faulty:  func(why error) { i.faulty(g, why) },
 	}, head, g.saved, have)
 	i.mu.Lock()
 	i.sv = g.saver
@@ -315,6 +364,16 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 	}) {
 		sv.finish(errStopping)
 	}
+}
+
+// faulty tells that the process gives what is no state, or nothing. The checkpoint before stands.
+func (i *instance) faulty(g *generation, why error) {
+	i.poke()
+	i.sup.cfg.Events.Publish(events.Event{
+		Channel: "/apps/" + i.name, Type: "bad-state", Trigger: "crash", Cause: why.Error(),
+		Message: fmt.Sprintf("%s: what %s@%s gives as its state is not saved; its last checkpoint stands", i.name, g.artifact, g.version),
+		Fields:  map[string]string{"version": g.version, "epoch": fmt.Sprint(g.token.Epoch)},
+	})
 }
 
 // cutFor says when checkpoints of a component go on without the arbiter; nil: never.

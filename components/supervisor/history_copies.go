@@ -24,10 +24,11 @@ const (
 	historyVerify = 10 * time.Minute
 )
 
-// custodian looks after the history of an instance while one process of it is saved.
+// custodian looks after the history of an instance: while one process of it is saved, its owner; else who looks after the copies of its checkpoint, and then only
+// after the copies.
 type custodian struct {
 	*historian
-	s *saver
+	s *saver // nil: nothing of it runs
 	t components.Token
 
 	shelf volume // as the local view had it last
@@ -36,9 +37,14 @@ type custodian struct {
 	failed map[uint64]bool
 }
 
+func newCustodian(h *historian, t components.Token) *custodian {
+	return &custodian{historian: h, t: t, again: map[uint64]time.Time{}, failed: map[uint64]bool{}}
+}
+
 // keep looks after it until ctx or the epoch ends: what is kept by the clock, what is too old, and the copies.
 func (h *historian) keep(ctx context.Context, s *saver, t components.Token) {
-	c := &custodian{historian: h, s: s, t: t, again: map[uint64]time.Time{}, failed: map[uint64]bool{}}
+	c := newCustodian(h, t)
+	c.s = s
 	tick := time.NewTicker(historyLook)
 	defer tick.Stop()
 	told := false
@@ -99,20 +105,21 @@ func (c *custodian) tend(ctx context.Context) error {
 			return err
 		}
 	}
-	return c.keepCopies(ctx)
+	_, err := c.keepCopies(ctx)
+	return err
 }
 
-// keepCopies keeps each entry on as many live holders as the present checkpoint, one entry at a time.
-func (c *custodian) keepCopies(ctx context.Context) error {
+// keepCopies keeps each entry on as many live holders as the present checkpoint, one entry at a time; did says that there was one to look after.
+func (c *custodian) keepCopies(ctx context.Context) (did bool, err error) {
 	now := time.Now()
-	to, _ := c.s.cfg.holders()
+	to, _ := c.sup.holdersOf(components.InstanceRegister(c.instance))
 	for _, e := range c.shelf.GetEntries() {
 		n := e.GetNumber()
 		if c.again[n].IsZero() { // it was acknowledged just now, or by an earlier owner
 			c.again[n] = now.Add(historyVerify)
 		}
-		have := slices.DeleteFunc(idsFrom(e.GetHolders()), func(id peer.ID) bool { return !c.s.cfg.alive(id) })
-		if now.Before(c.again[n]) && (c.failed[n] || len(lacking(to, have, c.s.cfg.apart)) == 0) {
+		have := slices.DeleteFunc(idsFrom(e.GetHolders()), func(id peer.ID) bool { return !c.sup.isAlive(id) })
+		if now.Before(c.again[n]) && (c.failed[n] || len(lacking(to, have, c.sup.apart)) == 0) {
 			continue
 		}
 		got, err := c.copyEntry(ctx, hashFrom(e.GetRoot()), have, to)
@@ -122,9 +129,9 @@ func (c *custodian) keepCopies(ctx context.Context) error {
 		} else if !slices.Equal(got, e.GetHolders()) {
 			err = c.holders(ctx, n, got)
 		}
-		return err // the next one at the next look
+		return true, err // the next one at the next look
 	}
-	return nil
+	return false, nil
 }
 
 // copyEntry makes sure that those who have a root have all of it, gives it to those who are missing, and returns who has it now.
@@ -138,7 +145,7 @@ func (c *custodian) copyEntry(ctx context.Context, root blobs.Hash, have, to []p
 	if !slices.Contains(give, c.sup.cfg.Self) {
 		give = append(give, c.sup.cfg.Self)
 	}
-	give = append(give, lacking(to, give, c.s.cfg.apart)...)
+	give = append(give, lacking(to, give, c.sup.apart)...)
 	got, err := c.sup.cfg.Blobs.Push(ctx, root, give, len(give))
 	if _, some := errors.AsType[*blobs.PushError](err); err != nil && (!some || len(got) == 0) {
 		return nil, fmt.Errorf("copy an earlier checkpoint of %s: %w", c.instance, err)

@@ -49,6 +49,8 @@ type instance struct {
 	follows   retries           // of a swap that failed for no fault of the version
 	applied   applied           // what was last given to the process
 	regradeAt time.Time         // not before: a change of the takeover that failed
+	thin      broken            // too few copies of its checkpoint
+	loose     broken            // a required interface that leads nowhere
 
 	mu   sync.Mutex // guards the fields below
 	info Info
@@ -90,7 +92,7 @@ type Info struct {
 	Saved     Saved
 	Settled   bool // the epoch has answered and held: a failure does not return it to the version before
 	TxnCalls  bool
-	Durable   string
+	Durable   string  // how it is saved in fact, which may be less than desired (Reason says why)
 	StartedMs float64 // how long its last start took, once its artifact was here: launch, restore, start
 	Failures  int     // starts in a row that failed
 }
@@ -233,7 +235,7 @@ func (i *instance) step(ctx context.Context) time.Duration {
 		return i.rest(ctx, components.Stopped, "stopped by a command; try coppice start "+i.name)
 	case i.sup.paused():
 		return i.rest(ctx, components.Stopped, "the cluster is paused")
-	case i.sup.retiring.Load() && body.GetLeased():
+	case i.sup.retiring.Load():
 		return i.rest(ctx, components.Stopped, whyRetired)
 	case eff.Leased() != body.GetLeased() && !time.Now().Before(i.regradeAt):
 		return i.regrade(ctx, reg, &body, eff.Leased())
@@ -340,6 +342,6 @@ func (i *instance) note(g *generation, eff *components.Effective) {
 	i.info.Epoch, i.info.Version, i.info.Digest, i.info.Artifact = g.token.Epoch, g.version, g.digest, g.artifact
 	i.info.Started, i.info.Failures, i.info.Settled = g.since, 0, false
 	i.info.Pid, i.info.TxnCalls = g.proc.Ident().Pid, g.has(componentv1.FeatureTxnCalls)
-	i.info.Durable = components.DurableName(eff.Durable, eff.Interval)
+	i.info.Durable = durableNow(g, eff)
 	i.hung = nil
 }

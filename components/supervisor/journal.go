@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/coppice-project/coppice/membrane"
+	"github.com/coppice-project/coppice/plugins/contract/component/frames"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -28,13 +31,17 @@ func (s *saver) follow(ctx context.Context) {
 			s.poke()
 		}
 		s.cfg.log.Debug("journal stream ended; it is opened again", "instance", s.cfg.instance, "error", err)
-		if read {
+		most := time.Second
+		switch {
+		case atFault(err):
+			most = maxBackoff
+		case read:
 			wait = 20 * time.Millisecond
 		}
 		if pause(ctx, wait) != nil {
 			return
 		}
-		wait = min(2*wait, time.Second)
+		wait = min(2*wait, most)
 	}
 }
 
@@ -48,15 +55,22 @@ func (s *saver) followOnce(ctx context.Context) (read bool, err error) {
 	s.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := s.cfg.component.Deltas(ctx, &componentv1.CheckpointFrom{SinceMark: since, Schema: s.cfg.schema})
+	p := membrane.NewPatience(ctx)
+	defer p.Close()
+	stream, err := s.cfg.component.Deltas(p.Context(), &componentv1.CheckpointFrom{SinceMark: since, Schema: s.cfg.schema})
 	if err != nil {
 		return false, fmt.Errorf("follow the journal: %w", err)
 	}
+	check := frames.Journal(since)
 	var buf frameBuffer
 	for {
-		f, err := stream.Recv()
+		f, err := nextEntryFrame(p, stream, check)
 		if err != nil {
-			return read, fmt.Errorf("follow the journal: %w", err)
+			err = fmt.Errorf("the journal of %s: %w", s.cfg.instance, err)
+			if atFault(err) && ctx.Err() == nil {
+				s.blame(&s.journalFault, err)
+			}
+			return read, err
 		}
 		if err := buf.add(f); err != nil {
 			return read, err
@@ -64,10 +78,27 @@ func (s *saver) followOnce(ctx context.Context) (read bool, err error) {
 		if !f.GetLast() {
 			continue
 		}
+		if !read {
+			s.absolve(&s.journalFault)
+		}
 		read = true
 		s.append(entry{mark: buf.mark, frames: buf.buf.Bytes()})
 		buf = frameBuffer{}
 	}
+}
+
+// nextEntryFrame receives one frame of a journal and checks it. There may be nothing to tell for any time, but an entry that has begun has to go on.
+func nextEntryFrame(p *membrane.Patience, stream grpc.ServerStreamingClient[componentv1.StateFrame], check *frames.Verifier) (f *componentv1.StateFrame, err error) {
+	recv := func() (err error) { f, err = stream.Recv(); return err }
+	if check.Inside() {
+		err = p.Step(membrane.StateStall, "gave nothing more of a journal entry", recv)
+	} else {
+		err = recv()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return f, check.Frame(f)
 }
 
 func (s *saver) append(e entry) {
@@ -117,7 +148,7 @@ func (s *saver) commitPending(ctx context.Context) error {
 			buf.Write(e.frames)
 		}
 		var err error
-		if next, err = writeDelta(ctx, s.cfg.store, head, s.meta(entries[len(entries)-1].mark), buf.Bytes()); err != nil {
+		if next, err = writeDelta(ctx, s.cfg.store, head, s.meta(entries[len(entries)-1].mark), &buf); err != nil {
 			return err
 		}
 	}
@@ -191,10 +222,18 @@ func (s *saver) compact(ctx context.Context) {
 
 // newBase writes a full snapshot and has it copied to the holders, so that committing it costs no more than a delta.
 func (s *saver) newBase(ctx context.Context) (*chainHead, error) {
+	s.mu.Lock()
+	since := s.saved.Mark
+	s.mu.Unlock()
 	snap := s.snapshot(ctx, 0)
 	defer snap.close()
 	head, err := s.base(ctx, snap)
 	if err != nil {
+		return nil, err
+	}
+	if head.meta.GetMark() < since { // the entries that go on top of it would leave a hole
+		err := fmt.Errorf("checkpoint of %s: the component is at mark %d, %d is committed", s.cfg.instance, head.meta.GetMark(), since)
+		s.blame(&s.stateFault, err)
 		return nil, err
 	}
 	to, w := s.cfg.holders()

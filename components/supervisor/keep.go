@@ -1,10 +1,13 @@
 package supervisor
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -169,13 +172,15 @@ func (i *instance) follow(ctx context.Context, reg arbiter.Register, body *compo
 	return time.Millisecond
 }
 
+const whyFrozen = "frozen by a command; try coppice thaw "
+
 func (i *instance) freeze(ctx context.Context, eff *components.Effective) time.Duration {
 	ctx, cancel := context.WithTimeout(ctx, 2*drainDeadline)
 	defer cancel()
 	var err error
 	if eff.Frozen {
 		if err = i.mem().Freeze(ctx, reasonFreeze); err == nil {
-			i.show(components.Frozen, "frozen by a command; try coppice thaw "+i.name)
+			i.show(components.Frozen, whyFrozen+i.name)
 		}
 	} else if err = i.mem().Thaw(ctx); err == nil {
 		i.show(components.Running, "")
@@ -227,8 +232,29 @@ func (i *instance) rebind(eff *components.Effective) time.Duration {
 	return time.Millisecond
 }
 
+// promiseGrace is how long a promise may be broken before that is shown: copies on a node that dies are made again within a second or two, and a manifest may
+// take a component away and another bring it back.
+const promiseGrace = 5 * time.Second
+
+// broken is a promise that did not hold when it was last looked at.
+type broken struct{ since time.Time }
+
+// lasting is why once it has held for longer than the grace, whatever it says meanwhile; "" ends it.
+func (b *broken) lasting(why string) string {
+	switch {
+	case why == "":
+		b.since = time.Time{}
+	case b.since.IsZero():
+		b.since = time.Now()
+	case time.Since(b.since) >= promiseGrace:
+		return why
+	}
+	return ""
+}
+
 // unhealthy says what is promised for a running process and does not hold now; "" nothing.
 func (i *instance) unhealthy(eff *components.Effective) string {
+	thin, loose := i.thin.lasting(i.gen.saver.thin()), i.loose.lasting(i.unbound())
 	if _, err := i.gen.saver.Saved(); err != nil {
 		return "its state cannot be saved now: " + err.Error()
 	}
@@ -236,7 +262,33 @@ func (i *instance) unhealthy(eff *components.Effective) string {
 		return fmt.Sprintf("durable: each-call needs the feature %s, which it does not have: it is saved every %s, and answers do not wait for that",
 			componentv1.FeatureTxnCalls, interval(i.gen, eff))
 	}
+	return cmp.Or(thin, loose)
+}
+
+// unbound names a required interface that leads nowhere: it is not bound, or to what no application has.
+func (i *instance) unbound() string {
+	for _, b := range i.mem().Bindings() {
+		if !b.Declared || b.Optional || b.Kind == componentv1.Kind_KIND_EVENT {
+			continue
+		}
+		if len(b.Targets) == 0 {
+			return fmt.Sprintf("its required interface %s is not bound; try coppice bind", b.Name)
+		}
+		if !slices.ContainsFunc(b.Targets, i.sup.wanted) {
+			return fmt.Sprintf("its required interface %s is bound to %s, which does not exist", b.Name, strings.Join(b.Targets, ", "))
+		}
+	}
 	return ""
+}
+
+// wanted says whether a binding's target is part of an application. What cannot be read counts as there.
+func (s *Supervisor) wanted(target string) bool {
+	t, err := components.ParseTarget(target)
+	if err != nil {
+		return true
+	}
+	eff, err := s.effective(t.Key())
+	return err != nil || eff != nil
 }
 
 func (i *instance) defaultOf(attribute string) []byte {
@@ -252,7 +304,10 @@ func (i *instance) defaultOf(attribute string) []byte {
 func (i *instance) health(body *componentsv1.InstanceBody, eff *components.Effective) {
 	why := i.unhealthy(eff)
 	switch {
+	case eff.Frozen && why != "":
+		i.show(components.Degraded, "frozen by a command, and "+why)
 	case eff.Frozen:
+		i.show(components.Frozen, whyFrozen+i.name)
 	case eff.Digest != i.gen.digest && eff.Digest == body.GetReturnedFrom():
 		i.show(components.Degraded, fmt.Sprintf("version %s was never healthy, %s goes on (%s); try coppice swap with another version, or undo", eff.Version, i.gen.version, body.GetCause()))
 	case eff.Digest != i.gen.digest && i.refused[eff.Digest] != "":

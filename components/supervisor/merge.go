@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/coppice-project/coppice/dht/blobs"
+	"github.com/coppice-project/coppice/plugins/contract/component/frames"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -55,7 +56,11 @@ func (i *instance) storeMerged(ctx context.Context, recv func() (*componentv1.St
 	go func() {
 		defer close(done)
 		pw.CloseWithError(func() error {
+			check := frames.Checkpoint(0)
 			for f := first; ; {
+				if err := check.Frame(f); err != nil {
+					return &noMergeError{err}
+				}
 				var buf frameBuffer
 				if err := buf.add(f); err != nil {
 					return err
@@ -65,6 +70,9 @@ func (i *instance) storeMerged(ctx context.Context, recv func() (*componentv1.St
 				}
 				var err error
 				if f, err = recv(); errors.Is(err, io.EOF) {
+					if err := check.End(); err != nil {
+						return &noMergeError{err}
+					}
 					return nil
 				} else if err != nil {
 					return mergeError(err)

@@ -33,6 +33,9 @@ type binary struct {
 	journal       int64                           // bytes kept of the journal; 0: plenty
 	ballast       int                             // bytes of state besides the counter
 	merge         func(base, ours, theirs, into *sdk.Txn) error
+	requires      string                        // an interface
+	hang          atomic.Pointer[chan struct{}] // Get waits for it
+	spoil         atomic.Pointer[spoiler]       // changes the frames that its processes give and are given
 
 	desc *componentv1.Description
 }
@@ -43,7 +46,9 @@ func (b *binary) digest() string { return "sha256:" + b.name + "-" + b.version }
 func (b *binary) component() *sdk.Component {
 	c := &sdk.Component{
 		Type: b.name, Version: b.version,
-		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, &counter{stateless: b.stateless}) },
+		Register: func(r grpc.ServiceRegistrar) {
+			counterv1.RegisterCounterServer(r, &counter{stateless: b.stateless, hang: &b.hang})
+		},
 		OnStart: func(ctx context.Context, in *sdk.Instance) error {
 			if b.onStart != nil {
 				if err := b.onStart(ctx); err != nil {
@@ -61,6 +66,9 @@ func (b *binary) component() *sdk.Component {
 			})
 		},
 	}
+	if b.requires != "" {
+		c.Requires = []*sdk.Binding{sdk.Require(b.requires, "counter.v1.Counter")}
+	}
 	if !b.stateless {
 		c.State = &sdk.State{Schema: max(b.schema, 1), Reads: b.reads, Merge: b.merge}
 		c.State.Limits.JournalBytes = b.journal
@@ -71,6 +79,7 @@ func (b *binary) component() *sdk.Component {
 type counter struct {
 	counterv1.UnimplementedCounterServer
 	stateless bool
+	hang      *atomic.Pointer[chan struct{}]
 }
 
 func (c *counter) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv1.Value, error) {
@@ -87,6 +96,9 @@ func (c *counter) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv
 }
 
 func (c *counter) Get(ctx context.Context, _ *counterv1.GetRequest) (*counterv1.Value, error) {
+	if h := c.hang.Load(); h != nil {
+		<-*h
+	}
 	if c.stateless {
 		return &counterv1.Value{}, nil
 	}
@@ -231,7 +243,7 @@ func startProcess(b *binary, spec runner.Spec) (*simProcess, error) {
 	go p.server.Serve(stoppable{p.lis, p}) //nolint:errcheck // ends with the process
 	p.conn, err = grpc.NewClient("passthrough:component", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return p.lis.DialContext(ctx) }),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(runner.MaxMessage)))
+		grpc.WithStreamInterceptor(b.spoils), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(runner.MaxMessage)))
 	return p, err
 }
 

@@ -235,8 +235,11 @@ func carry(ctx context.Context, from, to *generation, since uint64) (uint64, err
 	return n, err
 }
 
-// copyError: when the old process has ended the new version is not to blame for what it was not given.
+// copyError: when the old process has ended, or what it gives is no state, the new version is not to blame for what it was not given.
 func copyError(old *generation, err error) error {
+	if _, source := errors.AsType[*membrane.SourceError](err); source {
+		return err
+	}
 	if old.dead() || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}

@@ -46,16 +46,16 @@ func (i *instance) handBack(ctx context.Context) {
 	}
 }
 
-// Retire ends all exactly-one instances of this node with their state saved, and gives their leases up. Nothing of them is started here any more. It is
-// for a node that is about to say goodbye: its successors then need not wait.
+// Retire brings all instances of this node to rest, at the same time: their calls are held, those under way are answered, what they did is committed, and their
+// processes end; leases are given up. Nothing is started here any more. It is for a node that is about to say goodbye: nothing that was answered is lost, whatever
+// the durability, and its successors need not wait. It returns by the end of ctx; its error names what could not be saved, of which the last acknowledged checkpoint
+// stands.
 func (s *Supervisor) Retire(ctx context.Context) error {
 	s.retiring.Store(true)
 	s.mu.Lock()
 	list := make([]*instance, 0, len(s.actors))
 	for _, a := range s.actors {
-		if s.services[a.name] != nil && s.services[a.name].lease.leased.Load() {
-			list = append(list, a)
-		}
+		list = append(list, a)
 	}
 	s.mu.Unlock()
 	errs := make([]error, len(list))

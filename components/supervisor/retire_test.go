@@ -101,3 +101,71 @@ func TestAStopGivesTheLeaseUp(t *testing.T) {
 		g.end()
 	})
 }
+
+// A node that is told to stop holds the calls first, then saves: however seldom the state is saved otherwise, under load nothing that was answered is lost, and no
+// call fails. What is frozen is saved, too.
+func TestAPlannedStopLosesNothingThatWasAnswered(t *testing.T) {
+	for _, frozen := range []bool{false, true} {
+		t.Run(fmt.Sprint("frozen ", frozen), func(t *testing.T) {
+			inWorld(t, 4, func(w *world) {
+				n := w.nodes
+				w.deploy("1.0.0", func(spec *componentsv1.ComponentSpec, _ *componentsv1.Application) { spec.Durable = "1h" })
+				w.place(n[0], n[1], n[2])
+				w.running(n[0], "1.0.0")
+				w.settled()
+				l := w.load(8, n[1:]...)
+				l.more(200)
+				if frozen {
+					w.overlay(func(o *componentsv1.Overlay) { o.Frozen = true })
+					w.eventually(5*time.Second, "it is frozen", func() bool { return n[0].state() == components.Frozen })
+				}
+				if err := n[0].sup.Retire(within(w.t, 5*time.Second)); err != nil {
+					w.t.Fatal(err)
+				}
+				n[0].members.Goodbye(within(w.t, time.Second))
+				n[0].stop()
+				if frozen {
+					w.overlay(func(o *componentsv1.Overlay) { o.Frozen = false })
+				}
+				w.eventually(20*time.Second, "a successor runs it", func() bool { return n[1].runs("1.0.0") || n[2].runs("1.0.0") })
+				l.more(100)
+				l.end(n[3])
+			})
+		})
+	}
+}
+
+// A call that does not end in the time that a stop has is cut off, and what the others did is saved all the same.
+func TestAPlannedStopDoesNotWaitForACallThatHangs(t *testing.T) {
+	inWorld(t, 3, func(w *world) {
+		n := w.nodes
+		w.deploy("1.0.0", func(spec *componentsv1.ComponentSpec, _ *componentsv1.Application) { spec.Durable = "1h" })
+		w.place(n[0], n[1], n[2])
+		w.running(n[0], "1.0.0")
+		w.settled()
+		v := n[1].adds(5)
+		hang := make(chan struct{})
+		b, err := w.shelf.get("sha256:counter-1.0.0")
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		b.hang.Store(&hang)
+		done := make(chan error, 1)
+		go func() {
+			_, err := n[1].get(within(w.t, 20*time.Second))
+			done <- err
+		}()
+		time.Sleep(100 * time.Millisecond) // it is inside
+		if err := n[0].sup.Retire(within(w.t, 5*time.Second)); err != nil {
+			w.t.Fatal(err)
+		}
+		b.hang.Store(nil)
+		close(hang)
+		n[0].members.Goodbye(within(w.t, time.Second))
+		n[0].stop()
+		<-done
+		if got := n[2].adds(1); got != v+1 {
+			w.t.Errorf("the next answer is %d, want %d", got, v+1)
+		}
+	})
+}

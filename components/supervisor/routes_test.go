@@ -36,10 +36,10 @@ func (n *simNode) newShell(instance string, _ *components.Effective, hooks Hooks
 	return &testShell{n: n, m: m, router: n.router, creds: map[string]bool{}}, nil
 }
 
-func (s *testShell) Membrane() *membrane.Membrane     { return s.m }
-func (s *testShell) NodeSocket() string               { return "" }
-func (s *testShell) Bind(*components.Effective) error { return nil }
-func (s *testShell) Close()                           { s.router.Remove(s.m.Instance()) }
+func (s *testShell) Membrane() *membrane.Membrane         { return s.m }
+func (s *testShell) NodeSocket() string                   { return "" }
+func (s *testShell) Bind(eff *components.Effective) error { return s.bind(eff) }
+func (s *testShell) Close()                               { s.router.Remove(s.m.Instance()) }
 
 func (s *testShell) Credential() string {
 	s.mu.Lock()

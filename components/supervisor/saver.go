@@ -1,6 +1,7 @@
 package supervisor
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -70,6 +71,8 @@ type saverConfig struct {
 	cut      func() bool
 	branched func(head *chainHead, before Saved) error
 	local    bool // it goes on from a branch
+	// faulty is told when the component begins to give what is no state, or nothing at all; nil: nobody is.
+	faulty func(why error)
 	// history looks after the earlier checkpoints until its context ends; nil: nobody does.
 	history func(ctx context.Context, s *saver)
 	log     *slog.Logger
@@ -107,6 +110,9 @@ type saver struct {
 	// acked are those who keep the committed root, ackedNext those who keep the one that is being committed.
 	acked, ackedNext map[peer.ID]bool
 	saveErr, copyErr error
+	// stateFault and journalFault are what the component did wrong last with its state and its journal: garbage, or standing still. nil: it has done it right
+	// since.
+	stateFault, journalFault error
 
 	wake    chan struct{}
 	flushes chan flushRequest
@@ -143,10 +149,39 @@ func newSaver(cfg saverConfig, head *chainHead, saved Saved, have []peer.ID) *sa
 func (s *saver) Saved() (Saved, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.saveErr != nil {
-		return s.saved, s.saveErr
+	return s.saved, cmp.Or(s.saveErr, s.stateFault, s.journalFault)
+}
+
+// copies says how many of the living nodes keep the last checkpoint, and how many should; ok false: that is not settled yet, or there is none.
+func (s *saver) copies() (have, want int, ok bool) {
+	s.mu.Lock()
+	young, none := time.Since(s.saved.At) < copiesEvery, s.saved.Seq == 0 || s.local
+	s.mu.Unlock()
+	if none || young || s.cfg.mode == componentsv1.Durability_DURABILITY_NONE {
+		return 0, 0, false
 	}
-	return s.saved, s.copyErr
+	to, _ := s.cfg.holders()
+	for _, id := range s.keepers() {
+		if s.cfg.alive(id) {
+			have++
+		}
+	}
+	return have, len(to), true
+}
+
+// thin says that the last checkpoint is on fewer living nodes than it should be, and why; "" it is not.
+func (s *saver) thin() string {
+	have, want, ok := s.copies()
+	if !ok || have >= want {
+		return ""
+	}
+	why := fmt.Sprintf("its last checkpoint is on %d living nodes, %d should keep it", have, want)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.copyErr != nil {
+		why += ": " + s.copyErr.Error()
+	}
+	return why
 }
 
 // keepers are those who are known to keep the committed root.
@@ -233,6 +268,8 @@ func (s *saver) loop(ctx context.Context) error {
 	retry := time.NewTimer(0)
 	defer retry.Stop()
 	wait := retryLeast
+	// A component that gave garbage, or nothing at all, is asked by itself only when this is over.
+	var askAgain time.Time
 	// owed is what failed last, tried again by itself. A state without any checkpoint owes its first.
 	owed := s.first
 	for {
@@ -246,10 +283,13 @@ func (s *saver) loop(ctx context.Context) error {
 			err = op(ctx)
 			req.done <- err
 		case <-s.wake:
+			if s.wantsState() && time.Now().Before(askAgain) {
+				continue
+			}
 			op = s.commitPending
 			err = op(ctx)
 		case <-tick.C:
-			if s.cfg.mode != componentsv1.Durability_DURABILITY_INTERVAL {
+			if s.cfg.mode != componentsv1.Durability_DURABILITY_INTERVAL || time.Now().Before(askAgain) {
 				continue
 			}
 			op = s.captureChanges
@@ -270,8 +310,12 @@ func (s *saver) loop(ctx context.Context) error {
 			s.note(err)
 			s.cfg.log.Warn("checkpoint failed; it is tried again", "instance", s.cfg.instance, "epoch", s.cfg.epoch, "error", err)
 			owed = op
+			most := retryMost
+			if atFault(err) {
+				most, askAgain = maxBackoff, time.Now().Add(wait)
+			}
 			retry.Reset(wait)
-			wait = min(2*wait, retryMost)
+			wait = min(2*wait, most)
 		}
 	}
 }
@@ -280,6 +324,13 @@ func (s *saver) note(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.saveErr = err
+}
+
+// wantsState says whether the next commit takes a snapshot of the state: the journal alone does not do.
+func (s *saver) wantsState() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.gap || s.head == nil
 }
 
 // first writes the first checkpoint of a state that has none, or none in the present schema.
@@ -313,5 +364,5 @@ func (s *saver) flush(ctx context.Context, full bool) error {
 }
 
 func (s *saver) meta(mark uint64) *componentsv1.CheckpointMeta {
-	return &componentsv1.CheckpointMeta{Instance: s.cfg.instance, Digest: s.cfg.digest, Version: s.cfg.version, Schema: s.cfg.schema, Mark: mark, Epoch: s.cfg.epoch}
+	return &componentsv1.CheckpointMeta{Instance: s.cfg.instance, Digest: s.cfg.digest, Version: s.cfg.version, Schema: s.cfg.schema, Mark: mark, Epoch: s.cfg.epoch, Checked: true}
 }

@@ -118,7 +118,7 @@ type Supervisor struct {
 	lease *lease
 	// session renews the leases of single instances.
 	session *session
-	// retiring: nothing that is leased runs here any more.
+	// retiring: nothing is to run here any more.
 	retiring   atomic.Bool
 	reconciles chan struct{}
 
@@ -189,6 +189,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	s.spawn(func() { s.keepReconciling(s.ctx) })
 	s.spawn(func() { s.watchLeases(s.ctx) })
 	s.spawn(func() { s.keepBranchCopies(s.ctx) })
+	s.spawn(func() { s.keepRestingCopies(s.ctx) })
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	s.sweep()

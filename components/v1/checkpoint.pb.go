@@ -40,6 +40,7 @@ type CheckpointMeta struct {
 	// epoch of the process that made it: with the mark it tells the order of the checkpoints that holders keep, when the registers are lost.
 	// 0: of a version that did not say.
 	Epoch         uint64 `protobuf:"varint,11,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Checked       bool   `protobuf:"varint,12,opt,name=checked,proto3" json:"checked,omitempty"` // the frames were checked when they came in: a restore that finds one wrong refuses it. false: of a version that did not
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,6 +150,13 @@ func (x *CheckpointMeta) GetEpoch() uint64 {
 		return x.Epoch
 	}
 	return 0
+}
+
+func (x *CheckpointMeta) GetChecked() bool {
+	if x != nil {
+		return x.Checked
+	}
+	return false
 }
 
 // SurveyRequest asks a node which checkpoints it knows, after the loss of the arbiter's registers: of each instance the last one that its
@@ -870,7 +878,7 @@ var File_components_v1_checkpoint_proto protoreflect.FileDescriptor
 
 const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
-	"\x1ecomponents/v1/checkpoint.proto\x12\x15coppice.components.v1\"\xa6\x02\n" +
+	"\x1ecomponents/v1/checkpoint.proto\x12\x15coppice.components.v1\"\xc0\x02\n" +
 	"\x0eCheckpointMeta\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x16\n" +
@@ -885,7 +893,8 @@ const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"base_bytes\x18\t \x01(\x04R\tbaseBytes\x12\x16\n" +
 	"\x06frames\x18\n" +
 	" \x01(\fR\x06frames\x12\x14\n" +
-	"\x05epoch\x18\v \x01(\x04R\x05epoch\"\x0f\n" +
+	"\x05epoch\x18\v \x01(\x04R\x05epoch\x12\x18\n" +
+	"\achecked\x18\f \x01(\bR\achecked\"\x0f\n" +
 	"\rSurveyRequest\"H\n" +
 	"\vSurveyReply\x129\n" +
 	"\x04held\x18\x01 \x03(\v2%.coppice.components.v1.HeldCheckpointR\x04held\"|\n" +

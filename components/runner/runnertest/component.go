@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/coppice-project/coppice/plugins/contract/component/frames"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -275,10 +276,16 @@ func (c *component) Checkpoint(from *componentv1.CheckpointFrom, s grpc.ServerSt
 	if err != nil {
 		return err
 	}
-	if err := s.Send(&componentv1.StateFrame{Mark: mark, TotalBytes: uint64(len(b)), Schema: from.GetSchema()}); err != nil {
-		return err
+	for _, f := range []*componentv1.StateFrame{
+		{Mark: mark, TotalBytes: uint64(len(b)), Schema: from.GetSchema()},
+		{Section: "all", Data: b, Last: true},
+		{Section: componentv1.SectionEnd, Mark: mark, Last: true},
+	} {
+		if err := s.Send(frames.Seal(f)); err != nil {
+			return err
+		}
 	}
-	return s.Send(&componentv1.StateFrame{Section: "all", Data: b, Last: true})
+	return nil
 }
 
 func (c *component) Restore(s grpc.ClientStreamingServer[componentv1.StateFrame, componentv1.RestoreReply]) error {

@@ -955,6 +955,8 @@ type StatusResponse struct {
 	Version       string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
 	Paused        bool                   `protobuf:"varint,8,opt,name=paused,proto3" json:"paused,omitempty"` // `down --all` was committed
 	Warnings      []string               `protobuf:"bytes,9,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	Pages         *PageStatus            `protobuf:"bytes,10,opt,name=pages,proto3" json:"pages,omitempty"` // of the node that answers
+	Unsaved       *UnsavedStatus         `protobuf:"bytes,11,opt,name=unsaved,proto3" json:"unsaved,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1052,6 +1054,150 @@ func (x *StatusResponse) GetWarnings() []string {
 	return nil
 }
 
+func (x *StatusResponse) GetPages() *PageStatus {
+	if x != nil {
+		return x.Pages
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetUnsaved() *UnsavedStatus {
+	if x != nil {
+		return x.Unsaved
+	}
+	return nil
+}
+
+// The pages of states and artifacts on one node, and whether they are what they were.
+type PageStatus struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Corrupt        uint64                 `protobuf:"varint,1,opt,name=corrupt,proto3" json:"corrupt,omitempty"`                                               // found wrong since the node started
+	Repaired       uint64                 `protobuf:"varint,2,opt,name=repaired,proto3" json:"repaired,omitempty"`                                             // of these, fetched again from other nodes
+	LastScrubAgeMs *uint64                `protobuf:"varint,3,opt,name=last_scrub_age_ms,json=lastScrubAgeMs,proto3,oneof" json:"last_scrub_age_ms,omitempty"` // since everything here that is relied on was last read and checked to the end
+	ScrubbedBytes  uint64                 `protobuf:"varint,4,opt,name=scrubbed_bytes,json=scrubbedBytes,proto3" json:"scrubbed_bytes,omitempty"`              // since the node started
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PageStatus) Reset() {
+	*x = PageStatus{}
+	mi := &file_node_api_v1_api_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PageStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PageStatus) ProtoMessage() {}
+
+func (x *PageStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PageStatus.ProtoReflect.Descriptor instead.
+func (*PageStatus) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *PageStatus) GetCorrupt() uint64 {
+	if x != nil {
+		return x.Corrupt
+	}
+	return 0
+}
+
+func (x *PageStatus) GetRepaired() uint64 {
+	if x != nil {
+		return x.Repaired
+	}
+	return 0
+}
+
+func (x *PageStatus) GetLastScrubAgeMs() uint64 {
+	if x != nil && x.LastScrubAgeMs != nil {
+		return *x.LastScrubAgeMs
+	}
+	return 0
+}
+
+func (x *PageStatus) GetScrubbedBytes() uint64 {
+	if x != nil {
+		return x.ScrubbedBytes
+	}
+	return 0
+}
+
+// What the loss of every node at once would lose.
+type UnsavedStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Calls         uint64                 `protobuf:"varint,1,opt,name=calls,proto3" json:"calls,omitempty"`                             // answered since the last acknowledged checkpoints
+	Instances     uint32                 `protobuf:"varint,2,opt,name=instances,proto3" json:"instances,omitempty"`                     // they were answered by
+	FewHolders    uint32                 `protobuf:"varint,3,opt,name=few_holders,json=fewHolders,proto3" json:"few_holders,omitempty"` // instances whose checkpoint is on fewer living nodes than wanted
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnsavedStatus) Reset() {
+	*x = UnsavedStatus{}
+	mi := &file_node_api_v1_api_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnsavedStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnsavedStatus) ProtoMessage() {}
+
+func (x *UnsavedStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnsavedStatus.ProtoReflect.Descriptor instead.
+func (*UnsavedStatus) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *UnsavedStatus) GetCalls() uint64 {
+	if x != nil {
+		return x.Calls
+	}
+	return 0
+}
+
+func (x *UnsavedStatus) GetInstances() uint32 {
+	if x != nil {
+		return x.Instances
+	}
+	return 0
+}
+
+func (x *UnsavedStatus) GetFewHolders() uint32 {
+	if x != nil {
+		return x.FewHolders
+	}
+	return 0
+}
+
 type NodeCounts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Alive         uint32                 `protobuf:"varint,1,opt,name=alive,proto3" json:"alive,omitempty"`
@@ -1065,7 +1211,7 @@ type NodeCounts struct {
 
 func (x *NodeCounts) Reset() {
 	*x = NodeCounts{}
-	mi := &file_node_api_v1_api_proto_msgTypes[13]
+	mi := &file_node_api_v1_api_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1223,7 @@ func (x *NodeCounts) String() string {
 func (*NodeCounts) ProtoMessage() {}
 
 func (x *NodeCounts) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[13]
+	mi := &file_node_api_v1_api_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1236,7 @@ func (x *NodeCounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeCounts.ProtoReflect.Descriptor instead.
 func (*NodeCounts) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{13}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *NodeCounts) GetAlive() uint32 {
@@ -1145,7 +1291,7 @@ type ArbiterStatus struct {
 
 func (x *ArbiterStatus) Reset() {
 	*x = ArbiterStatus{}
-	mi := &file_node_api_v1_api_proto_msgTypes[14]
+	mi := &file_node_api_v1_api_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1157,7 +1303,7 @@ func (x *ArbiterStatus) String() string {
 func (*ArbiterStatus) ProtoMessage() {}
 
 func (x *ArbiterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[14]
+	mi := &file_node_api_v1_api_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1170,7 +1316,7 @@ func (x *ArbiterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterStatus.ProtoReflect.Descriptor instead.
 func (*ArbiterStatus) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{14}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ArbiterStatus) GetLeader() string {
@@ -1246,7 +1392,7 @@ type ComponentCounts struct {
 
 func (x *ComponentCounts) Reset() {
 	*x = ComponentCounts{}
-	mi := &file_node_api_v1_api_proto_msgTypes[15]
+	mi := &file_node_api_v1_api_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1404,7 @@ func (x *ComponentCounts) String() string {
 func (*ComponentCounts) ProtoMessage() {}
 
 func (x *ComponentCounts) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[15]
+	mi := &file_node_api_v1_api_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1417,7 @@ func (x *ComponentCounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ComponentCounts.ProtoReflect.Descriptor instead.
 func (*ComponentCounts) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{15}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ComponentCounts) GetStarted() uint32 {
@@ -1298,7 +1444,7 @@ type Unsafe struct {
 
 func (x *Unsafe) Reset() {
 	*x = Unsafe{}
-	mi := &file_node_api_v1_api_proto_msgTypes[16]
+	mi := &file_node_api_v1_api_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1456,7 @@ func (x *Unsafe) String() string {
 func (*Unsafe) ProtoMessage() {}
 
 func (x *Unsafe) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[16]
+	mi := &file_node_api_v1_api_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1469,7 @@ func (x *Unsafe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unsafe.ProtoReflect.Descriptor instead.
 func (*Unsafe) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{16}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Unsafe) GetSubject() string {
@@ -1351,7 +1497,7 @@ type RecoverRequest struct {
 
 func (x *RecoverRequest) Reset() {
 	*x = RecoverRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[17]
+	mi := &file_node_api_v1_api_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +1509,7 @@ func (x *RecoverRequest) String() string {
 func (*RecoverRequest) ProtoMessage() {}
 
 func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[17]
+	mi := &file_node_api_v1_api_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +1522,7 @@ func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
 func (*RecoverRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{17}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RecoverRequest) GetFrom() string {
@@ -1420,7 +1566,7 @@ type RecoverResponse struct {
 
 func (x *RecoverResponse) Reset() {
 	*x = RecoverResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[18]
+	mi := &file_node_api_v1_api_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1432,7 +1578,7 @@ func (x *RecoverResponse) String() string {
 func (*RecoverResponse) ProtoMessage() {}
 
 func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[18]
+	mi := &file_node_api_v1_api_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1445,7 +1591,7 @@ func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
 func (*RecoverResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{18}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RecoverResponse) GetPossible() bool {
@@ -1550,7 +1696,7 @@ type Rebuilt struct {
 
 func (x *Rebuilt) Reset() {
 	*x = Rebuilt{}
-	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	mi := &file_node_api_v1_api_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1708,7 @@ func (x *Rebuilt) String() string {
 func (*Rebuilt) ProtoMessage() {}
 
 func (x *Rebuilt) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[19]
+	mi := &file_node_api_v1_api_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1721,7 @@ func (x *Rebuilt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rebuilt.ProtoReflect.Descriptor instead.
 func (*Rebuilt) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{19}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Rebuilt) GetRegisters() uint64 {
@@ -1664,7 +1810,7 @@ type Survivor struct {
 
 func (x *Survivor) Reset() {
 	*x = Survivor{}
-	mi := &file_node_api_v1_api_proto_msgTypes[20]
+	mi := &file_node_api_v1_api_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1822,7 @@ func (x *Survivor) String() string {
 func (*Survivor) ProtoMessage() {}
 
 func (x *Survivor) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[20]
+	mi := &file_node_api_v1_api_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1835,7 @@ func (x *Survivor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Survivor.ProtoReflect.Descriptor instead.
 func (*Survivor) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{20}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Survivor) GetNode() string {
@@ -1809,7 +1955,7 @@ type Missing struct {
 
 func (x *Missing) Reset() {
 	*x = Missing{}
-	mi := &file_node_api_v1_api_proto_msgTypes[21]
+	mi := &file_node_api_v1_api_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1821,7 +1967,7 @@ func (x *Missing) String() string {
 func (*Missing) ProtoMessage() {}
 
 func (x *Missing) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[21]
+	mi := &file_node_api_v1_api_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1834,7 +1980,7 @@ func (x *Missing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Missing.ProtoReflect.Descriptor instead.
 func (*Missing) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{21}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Missing) GetNode() string {
@@ -1878,7 +2024,7 @@ type Adopted struct {
 
 func (x *Adopted) Reset() {
 	*x = Adopted{}
-	mi := &file_node_api_v1_api_proto_msgTypes[22]
+	mi := &file_node_api_v1_api_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1890,7 +2036,7 @@ func (x *Adopted) String() string {
 func (*Adopted) ProtoMessage() {}
 
 func (x *Adopted) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[22]
+	mi := &file_node_api_v1_api_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1903,7 +2049,7 @@ func (x *Adopted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Adopted.ProtoReflect.Descriptor instead.
 func (*Adopted) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{22}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Adopted) GetInstance() string {
@@ -1950,7 +2096,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[23]
+	mi := &file_node_api_v1_api_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1962,7 +2108,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[23]
+	mi := &file_node_api_v1_api_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1975,7 +2121,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{23}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *BackupRequest) GetPartial() bool {
@@ -1999,7 +2145,7 @@ type BackupChunk struct {
 
 func (x *BackupChunk) Reset() {
 	*x = BackupChunk{}
-	mi := &file_node_api_v1_api_proto_msgTypes[24]
+	mi := &file_node_api_v1_api_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2011,7 +2157,7 @@ func (x *BackupChunk) String() string {
 func (*BackupChunk) ProtoMessage() {}
 
 func (x *BackupChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[24]
+	mi := &file_node_api_v1_api_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2024,7 +2170,7 @@ func (x *BackupChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
 func (*BackupChunk) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{24}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *BackupChunk) GetKind() isBackupChunk_Kind {
@@ -2105,7 +2251,7 @@ type BackupSummary struct {
 
 func (x *BackupSummary) Reset() {
 	*x = BackupSummary{}
-	mi := &file_node_api_v1_api_proto_msgTypes[25]
+	mi := &file_node_api_v1_api_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2263,7 @@ func (x *BackupSummary) String() string {
 func (*BackupSummary) ProtoMessage() {}
 
 func (x *BackupSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[25]
+	mi := &file_node_api_v1_api_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2276,7 @@ func (x *BackupSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupSummary.ProtoReflect.Descriptor instead.
 func (*BackupSummary) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{25}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *BackupSummary) GetFile() string {
@@ -2255,7 +2401,7 @@ type RestoreSummary struct {
 
 func (x *RestoreSummary) Reset() {
 	*x = RestoreSummary{}
-	mi := &file_node_api_v1_api_proto_msgTypes[26]
+	mi := &file_node_api_v1_api_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2267,7 +2413,7 @@ func (x *RestoreSummary) String() string {
 func (*RestoreSummary) ProtoMessage() {}
 
 func (x *RestoreSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[26]
+	mi := &file_node_api_v1_api_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2280,7 +2426,7 @@ func (x *RestoreSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSummary.ProtoReflect.Descriptor instead.
 func (*RestoreSummary) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{26}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RestoreSummary) GetData() string {
@@ -2396,7 +2542,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[27]
+	mi := &file_node_api_v1_api_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2408,7 +2554,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[27]
+	mi := &file_node_api_v1_api_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2421,7 +2567,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{27}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{29}
 }
 
 type DoctorResponse struct {
@@ -2434,7 +2580,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[28]
+	mi := &file_node_api_v1_api_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2446,7 +2592,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[28]
+	mi := &file_node_api_v1_api_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2459,7 +2605,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{28}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DoctorResponse) GetHealthy() bool {
@@ -2489,7 +2635,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_node_api_v1_api_proto_msgTypes[29]
+	mi := &file_node_api_v1_api_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2647,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[29]
+	mi := &file_node_api_v1_api_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2660,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{29}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Finding) GetSeverity() string {
@@ -2562,7 +2708,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[30]
+	mi := &file_node_api_v1_api_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2574,7 +2720,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[30]
+	mi := &file_node_api_v1_api_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2587,7 +2733,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{30}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DrainRequest) GetNode() string {
@@ -2613,7 +2759,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[31]
+	mi := &file_node_api_v1_api_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2625,7 +2771,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[31]
+	mi := &file_node_api_v1_api_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2638,7 +2784,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{31}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *LeaveRequest) GetTimeoutMs() uint64 {
@@ -2665,7 +2811,7 @@ type DrainUpdate struct {
 
 func (x *DrainUpdate) Reset() {
 	*x = DrainUpdate{}
-	mi := &file_node_api_v1_api_proto_msgTypes[32]
+	mi := &file_node_api_v1_api_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2677,7 +2823,7 @@ func (x *DrainUpdate) String() string {
 func (*DrainUpdate) ProtoMessage() {}
 
 func (x *DrainUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[32]
+	mi := &file_node_api_v1_api_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2690,7 +2836,7 @@ func (x *DrainUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainUpdate.ProtoReflect.Descriptor instead.
 func (*DrainUpdate) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{32}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DrainUpdate) GetNode() string {
@@ -2766,7 +2912,7 @@ type DownRequest struct {
 
 func (x *DownRequest) Reset() {
 	*x = DownRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[33]
+	mi := &file_node_api_v1_api_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2778,7 +2924,7 @@ func (x *DownRequest) String() string {
 func (*DownRequest) ProtoMessage() {}
 
 func (x *DownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[33]
+	mi := &file_node_api_v1_api_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2791,7 +2937,7 @@ func (x *DownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownRequest.ProtoReflect.Descriptor instead.
 func (*DownRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{33}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DownRequest) GetAll() bool {
@@ -2819,7 +2965,7 @@ type DownResponse struct {
 
 func (x *DownResponse) Reset() {
 	*x = DownResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[34]
+	mi := &file_node_api_v1_api_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2831,7 +2977,7 @@ func (x *DownResponse) String() string {
 func (*DownResponse) ProtoMessage() {}
 
 func (x *DownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[34]
+	mi := &file_node_api_v1_api_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2844,7 +2990,7 @@ func (x *DownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownResponse.ProtoReflect.Descriptor instead.
 func (*DownResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{34}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DownResponse) GetNodes() []*DownNode {
@@ -2879,7 +3025,7 @@ type DownNode struct {
 
 func (x *DownNode) Reset() {
 	*x = DownNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[35]
+	mi := &file_node_api_v1_api_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2891,7 +3037,7 @@ func (x *DownNode) String() string {
 func (*DownNode) ProtoMessage() {}
 
 func (x *DownNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[35]
+	mi := &file_node_api_v1_api_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2904,7 +3050,7 @@ func (x *DownNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownNode.ProtoReflect.Descriptor instead.
 func (*DownNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{35}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DownNode) GetNode() string {
@@ -2937,7 +3083,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[36]
+	mi := &file_node_api_v1_api_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2949,7 +3095,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[36]
+	mi := &file_node_api_v1_api_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2962,7 +3108,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{36}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RevokeRequest) GetNode() string {
@@ -2982,7 +3128,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[37]
+	mi := &file_node_api_v1_api_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2994,7 +3140,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[37]
+	mi := &file_node_api_v1_api_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3007,7 +3153,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{37}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RevokeResponse) GetNode() string {
@@ -3033,7 +3179,7 @@ type ReadmitRequest struct {
 
 func (x *ReadmitRequest) Reset() {
 	*x = ReadmitRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[38]
+	mi := &file_node_api_v1_api_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3045,7 +3191,7 @@ func (x *ReadmitRequest) String() string {
 func (*ReadmitRequest) ProtoMessage() {}
 
 func (x *ReadmitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[38]
+	mi := &file_node_api_v1_api_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3058,7 +3204,7 @@ func (x *ReadmitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadmitRequest.ProtoReflect.Descriptor instead.
 func (*ReadmitRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{38}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ReadmitRequest) GetNode() string {
@@ -3079,7 +3225,7 @@ type ReadmitResponse struct {
 
 func (x *ReadmitResponse) Reset() {
 	*x = ReadmitResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[39]
+	mi := &file_node_api_v1_api_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3091,7 +3237,7 @@ func (x *ReadmitResponse) String() string {
 func (*ReadmitResponse) ProtoMessage() {}
 
 func (x *ReadmitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[39]
+	mi := &file_node_api_v1_api_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3104,7 +3250,7 @@ func (x *ReadmitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadmitResponse.ProtoReflect.Descriptor instead.
 func (*ReadmitResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{39}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ReadmitResponse) GetNode() string {
@@ -3141,7 +3287,7 @@ type RegistryPushRequest struct {
 
 func (x *RegistryPushRequest) Reset() {
 	*x = RegistryPushRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[40]
+	mi := &file_node_api_v1_api_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3153,7 +3299,7 @@ func (x *RegistryPushRequest) String() string {
 func (*RegistryPushRequest) ProtoMessage() {}
 
 func (x *RegistryPushRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[40]
+	mi := &file_node_api_v1_api_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3166,7 +3312,7 @@ func (x *RegistryPushRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushRequest.ProtoReflect.Descriptor instead.
 func (*RegistryPushRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{40}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RegistryPushRequest) GetPart() isRegistryPushRequest_Part {
@@ -3221,7 +3367,7 @@ type RegistryPushHeader struct {
 
 func (x *RegistryPushHeader) Reset() {
 	*x = RegistryPushHeader{}
-	mi := &file_node_api_v1_api_proto_msgTypes[41]
+	mi := &file_node_api_v1_api_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3233,7 +3379,7 @@ func (x *RegistryPushHeader) String() string {
 func (*RegistryPushHeader) ProtoMessage() {}
 
 func (x *RegistryPushHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[41]
+	mi := &file_node_api_v1_api_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3246,7 +3392,7 @@ func (x *RegistryPushHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushHeader.ProtoReflect.Descriptor instead.
 func (*RegistryPushHeader) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{41}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RegistryPushHeader) GetName() string {
@@ -3281,7 +3427,7 @@ type RegistryPushFile struct {
 
 func (x *RegistryPushFile) Reset() {
 	*x = RegistryPushFile{}
-	mi := &file_node_api_v1_api_proto_msgTypes[42]
+	mi := &file_node_api_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3293,7 +3439,7 @@ func (x *RegistryPushFile) String() string {
 func (*RegistryPushFile) ProtoMessage() {}
 
 func (x *RegistryPushFile) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[42]
+	mi := &file_node_api_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3306,7 +3452,7 @@ func (x *RegistryPushFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushFile.ProtoReflect.Descriptor instead.
 func (*RegistryPushFile) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{42}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RegistryPushFile) GetName() string {
@@ -3340,7 +3486,7 @@ type RegistryPushChunk struct {
 
 func (x *RegistryPushChunk) Reset() {
 	*x = RegistryPushChunk{}
-	mi := &file_node_api_v1_api_proto_msgTypes[43]
+	mi := &file_node_api_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3352,7 +3498,7 @@ func (x *RegistryPushChunk) String() string {
 func (*RegistryPushChunk) ProtoMessage() {}
 
 func (x *RegistryPushChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[43]
+	mi := &file_node_api_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3365,7 +3511,7 @@ func (x *RegistryPushChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushChunk.ProtoReflect.Descriptor instead.
 func (*RegistryPushChunk) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{43}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RegistryPushChunk) GetFile() uint32 {
@@ -3399,7 +3545,7 @@ type RegistryPushResponse struct {
 
 func (x *RegistryPushResponse) Reset() {
 	*x = RegistryPushResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[44]
+	mi := &file_node_api_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3411,7 +3557,7 @@ func (x *RegistryPushResponse) String() string {
 func (*RegistryPushResponse) ProtoMessage() {}
 
 func (x *RegistryPushResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[44]
+	mi := &file_node_api_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3424,7 +3570,7 @@ func (x *RegistryPushResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryPushResponse.ProtoReflect.Descriptor instead.
 func (*RegistryPushResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{44}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RegistryPushResponse) GetName() string {
@@ -3498,7 +3644,7 @@ type RegistryListRequest struct {
 
 func (x *RegistryListRequest) Reset() {
 	*x = RegistryListRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[45]
+	mi := &file_node_api_v1_api_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3510,7 +3656,7 @@ func (x *RegistryListRequest) String() string {
 func (*RegistryListRequest) ProtoMessage() {}
 
 func (x *RegistryListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[45]
+	mi := &file_node_api_v1_api_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3523,7 +3669,7 @@ func (x *RegistryListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryListRequest.ProtoReflect.Descriptor instead.
 func (*RegistryListRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{45}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{47}
 }
 
 type RegistryListResponse struct {
@@ -3535,7 +3681,7 @@ type RegistryListResponse struct {
 
 func (x *RegistryListResponse) Reset() {
 	*x = RegistryListResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[46]
+	mi := &file_node_api_v1_api_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3547,7 +3693,7 @@ func (x *RegistryListResponse) String() string {
 func (*RegistryListResponse) ProtoMessage() {}
 
 func (x *RegistryListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[46]
+	mi := &file_node_api_v1_api_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3560,7 +3706,7 @@ func (x *RegistryListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryListResponse.ProtoReflect.Descriptor instead.
 func (*RegistryListResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{46}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RegistryListResponse) GetArtifacts() []*Artifact {
@@ -3579,7 +3725,7 @@ type RegistryShowRequest struct {
 
 func (x *RegistryShowRequest) Reset() {
 	*x = RegistryShowRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[47]
+	mi := &file_node_api_v1_api_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3591,7 +3737,7 @@ func (x *RegistryShowRequest) String() string {
 func (*RegistryShowRequest) ProtoMessage() {}
 
 func (x *RegistryShowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[47]
+	mi := &file_node_api_v1_api_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3604,7 +3750,7 @@ func (x *RegistryShowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryShowRequest.ProtoReflect.Descriptor instead.
 func (*RegistryShowRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{47}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *RegistryShowRequest) GetArtifact() string {
@@ -3623,7 +3769,7 @@ type RegistryShowResponse struct {
 
 func (x *RegistryShowResponse) Reset() {
 	*x = RegistryShowResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[48]
+	mi := &file_node_api_v1_api_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3635,7 +3781,7 @@ func (x *RegistryShowResponse) String() string {
 func (*RegistryShowResponse) ProtoMessage() {}
 
 func (x *RegistryShowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[48]
+	mi := &file_node_api_v1_api_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3648,7 +3794,7 @@ func (x *RegistryShowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryShowResponse.ProtoReflect.Descriptor instead.
 func (*RegistryShowResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{48}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *RegistryShowResponse) GetArtifacts() []*Artifact {
@@ -3686,7 +3832,7 @@ type Artifact struct {
 
 func (x *Artifact) Reset() {
 	*x = Artifact{}
-	mi := &file_node_api_v1_api_proto_msgTypes[49]
+	mi := &file_node_api_v1_api_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3698,7 +3844,7 @@ func (x *Artifact) String() string {
 func (*Artifact) ProtoMessage() {}
 
 func (x *Artifact) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[49]
+	mi := &file_node_api_v1_api_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3711,7 +3857,7 @@ func (x *Artifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Artifact.ProtoReflect.Descriptor instead.
 func (*Artifact) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Artifact) GetName() string {
@@ -3867,7 +4013,7 @@ type LocalArtifact struct {
 
 func (x *LocalArtifact) Reset() {
 	*x = LocalArtifact{}
-	mi := &file_node_api_v1_api_proto_msgTypes[50]
+	mi := &file_node_api_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3879,7 +4025,7 @@ func (x *LocalArtifact) String() string {
 func (*LocalArtifact) ProtoMessage() {}
 
 func (x *LocalArtifact) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[50]
+	mi := &file_node_api_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3892,7 +4038,7 @@ func (x *LocalArtifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalArtifact.ProtoReflect.Descriptor instead.
 func (*LocalArtifact) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *LocalArtifact) GetPath() string {
@@ -3934,7 +4080,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[51]
+	mi := &file_node_api_v1_api_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3946,7 +4092,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[51]
+	mi := &file_node_api_v1_api_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3959,7 +4105,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{51}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *PlanRequest) GetFile() string {
@@ -3998,7 +4144,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[52]
+	mi := &file_node_api_v1_api_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4010,7 +4156,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[52]
+	mi := &file_node_api_v1_api_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4023,7 +4169,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{52}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *PlanResponse) GetFeasible() bool {
@@ -4093,7 +4239,7 @@ type PlannedInstance struct {
 
 func (x *PlannedInstance) Reset() {
 	*x = PlannedInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[53]
+	mi := &file_node_api_v1_api_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4105,7 +4251,7 @@ func (x *PlannedInstance) String() string {
 func (*PlannedInstance) ProtoMessage() {}
 
 func (x *PlannedInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[53]
+	mi := &file_node_api_v1_api_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4118,7 +4264,7 @@ func (x *PlannedInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedInstance.ProtoReflect.Descriptor instead.
 func (*PlannedInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{53}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *PlannedInstance) GetInstance() string {
@@ -4202,7 +4348,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	mi := &file_node_api_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4214,7 +4360,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	mi := &file_node_api_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4227,7 +4373,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{54}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Refusal) GetNode() string {
@@ -4264,7 +4410,7 @@ type DeployRequest struct {
 
 func (x *DeployRequest) Reset() {
 	*x = DeployRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	mi := &file_node_api_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4276,7 +4422,7 @@ func (x *DeployRequest) String() string {
 func (*DeployRequest) ProtoMessage() {}
 
 func (x *DeployRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	mi := &file_node_api_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4289,7 +4435,7 @@ func (x *DeployRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployRequest.ProtoReflect.Descriptor instead.
 func (*DeployRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{55}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *DeployRequest) GetFile() string {
@@ -4340,7 +4486,7 @@ type DeployUpdate struct {
 
 func (x *DeployUpdate) Reset() {
 	*x = DeployUpdate{}
-	mi := &file_node_api_v1_api_proto_msgTypes[56]
+	mi := &file_node_api_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4352,7 +4498,7 @@ func (x *DeployUpdate) String() string {
 func (*DeployUpdate) ProtoMessage() {}
 
 func (x *DeployUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[56]
+	mi := &file_node_api_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4365,7 +4511,7 @@ func (x *DeployUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployUpdate.ProtoReflect.Descriptor instead.
 func (*DeployUpdate) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{56}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *DeployUpdate) GetApplications() []*DeployedApplication {
@@ -4415,7 +4561,7 @@ type DeployedApplication struct {
 
 func (x *DeployedApplication) Reset() {
 	*x = DeployedApplication{}
-	mi := &file_node_api_v1_api_proto_msgTypes[57]
+	mi := &file_node_api_v1_api_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4427,7 +4573,7 @@ func (x *DeployedApplication) String() string {
 func (*DeployedApplication) ProtoMessage() {}
 
 func (x *DeployedApplication) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[57]
+	mi := &file_node_api_v1_api_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4440,7 +4586,7 @@ func (x *DeployedApplication) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployedApplication.ProtoReflect.Descriptor instead.
 func (*DeployedApplication) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{57}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *DeployedApplication) GetApplication() string {
@@ -4485,7 +4631,7 @@ type DeployedComponent struct {
 
 func (x *DeployedComponent) Reset() {
 	*x = DeployedComponent{}
-	mi := &file_node_api_v1_api_proto_msgTypes[58]
+	mi := &file_node_api_v1_api_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4497,7 +4643,7 @@ func (x *DeployedComponent) String() string {
 func (*DeployedComponent) ProtoMessage() {}
 
 func (x *DeployedComponent) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[58]
+	mi := &file_node_api_v1_api_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4510,7 +4656,7 @@ func (x *DeployedComponent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployedComponent.ProtoReflect.Descriptor instead.
 func (*DeployedComponent) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *DeployedComponent) GetComponent() string {
@@ -4567,7 +4713,7 @@ type Waiting struct {
 
 func (x *Waiting) Reset() {
 	*x = Waiting{}
-	mi := &file_node_api_v1_api_proto_msgTypes[59]
+	mi := &file_node_api_v1_api_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4579,7 +4725,7 @@ func (x *Waiting) String() string {
 func (*Waiting) ProtoMessage() {}
 
 func (x *Waiting) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[59]
+	mi := &file_node_api_v1_api_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4592,7 +4738,7 @@ func (x *Waiting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Waiting.ProtoReflect.Descriptor instead.
 func (*Waiting) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Waiting) GetInstance() string {
@@ -4634,7 +4780,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[60]
+	mi := &file_node_api_v1_api_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4646,7 +4792,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[60]
+	mi := &file_node_api_v1_api_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4659,7 +4805,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *RemoveRequest) GetApplication() string {
@@ -4695,7 +4841,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[61]
+	mi := &file_node_api_v1_api_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4707,7 +4853,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[61]
+	mi := &file_node_api_v1_api_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4720,7 +4866,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{61}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RemoveResponse) GetApplication() string {
@@ -4759,7 +4905,7 @@ type AppsRequest struct {
 
 func (x *AppsRequest) Reset() {
 	*x = AppsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[62]
+	mi := &file_node_api_v1_api_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4771,7 +4917,7 @@ func (x *AppsRequest) String() string {
 func (*AppsRequest) ProtoMessage() {}
 
 func (x *AppsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[62]
+	mi := &file_node_api_v1_api_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4784,7 +4930,7 @@ func (x *AppsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppsRequest.ProtoReflect.Descriptor instead.
 func (*AppsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{62}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{64}
 }
 
 type AppsResponse struct {
@@ -4796,7 +4942,7 @@ type AppsResponse struct {
 
 func (x *AppsResponse) Reset() {
 	*x = AppsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[63]
+	mi := &file_node_api_v1_api_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4808,7 +4954,7 @@ func (x *AppsResponse) String() string {
 func (*AppsResponse) ProtoMessage() {}
 
 func (x *AppsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[63]
+	mi := &file_node_api_v1_api_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4821,7 +4967,7 @@ func (x *AppsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppsResponse.ProtoReflect.Descriptor instead.
 func (*AppsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{63}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AppsResponse) GetApps() []*App {
@@ -4847,7 +4993,7 @@ type App struct {
 
 func (x *App) Reset() {
 	*x = App{}
-	mi := &file_node_api_v1_api_proto_msgTypes[64]
+	mi := &file_node_api_v1_api_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4859,7 +5005,7 @@ func (x *App) String() string {
 func (*App) ProtoMessage() {}
 
 func (x *App) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[64]
+	mi := &file_node_api_v1_api_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4872,7 +5018,7 @@ func (x *App) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use App.ProtoReflect.Descriptor instead.
 func (*App) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{64}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *App) GetApplication() string {
@@ -4940,7 +5086,7 @@ type PsRequest struct {
 
 func (x *PsRequest) Reset() {
 	*x = PsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[65]
+	mi := &file_node_api_v1_api_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4952,7 +5098,7 @@ func (x *PsRequest) String() string {
 func (*PsRequest) ProtoMessage() {}
 
 func (x *PsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[65]
+	mi := &file_node_api_v1_api_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4965,7 +5111,7 @@ func (x *PsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsRequest.ProtoReflect.Descriptor instead.
 func (*PsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{65}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *PsRequest) GetApplication() string {
@@ -4984,7 +5130,7 @@ type PsResponse struct {
 
 func (x *PsResponse) Reset() {
 	*x = PsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[66]
+	mi := &file_node_api_v1_api_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4996,7 +5142,7 @@ func (x *PsResponse) String() string {
 func (*PsResponse) ProtoMessage() {}
 
 func (x *PsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[66]
+	mi := &file_node_api_v1_api_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5009,7 +5155,7 @@ func (x *PsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsResponse.ProtoReflect.Descriptor instead.
 func (*PsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{66}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *PsResponse) GetInstances() []*Instance {
@@ -5020,36 +5166,39 @@ func (x *PsResponse) GetInstances() []*Instance {
 }
 
 type Instance struct {
-	state              protoimpl.MessageState `protogen:"open.v1"`
-	Application        string                 `protobuf:"bytes,1,opt,name=application,proto3" json:"application,omitempty"`
-	Component          string                 `protobuf:"bytes,2,opt,name=component,proto3" json:"component,omitempty"` // app/name
-	Instance           string                 `protobuf:"bytes,3,opt,name=instance,proto3" json:"instance,omitempty"`   // app/name-0
-	Node               string                 `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
-	Artifact           string                 `protobuf:"bytes,5,opt,name=artifact,proto3" json:"artifact,omitempty"` // name
-	Version            string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
-	State              string                 `protobuf:"bytes,7,opt,name=state,proto3" json:"state,omitempty"` // pending | fetching | starting | running | frozen | degraded | failed | stopped
-	Reason             string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
-	Epoch              uint64                 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	UptimeMs           uint64                 `protobuf:"varint,10,opt,name=uptime_ms,json=uptimeMs,proto3" json:"uptime_ms,omitempty"`
-	CheckpointAgeMs    *uint64                `protobuf:"varint,11,opt,name=checkpoint_age_ms,json=checkpointAgeMs,proto3,oneof" json:"checkpoint_age_ms,omitempty"`
-	CheckpointSeq      uint64                 `protobuf:"varint,12,opt,name=checkpoint_seq,json=checkpointSeq,proto3" json:"checkpoint_seq,omitempty"`
-	Replicas           []string               `protobuf:"bytes,13,rep,name=replicas,proto3" json:"replicas,omitempty"` // nodes that hold the last checkpoint
-	WouldRestartOn     string                 `protobuf:"bytes,14,opt,name=would_restart_on,json=wouldRestartOn,proto3" json:"would_restart_on,omitempty"`
-	PredictedRestartMs *float64               `protobuf:"fixed64,15,opt,name=predicted_restart_ms,json=predictedRestartMs,proto3,oneof" json:"predicted_restart_ms,omitempty"`
-	CheckpointBytes    uint64                 `protobuf:"varint,16,opt,name=checkpoint_bytes,json=checkpointBytes,proto3" json:"checkpoint_bytes,omitempty"`
-	Durable            string                 `protobuf:"bytes,17,opt,name=durable,proto3" json:"durable,omitempty"`
-	Guarantee          string                 `protobuf:"bytes,18,opt,name=guarantee,proto3" json:"guarantee,omitempty"`
-	Successors         []string               `protobuf:"bytes,19,rep,name=successors,proto3" json:"successors,omitempty"`
-	Quarantined        bool                   `protobuf:"varint,20,opt,name=quarantined,proto3" json:"quarantined,omitempty"`
-	Restarts           uint32                 `protobuf:"varint,21,opt,name=restarts,proto3" json:"restarts,omitempty"`
-	WouldLoseMs        *uint64                `protobuf:"varint,22,opt,name=would_lose_ms,json=wouldLoseMs,proto3,oneof" json:"would_lose_ms,omitempty"` // how much written state the loss of its node would lose; 0 with each-call
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	state                protoimpl.MessageState `protogen:"open.v1"`
+	Application          string                 `protobuf:"bytes,1,opt,name=application,proto3" json:"application,omitempty"`
+	Component            string                 `protobuf:"bytes,2,opt,name=component,proto3" json:"component,omitempty"` // app/name
+	Instance             string                 `protobuf:"bytes,3,opt,name=instance,proto3" json:"instance,omitempty"`   // app/name-0
+	Node                 string                 `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	Artifact             string                 `protobuf:"bytes,5,opt,name=artifact,proto3" json:"artifact,omitempty"` // name
+	Version              string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
+	State                string                 `protobuf:"bytes,7,opt,name=state,proto3" json:"state,omitempty"` // pending | fetching | starting | running | frozen | degraded | failed | stopped
+	Reason               string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
+	Epoch                uint64                 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	UptimeMs             uint64                 `protobuf:"varint,10,opt,name=uptime_ms,json=uptimeMs,proto3" json:"uptime_ms,omitempty"`
+	CheckpointAgeMs      *uint64                `protobuf:"varint,11,opt,name=checkpoint_age_ms,json=checkpointAgeMs,proto3,oneof" json:"checkpoint_age_ms,omitempty"`
+	CheckpointSeq        uint64                 `protobuf:"varint,12,opt,name=checkpoint_seq,json=checkpointSeq,proto3" json:"checkpoint_seq,omitempty"`
+	Replicas             []string               `protobuf:"bytes,13,rep,name=replicas,proto3" json:"replicas,omitempty"` // nodes that hold the last checkpoint
+	WouldRestartOn       string                 `protobuf:"bytes,14,opt,name=would_restart_on,json=wouldRestartOn,proto3" json:"would_restart_on,omitempty"`
+	PredictedRestartMs   *float64               `protobuf:"fixed64,15,opt,name=predicted_restart_ms,json=predictedRestartMs,proto3,oneof" json:"predicted_restart_ms,omitempty"`
+	CheckpointBytes      uint64                 `protobuf:"varint,16,opt,name=checkpoint_bytes,json=checkpointBytes,proto3" json:"checkpoint_bytes,omitempty"`
+	Durable              string                 `protobuf:"bytes,17,opt,name=durable,proto3" json:"durable,omitempty"`
+	Guarantee            string                 `protobuf:"bytes,18,opt,name=guarantee,proto3" json:"guarantee,omitempty"`
+	Successors           []string               `protobuf:"bytes,19,rep,name=successors,proto3" json:"successors,omitempty"`
+	Quarantined          bool                   `protobuf:"varint,20,opt,name=quarantined,proto3" json:"quarantined,omitempty"`
+	Restarts             uint32                 `protobuf:"varint,21,opt,name=restarts,proto3" json:"restarts,omitempty"`
+	WouldLoseMs          *uint64                `protobuf:"varint,22,opt,name=would_lose_ms,json=wouldLoseMs,proto3,oneof" json:"would_lose_ms,omitempty"`                            // how much written state the loss of its node would lose; 0 with each-call
+	DurableNow           string                 `protobuf:"bytes,23,opt,name=durable_now,json=durableNow,proto3" json:"durable_now,omitempty"`                                        // how it is saved in fact, where it runs: another than durable where its version cannot do that
+	CallsSinceCheckpoint *uint64                `protobuf:"varint,24,opt,name=calls_since_checkpoint,json=callsSinceCheckpoint,proto3,oneof" json:"calls_since_checkpoint,omitempty"` // answered since its last acknowledged checkpoint, reads among them; 0 with each-call
+	ReplicasAlive        uint32                 `protobuf:"varint,25,opt,name=replicas_alive,json=replicasAlive,proto3" json:"replicas_alive,omitempty"`                              // of replicas, those on nodes that are alive now
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[67]
+	mi := &file_node_api_v1_api_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5061,7 +5210,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[67]
+	mi := &file_node_api_v1_api_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5074,7 +5223,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{67}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Instance) GetApplication() string {
@@ -5231,6 +5380,27 @@ func (x *Instance) GetWouldLoseMs() uint64 {
 	return 0
 }
 
+func (x *Instance) GetDurableNow() string {
+	if x != nil {
+		return x.DurableNow
+	}
+	return ""
+}
+
+func (x *Instance) GetCallsSinceCheckpoint() uint64 {
+	if x != nil && x.CallsSinceCheckpoint != nil {
+		return *x.CallsSinceCheckpoint
+	}
+	return 0
+}
+
+func (x *Instance) GetReplicasAlive() uint32 {
+	if x != nil {
+		return x.ReplicasAlive
+	}
+	return 0
+}
+
 type InspectRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
@@ -5240,7 +5410,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[68]
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5252,7 +5422,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[68]
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5265,7 +5435,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{68}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *InspectRequest) GetComponent() string {
@@ -5286,7 +5456,7 @@ type InspectResponse struct {
 	Kind          string                 `protobuf:"bytes,7,opt,name=kind,proto3" json:"kind,omitempty"`   // component | program
 	State         string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"` // of its instances taken together
 	Durable       string                 `protobuf:"bytes,9,opt,name=durable,proto3" json:"durable,omitempty"`
-	DurableBy     string                 `protobuf:"bytes,10,opt,name=durable_by,json=durableBy,proto3" json:"durable_by,omitempty"` // how: txn-calls | hold-and-snapshot | interval | none
+	DurableBy     string                 `protobuf:"bytes,10,opt,name=durable_by,json=durableBy,proto3" json:"durable_by,omitempty"` // how: txn-calls | interval | on-demand | none
 	Guarantee     string                 `protobuf:"bytes,11,opt,name=guarantee,proto3" json:"guarantee,omitempty"`
 	Provides      []*Interface           `protobuf:"bytes,12,rep,name=provides,proto3" json:"provides,omitempty"`
 	Requires      []*Interface           `protobuf:"bytes,13,rep,name=requires,proto3" json:"requires,omitempty"`
@@ -5303,7 +5473,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[69]
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5315,7 +5485,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[69]
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5328,7 +5498,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{69}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *InspectResponse) GetComponent() string {
@@ -5499,7 +5669,7 @@ type InspectInstance struct {
 
 func (x *InspectInstance) Reset() {
 	*x = InspectInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5511,7 +5681,7 @@ func (x *InspectInstance) String() string {
 func (*InspectInstance) ProtoMessage() {}
 
 func (x *InspectInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5524,7 +5694,7 @@ func (x *InspectInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectInstance.ProtoReflect.Descriptor instead.
 func (*InspectInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *InspectInstance) GetInstance() string {
@@ -5682,7 +5852,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5694,7 +5864,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5707,7 +5877,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *Interface) GetName() string {
@@ -5773,7 +5943,7 @@ type Method struct {
 
 func (x *Method) Reset() {
 	*x = Method{}
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5785,7 +5955,7 @@ func (x *Method) String() string {
 func (*Method) ProtoMessage() {}
 
 func (x *Method) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5798,7 +5968,7 @@ func (x *Method) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Method.ProtoReflect.Descriptor instead.
 func (*Method) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *Method) GetName() string {
@@ -5858,7 +6028,7 @@ type AttributeInfo struct {
 
 func (x *AttributeInfo) Reset() {
 	*x = AttributeInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5870,7 +6040,7 @@ func (x *AttributeInfo) String() string {
 func (*AttributeInfo) ProtoMessage() {}
 
 func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5883,7 +6053,7 @@ func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttributeInfo.ProtoReflect.Descriptor instead.
 func (*AttributeInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *AttributeInfo) GetName() string {
@@ -5950,7 +6120,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5962,7 +6132,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5975,7 +6145,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *Binding) GetInterface() string {
@@ -6043,7 +6213,7 @@ type CallStats struct {
 
 func (x *CallStats) Reset() {
 	*x = CallStats{}
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6055,7 +6225,7 @@ func (x *CallStats) String() string {
 func (*CallStats) ProtoMessage() {}
 
 func (x *CallStats) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6068,7 +6238,7 @@ func (x *CallStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallStats.ProtoReflect.Descriptor instead.
 func (*CallStats) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *CallStats) GetTotal() uint64 {
@@ -6135,13 +6305,15 @@ type CheckpointInfo struct {
 	Replicas      []string               `protobuf:"bytes,4,rep,name=replicas,proto3" json:"replicas,omitempty"`
 	W             uint32                 `protobuf:"varint,5,opt,name=w,proto3" json:"w,omitempty"`
 	Root          string                 `protobuf:"bytes,6,opt,name=root,proto3" json:"root,omitempty"`
+	ReplicasAlive uint32                 `protobuf:"varint,7,opt,name=replicas_alive,json=replicasAlive,proto3" json:"replicas_alive,omitempty"`
+	CallsSince    *uint64                `protobuf:"varint,8,opt,name=calls_since,json=callsSince,proto3,oneof" json:"calls_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckpointInfo) Reset() {
 	*x = CheckpointInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6153,7 +6325,7 @@ func (x *CheckpointInfo) String() string {
 func (*CheckpointInfo) ProtoMessage() {}
 
 func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6166,7 +6338,7 @@ func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointInfo.ProtoReflect.Descriptor instead.
 func (*CheckpointInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *CheckpointInfo) GetSeq() uint64 {
@@ -6211,6 +6383,20 @@ func (x *CheckpointInfo) GetRoot() string {
 	return ""
 }
 
+func (x *CheckpointInfo) GetReplicasAlive() uint32 {
+	if x != nil {
+		return x.ReplicasAlive
+	}
+	return 0
+}
+
+func (x *CheckpointInfo) GetCallsSince() uint64 {
+	if x != nil && x.CallsSince != nil {
+		return *x.CallsSince
+	}
+	return 0
+}
+
 type Overlay struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"` // a swap's
@@ -6226,7 +6412,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6238,7 +6424,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6251,7 +6437,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *Overlay) GetVersion() string {
@@ -6314,7 +6500,7 @@ type AttrRequest struct {
 
 func (x *AttrRequest) Reset() {
 	*x = AttrRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6326,7 +6512,7 @@ func (x *AttrRequest) String() string {
 func (*AttrRequest) ProtoMessage() {}
 
 func (x *AttrRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6339,7 +6525,7 @@ func (x *AttrRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrRequest.ProtoReflect.Descriptor instead.
 func (*AttrRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *AttrRequest) GetComponent() string {
@@ -6376,7 +6562,7 @@ type AttrResponse struct {
 
 func (x *AttrResponse) Reset() {
 	*x = AttrResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6388,7 +6574,7 @@ func (x *AttrResponse) String() string {
 func (*AttrResponse) ProtoMessage() {}
 
 func (x *AttrResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6401,7 +6587,7 @@ func (x *AttrResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrResponse.ProtoReflect.Descriptor instead.
 func (*AttrResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *AttrResponse) GetComponent() string {
@@ -6450,7 +6636,7 @@ type BindRequest struct {
 
 func (x *BindRequest) Reset() {
 	*x = BindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6462,7 +6648,7 @@ func (x *BindRequest) String() string {
 func (*BindRequest) ProtoMessage() {}
 
 func (x *BindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6475,7 +6661,7 @@ func (x *BindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindRequest.ProtoReflect.Descriptor instead.
 func (*BindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *BindRequest) GetComponent() string {
@@ -6509,7 +6695,7 @@ type UnbindRequest struct {
 
 func (x *UnbindRequest) Reset() {
 	*x = UnbindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6521,7 +6707,7 @@ func (x *UnbindRequest) String() string {
 func (*UnbindRequest) ProtoMessage() {}
 
 func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6534,7 +6720,7 @@ func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbindRequest.ProtoReflect.Descriptor instead.
 func (*UnbindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *UnbindRequest) GetComponent() string {
@@ -6561,7 +6747,7 @@ type BindResponse struct {
 
 func (x *BindResponse) Reset() {
 	*x = BindResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6573,7 +6759,7 @@ func (x *BindResponse) String() string {
 func (*BindResponse) ProtoMessage() {}
 
 func (x *BindResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6586,7 +6772,7 @@ func (x *BindResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindResponse.ProtoReflect.Descriptor instead.
 func (*BindResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *BindResponse) GetComponent() string {
@@ -6613,7 +6799,7 @@ type LifecycleRequest struct {
 
 func (x *LifecycleRequest) Reset() {
 	*x = LifecycleRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6625,7 +6811,7 @@ func (x *LifecycleRequest) String() string {
 func (*LifecycleRequest) ProtoMessage() {}
 
 func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6638,7 +6824,7 @@ func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleRequest.ProtoReflect.Descriptor instead.
 func (*LifecycleRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *LifecycleRequest) GetComponent() string {
@@ -6667,7 +6853,7 @@ type LifecycleResponse struct {
 
 func (x *LifecycleResponse) Reset() {
 	*x = LifecycleResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6679,7 +6865,7 @@ func (x *LifecycleResponse) String() string {
 func (*LifecycleResponse) ProtoMessage() {}
 
 func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6692,7 +6878,7 @@ func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleResponse.ProtoReflect.Descriptor instead.
 func (*LifecycleResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *LifecycleResponse) GetComponent() string {
@@ -6723,18 +6909,20 @@ func (x *LifecycleResponse) GetTookMs() float64 {
 	return 0
 }
 
+// version, constraint or sha256:…; force: also one that cannot keep what durable promises
 type SwapRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
 	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	TimeoutMs     uint64                 `protobuf:"varint,3,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	Force         bool                   `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SwapRequest) Reset() {
 	*x = SwapRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6746,7 +6934,7 @@ func (x *SwapRequest) String() string {
 func (*SwapRequest) ProtoMessage() {}
 
 func (x *SwapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6759,7 +6947,7 @@ func (x *SwapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapRequest.ProtoReflect.Descriptor instead.
 func (*SwapRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *SwapRequest) GetComponent() string {
@@ -6783,6 +6971,13 @@ func (x *SwapRequest) GetTimeoutMs() uint64 {
 	return 0
 }
 
+func (x *SwapRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
 type UndoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
@@ -6793,7 +6988,7 @@ type UndoRequest struct {
 
 func (x *UndoRequest) Reset() {
 	*x = UndoRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6805,7 +7000,7 @@ func (x *UndoRequest) String() string {
 func (*UndoRequest) ProtoMessage() {}
 
 func (x *UndoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6818,7 +7013,7 @@ func (x *UndoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoRequest.ProtoReflect.Descriptor instead.
 func (*UndoRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *UndoRequest) GetComponent() string {
@@ -6846,7 +7041,7 @@ type MoveRequest struct {
 
 func (x *MoveRequest) Reset() {
 	*x = MoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6858,7 +7053,7 @@ func (x *MoveRequest) String() string {
 func (*MoveRequest) ProtoMessage() {}
 
 func (x *MoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6871,7 +7066,7 @@ func (x *MoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRequest.ProtoReflect.Descriptor instead.
 func (*MoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *MoveRequest) GetComponent() string {
@@ -6913,7 +7108,7 @@ type ReplaceResponse struct {
 
 func (x *ReplaceResponse) Reset() {
 	*x = ReplaceResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6925,7 +7120,7 @@ func (x *ReplaceResponse) String() string {
 func (*ReplaceResponse) ProtoMessage() {}
 
 func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6938,7 +7133,7 @@ func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ReplaceResponse) GetComponent() string {
@@ -7020,7 +7215,7 @@ type UnpinRequest struct {
 
 func (x *UnpinRequest) Reset() {
 	*x = UnpinRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7032,7 +7227,7 @@ func (x *UnpinRequest) String() string {
 func (*UnpinRequest) ProtoMessage() {}
 
 func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7045,7 +7240,7 @@ func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinRequest.ProtoReflect.Descriptor instead.
 func (*UnpinRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *UnpinRequest) GetComponent() string {
@@ -7065,7 +7260,7 @@ type UnpinResponse struct {
 
 func (x *UnpinResponse) Reset() {
 	*x = UnpinResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7077,7 +7272,7 @@ func (x *UnpinResponse) String() string {
 func (*UnpinResponse) ProtoMessage() {}
 
 func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7090,7 +7285,7 @@ func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinResponse.ProtoReflect.Descriptor instead.
 func (*UnpinResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *UnpinResponse) GetComponent() string {
@@ -7117,7 +7312,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7129,7 +7324,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7142,7 +7337,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *CheckpointRequest) GetComponent() string {
@@ -7173,7 +7368,7 @@ type CheckpointResponse struct {
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7185,7 +7380,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7198,7 +7393,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *CheckpointResponse) GetComponent() string {
@@ -7252,7 +7447,7 @@ type CheckpointsRequest struct {
 
 func (x *CheckpointsRequest) Reset() {
 	*x = CheckpointsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7264,7 +7459,7 @@ func (x *CheckpointsRequest) String() string {
 func (*CheckpointsRequest) ProtoMessage() {}
 
 func (x *CheckpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7277,7 +7472,7 @@ func (x *CheckpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointsRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *CheckpointsRequest) GetComponent() string {
@@ -7299,7 +7494,7 @@ type CheckpointsResponse struct {
 
 func (x *CheckpointsResponse) Reset() {
 	*x = CheckpointsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7311,7 +7506,7 @@ func (x *CheckpointsResponse) String() string {
 func (*CheckpointsResponse) ProtoMessage() {}
 
 func (x *CheckpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7324,7 +7519,7 @@ func (x *CheckpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointsResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *CheckpointsResponse) GetComponent() string {
@@ -7379,7 +7574,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7391,7 +7586,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7404,7 +7599,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *Checkpoint) GetInstance() string {
@@ -7531,7 +7726,7 @@ type Moment struct {
 
 func (x *Moment) Reset() {
 	*x = Moment{}
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7543,7 +7738,7 @@ func (x *Moment) String() string {
 func (*Moment) ProtoMessage() {}
 
 func (x *Moment) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7556,7 +7751,7 @@ func (x *Moment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Moment.ProtoReflect.Descriptor instead.
 func (*Moment) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *Moment) GetId() string {
@@ -7591,7 +7786,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7603,7 +7798,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7616,7 +7811,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *RestoreRequest) GetComponent() string {
@@ -7652,7 +7847,7 @@ type ForkRequest struct {
 
 func (x *ForkRequest) Reset() {
 	*x = ForkRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7664,7 +7859,7 @@ func (x *ForkRequest) String() string {
 func (*ForkRequest) ProtoMessage() {}
 
 func (x *ForkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7677,7 +7872,7 @@ func (x *ForkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkRequest.ProtoReflect.Descriptor instead.
 func (*ForkRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *ForkRequest) GetComponent() string {
@@ -7725,7 +7920,7 @@ type ForkResponse struct {
 
 func (x *ForkResponse) Reset() {
 	*x = ForkResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7737,7 +7932,7 @@ func (x *ForkResponse) String() string {
 func (*ForkResponse) ProtoMessage() {}
 
 func (x *ForkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7750,7 +7945,7 @@ func (x *ForkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkResponse.ProtoReflect.Descriptor instead.
 func (*ForkResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *ForkResponse) GetComponent() string {
@@ -7827,7 +8022,7 @@ type ExportRequest struct {
 
 func (x *ExportRequest) Reset() {
 	*x = ExportRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7839,7 +8034,7 @@ func (x *ExportRequest) String() string {
 func (*ExportRequest) ProtoMessage() {}
 
 func (x *ExportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7852,7 +8047,7 @@ func (x *ExportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportRequest.ProtoReflect.Descriptor instead.
 func (*ExportRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ExportRequest) GetComponent() string {
@@ -7890,7 +8085,7 @@ type ExportChunk struct {
 
 func (x *ExportChunk) Reset() {
 	*x = ExportChunk{}
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7902,7 +8097,7 @@ func (x *ExportChunk) String() string {
 func (*ExportChunk) ProtoMessage() {}
 
 func (x *ExportChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7915,7 +8110,7 @@ func (x *ExportChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportChunk.ProtoReflect.Descriptor instead.
 func (*ExportChunk) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ExportChunk) GetKind() isExportChunk_Kind {
@@ -7994,7 +8189,7 @@ type ExportSummary struct {
 
 func (x *ExportSummary) Reset() {
 	*x = ExportSummary{}
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8006,7 +8201,7 @@ func (x *ExportSummary) String() string {
 func (*ExportSummary) ProtoMessage() {}
 
 func (x *ExportSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8019,7 +8214,7 @@ func (x *ExportSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportSummary.ProtoReflect.Descriptor instead.
 func (*ExportSummary) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ExportSummary) GetComponent() string {
@@ -8120,7 +8315,7 @@ type CallRequest struct {
 
 func (x *CallRequest) Reset() {
 	*x = CallRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8132,7 +8327,7 @@ func (x *CallRequest) String() string {
 func (*CallRequest) ProtoMessage() {}
 
 func (x *CallRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8145,7 +8340,7 @@ func (x *CallRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallRequest.ProtoReflect.Descriptor instead.
 func (*CallRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *CallRequest) GetComponent() string {
@@ -8202,7 +8397,7 @@ type CallResponse struct {
 
 func (x *CallResponse) Reset() {
 	*x = CallResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8214,7 +8409,7 @@ func (x *CallResponse) String() string {
 func (*CallResponse) ProtoMessage() {}
 
 func (x *CallResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8227,7 +8422,7 @@ func (x *CallResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallResponse.ProtoReflect.Descriptor instead.
 func (*CallResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *CallResponse) GetJson() string {
@@ -8267,7 +8462,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8279,7 +8474,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8292,7 +8487,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *WhyRequest) GetComponent() string {
@@ -8312,7 +8507,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[106]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8324,7 +8519,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[106]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8337,7 +8532,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *WhyResponse) GetComponent() string {
@@ -8378,7 +8573,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_node_api_v1_api_proto_msgTypes[107]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8390,7 +8585,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[107]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8403,7 +8598,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *Decision) GetInstance() string {
@@ -8530,7 +8725,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[108]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8542,7 +8737,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[108]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8555,7 +8750,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *LogsRequest) GetComponent() string {
@@ -8600,7 +8795,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_node_api_v1_api_proto_msgTypes[109]
+	mi := &file_node_api_v1_api_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8612,7 +8807,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[109]
+	mi := &file_node_api_v1_api_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8625,7 +8820,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *LogLine) GetTime() *timestamppb.Timestamp {
@@ -8682,7 +8877,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[110]
+	mi := &file_node_api_v1_api_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8694,7 +8889,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[110]
+	mi := &file_node_api_v1_api_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8707,7 +8902,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *EventsRequest) GetChannel() string {
@@ -8755,7 +8950,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_node_api_v1_api_proto_msgTypes[111]
+	mi := &file_node_api_v1_api_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8767,7 +8962,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[111]
+	mi := &file_node_api_v1_api_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8780,7 +8975,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{111}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *Event) GetId() string {
@@ -8858,7 +9053,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[112]
+	mi := &file_node_api_v1_api_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8870,7 +9065,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[112]
+	mi := &file_node_api_v1_api_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8883,7 +9078,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{112}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *QueryRequest) GetSql() string {
@@ -8929,7 +9124,7 @@ type QueryResponse struct {
 
 func (x *QueryResponse) Reset() {
 	*x = QueryResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[113]
+	mi := &file_node_api_v1_api_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8941,7 +9136,7 @@ func (x *QueryResponse) String() string {
 func (*QueryResponse) ProtoMessage() {}
 
 func (x *QueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[113]
+	mi := &file_node_api_v1_api_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8954,7 +9149,7 @@ func (x *QueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryResponse.ProtoReflect.Descriptor instead.
 func (*QueryResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{113}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *QueryResponse) GetColumns() []string {
@@ -9015,7 +9210,7 @@ type Row struct {
 
 func (x *Row) Reset() {
 	*x = Row{}
-	mi := &file_node_api_v1_api_proto_msgTypes[114]
+	mi := &file_node_api_v1_api_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9027,7 +9222,7 @@ func (x *Row) String() string {
 func (*Row) ProtoMessage() {}
 
 func (x *Row) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[114]
+	mi := &file_node_api_v1_api_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9040,7 +9235,7 @@ func (x *Row) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Row.ProtoReflect.Descriptor instead.
 func (*Row) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{114}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *Row) GetValues() []*Value {
@@ -9066,7 +9261,7 @@ type Value struct {
 
 func (x *Value) Reset() {
 	*x = Value{}
-	mi := &file_node_api_v1_api_proto_msgTypes[115]
+	mi := &file_node_api_v1_api_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9078,7 +9273,7 @@ func (x *Value) String() string {
 func (*Value) ProtoMessage() {}
 
 func (x *Value) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[115]
+	mi := &file_node_api_v1_api_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9091,7 +9286,7 @@ func (x *Value) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Value.ProtoReflect.Descriptor instead.
 func (*Value) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{115}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *Value) GetKind() isValue_Kind {
@@ -9190,7 +9385,7 @@ type DhtClosestRequest struct {
 
 func (x *DhtClosestRequest) Reset() {
 	*x = DhtClosestRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[116]
+	mi := &file_node_api_v1_api_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9202,7 +9397,7 @@ func (x *DhtClosestRequest) String() string {
 func (*DhtClosestRequest) ProtoMessage() {}
 
 func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[116]
+	mi := &file_node_api_v1_api_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9215,7 +9410,7 @@ func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestRequest.ProtoReflect.Descriptor instead.
 func (*DhtClosestRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{116}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *DhtClosestRequest) GetKey() string {
@@ -9243,7 +9438,7 @@ type DhtClosestResponse struct {
 
 func (x *DhtClosestResponse) Reset() {
 	*x = DhtClosestResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[117]
+	mi := &file_node_api_v1_api_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9255,7 +9450,7 @@ func (x *DhtClosestResponse) String() string {
 func (*DhtClosestResponse) ProtoMessage() {}
 
 func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[117]
+	mi := &file_node_api_v1_api_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9268,7 +9463,7 @@ func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestResponse.ProtoReflect.Descriptor instead.
 func (*DhtClosestResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{117}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *DhtClosestResponse) GetKey() string {
@@ -9308,7 +9503,7 @@ type DhtNode struct {
 
 func (x *DhtNode) Reset() {
 	*x = DhtNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[118]
+	mi := &file_node_api_v1_api_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9320,7 +9515,7 @@ func (x *DhtNode) String() string {
 func (*DhtNode) ProtoMessage() {}
 
 func (x *DhtNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[118]
+	mi := &file_node_api_v1_api_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9333,7 +9528,7 @@ func (x *DhtNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtNode.ProtoReflect.Descriptor instead.
 func (*DhtNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{118}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *DhtNode) GetRank() uint32 {
@@ -9401,7 +9596,7 @@ type DhtGetRequest struct {
 
 func (x *DhtGetRequest) Reset() {
 	*x = DhtGetRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[119]
+	mi := &file_node_api_v1_api_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9413,7 +9608,7 @@ func (x *DhtGetRequest) String() string {
 func (*DhtGetRequest) ProtoMessage() {}
 
 func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[119]
+	mi := &file_node_api_v1_api_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9426,7 +9621,7 @@ func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetRequest.ProtoReflect.Descriptor instead.
 func (*DhtGetRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{119}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *DhtGetRequest) GetKey() string {
@@ -9460,7 +9655,7 @@ type DhtGetResponse struct {
 
 func (x *DhtGetResponse) Reset() {
 	*x = DhtGetResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[120]
+	mi := &file_node_api_v1_api_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9472,7 +9667,7 @@ func (x *DhtGetResponse) String() string {
 func (*DhtGetResponse) ProtoMessage() {}
 
 func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[120]
+	mi := &file_node_api_v1_api_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9485,7 +9680,7 @@ func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetResponse.ProtoReflect.Descriptor instead.
 func (*DhtGetResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{120}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *DhtGetResponse) GetKey() string {
@@ -9701,7 +9896,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
 	"\a_rtt_ms\"\x0f\n" +
-	"\rStatusRequest\"\xe8\x02\n" +
+	"\rStatusRequest\"\xd3\x03\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x120\n" +
 	"\x05nodes\x18\x02 \x01(\v2\x1a.coppice.api.v1.NodeCountsR\x05nodes\x127\n" +
@@ -9713,7 +9908,22 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x04node\x18\x06 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\a \x01(\tR\aversion\x12\x16\n" +
 	"\x06paused\x18\b \x01(\bR\x06paused\x12\x1a\n" +
-	"\bwarnings\x18\t \x03(\tR\bwarnings\"\x86\x01\n" +
+	"\bwarnings\x18\t \x03(\tR\bwarnings\x120\n" +
+	"\x05pages\x18\n" +
+	" \x01(\v2\x1a.coppice.api.v1.PageStatusR\x05pages\x127\n" +
+	"\aunsaved\x18\v \x01(\v2\x1d.coppice.api.v1.UnsavedStatusR\aunsaved\"\xaf\x01\n" +
+	"\n" +
+	"PageStatus\x12\x18\n" +
+	"\acorrupt\x18\x01 \x01(\x04R\acorrupt\x12\x1a\n" +
+	"\brepaired\x18\x02 \x01(\x04R\brepaired\x12.\n" +
+	"\x11last_scrub_age_ms\x18\x03 \x01(\x04H\x00R\x0elastScrubAgeMs\x88\x01\x01\x12%\n" +
+	"\x0escrubbed_bytes\x18\x04 \x01(\x04R\rscrubbedBytesB\x14\n" +
+	"\x12_last_scrub_age_ms\"d\n" +
+	"\rUnsavedStatus\x12\x14\n" +
+	"\x05calls\x18\x01 \x01(\x04R\x05calls\x12\x1c\n" +
+	"\tinstances\x18\x02 \x01(\rR\tinstances\x12\x1f\n" +
+	"\vfew_holders\x18\x03 \x01(\rR\n" +
+	"fewHolders\"\x86\x01\n" +
 	"\n" +
 	"NodeCounts\x12\x14\n" +
 	"\x05alive\x18\x01 \x01(\rR\x05alive\x12\x18\n" +
@@ -10043,7 +10253,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\"D\n" +
 	"\n" +
 	"PsResponse\x126\n" +
-	"\tinstances\x18\x01 \x03(\v2\x18.coppice.api.v1.InstanceR\tinstances\"\x91\x06\n" +
+	"\tinstances\x18\x01 \x03(\v2\x18.coppice.api.v1.InstanceR\tinstances\"\xaf\a\n" +
 	"\bInstance\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x1c\n" +
 	"\tcomponent\x18\x02 \x01(\tR\tcomponent\x12\x1a\n" +
@@ -10069,10 +10279,15 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"successors\x12 \n" +
 	"\vquarantined\x18\x14 \x01(\bR\vquarantined\x12\x1a\n" +
 	"\brestarts\x18\x15 \x01(\rR\brestarts\x12'\n" +
-	"\rwould_lose_ms\x18\x16 \x01(\x04H\x02R\vwouldLoseMs\x88\x01\x01B\x14\n" +
+	"\rwould_lose_ms\x18\x16 \x01(\x04H\x02R\vwouldLoseMs\x88\x01\x01\x12\x1f\n" +
+	"\vdurable_now\x18\x17 \x01(\tR\n" +
+	"durableNow\x129\n" +
+	"\x16calls_since_checkpoint\x18\x18 \x01(\x04H\x03R\x14callsSinceCheckpoint\x88\x01\x01\x12%\n" +
+	"\x0ereplicas_alive\x18\x19 \x01(\rR\rreplicasAliveB\x14\n" +
 	"\x12_checkpoint_age_msB\x17\n" +
 	"\x15_predicted_restart_msB\x10\n" +
-	"\x0e_would_lose_ms\".\n" +
+	"\x0e_would_lose_msB\x19\n" +
+	"\x17_calls_since_checkpoint\".\n" +
 	"\x0eInspectRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\"\xef\x05\n" +
 	"\x0fInspectResponse\x12\x1c\n" +
@@ -10169,15 +10384,19 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\n" +
 	"per_second\x18\b \x01(\x01R\tperSecondB\t\n" +
 	"\a_p50_msB\t\n" +
-	"\a_p99_ms\"\x9d\x01\n" +
+	"\a_p99_ms\"\xfa\x01\n" +
 	"\x0eCheckpointInfo\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x14\n" +
 	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x1a\n" +
 	"\x06age_ms\x18\x03 \x01(\x04H\x00R\x05ageMs\x88\x01\x01\x12\x1a\n" +
 	"\breplicas\x18\x04 \x03(\tR\breplicas\x12\f\n" +
 	"\x01w\x18\x05 \x01(\rR\x01w\x12\x12\n" +
-	"\x04root\x18\x06 \x01(\tR\x04rootB\t\n" +
-	"\a_age_ms\"\xe9\x03\n" +
+	"\x04root\x18\x06 \x01(\tR\x04root\x12%\n" +
+	"\x0ereplicas_alive\x18\a \x01(\rR\rreplicasAlive\x12$\n" +
+	"\vcalls_since\x18\b \x01(\x04H\x01R\n" +
+	"callsSince\x88\x01\x01B\t\n" +
+	"\a_age_msB\x0e\n" +
+	"\f_calls_since\"\xe9\x03\n" +
 	"\aOverlay\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x128\n" +
@@ -10231,12 +10450,13 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x125\n" +
 	"\tinstances\x18\x03 \x03(\v2\x17.coppice.api.v1.WaitingR\tinstances\x12\x17\n" +
-	"\atook_ms\x18\x04 \x01(\x01R\x06tookMs\"d\n" +
+	"\atook_ms\x18\x04 \x01(\x01R\x06tookMs\"z\n" +
 	"\vSwapRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1d\n" +
 	"\n" +
-	"timeout_ms\x18\x03 \x01(\x04R\ttimeoutMs\"J\n" +
+	"timeout_ms\x18\x03 \x01(\x04R\ttimeoutMs\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"J\n" +
 	"\vUndoRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x1d\n" +
 	"\n" +
@@ -10541,7 +10761,7 @@ func file_node_api_v1_api_proto_rawDescGZIP() []byte {
 	return file_node_api_v1_api_proto_rawDescData
 }
 
-var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 127)
+var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 129)
 var file_node_api_v1_api_proto_goTypes = []any{
 	(*Problem)(nil),               // 0: coppice.api.v1.Problem
 	(*TokenRequest)(nil),          // 1: coppice.api.v1.TokenRequest
@@ -10556,294 +10776,298 @@ var file_node_api_v1_api_proto_goTypes = []any{
 	(*Node)(nil),                  // 10: coppice.api.v1.Node
 	(*StatusRequest)(nil),         // 11: coppice.api.v1.StatusRequest
 	(*StatusResponse)(nil),        // 12: coppice.api.v1.StatusResponse
-	(*NodeCounts)(nil),            // 13: coppice.api.v1.NodeCounts
-	(*ArbiterStatus)(nil),         // 14: coppice.api.v1.ArbiterStatus
-	(*ComponentCounts)(nil),       // 15: coppice.api.v1.ComponentCounts
-	(*Unsafe)(nil),                // 16: coppice.api.v1.Unsafe
-	(*RecoverRequest)(nil),        // 17: coppice.api.v1.RecoverRequest
-	(*RecoverResponse)(nil),       // 18: coppice.api.v1.RecoverResponse
-	(*Rebuilt)(nil),               // 19: coppice.api.v1.Rebuilt
-	(*Survivor)(nil),              // 20: coppice.api.v1.Survivor
-	(*Missing)(nil),               // 21: coppice.api.v1.Missing
-	(*Adopted)(nil),               // 22: coppice.api.v1.Adopted
-	(*BackupRequest)(nil),         // 23: coppice.api.v1.BackupRequest
-	(*BackupChunk)(nil),           // 24: coppice.api.v1.BackupChunk
-	(*BackupSummary)(nil),         // 25: coppice.api.v1.BackupSummary
-	(*RestoreSummary)(nil),        // 26: coppice.api.v1.RestoreSummary
-	(*DoctorRequest)(nil),         // 27: coppice.api.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 28: coppice.api.v1.DoctorResponse
-	(*Finding)(nil),               // 29: coppice.api.v1.Finding
-	(*DrainRequest)(nil),          // 30: coppice.api.v1.DrainRequest
-	(*LeaveRequest)(nil),          // 31: coppice.api.v1.LeaveRequest
-	(*DrainUpdate)(nil),           // 32: coppice.api.v1.DrainUpdate
-	(*DownRequest)(nil),           // 33: coppice.api.v1.DownRequest
-	(*DownResponse)(nil),          // 34: coppice.api.v1.DownResponse
-	(*DownNode)(nil),              // 35: coppice.api.v1.DownNode
-	(*RevokeRequest)(nil),         // 36: coppice.api.v1.RevokeRequest
-	(*RevokeResponse)(nil),        // 37: coppice.api.v1.RevokeResponse
-	(*ReadmitRequest)(nil),        // 38: coppice.api.v1.ReadmitRequest
-	(*ReadmitResponse)(nil),       // 39: coppice.api.v1.ReadmitResponse
-	(*RegistryPushRequest)(nil),   // 40: coppice.api.v1.RegistryPushRequest
-	(*RegistryPushHeader)(nil),    // 41: coppice.api.v1.RegistryPushHeader
-	(*RegistryPushFile)(nil),      // 42: coppice.api.v1.RegistryPushFile
-	(*RegistryPushChunk)(nil),     // 43: coppice.api.v1.RegistryPushChunk
-	(*RegistryPushResponse)(nil),  // 44: coppice.api.v1.RegistryPushResponse
-	(*RegistryListRequest)(nil),   // 45: coppice.api.v1.RegistryListRequest
-	(*RegistryListResponse)(nil),  // 46: coppice.api.v1.RegistryListResponse
-	(*RegistryShowRequest)(nil),   // 47: coppice.api.v1.RegistryShowRequest
-	(*RegistryShowResponse)(nil),  // 48: coppice.api.v1.RegistryShowResponse
-	(*Artifact)(nil),              // 49: coppice.api.v1.Artifact
-	(*LocalArtifact)(nil),         // 50: coppice.api.v1.LocalArtifact
-	(*PlanRequest)(nil),           // 51: coppice.api.v1.PlanRequest
-	(*PlanResponse)(nil),          // 52: coppice.api.v1.PlanResponse
-	(*PlannedInstance)(nil),       // 53: coppice.api.v1.PlannedInstance
-	(*Refusal)(nil),               // 54: coppice.api.v1.Refusal
-	(*DeployRequest)(nil),         // 55: coppice.api.v1.DeployRequest
-	(*DeployUpdate)(nil),          // 56: coppice.api.v1.DeployUpdate
-	(*DeployedApplication)(nil),   // 57: coppice.api.v1.DeployedApplication
-	(*DeployedComponent)(nil),     // 58: coppice.api.v1.DeployedComponent
-	(*Waiting)(nil),               // 59: coppice.api.v1.Waiting
-	(*RemoveRequest)(nil),         // 60: coppice.api.v1.RemoveRequest
-	(*RemoveResponse)(nil),        // 61: coppice.api.v1.RemoveResponse
-	(*AppsRequest)(nil),           // 62: coppice.api.v1.AppsRequest
-	(*AppsResponse)(nil),          // 63: coppice.api.v1.AppsResponse
-	(*App)(nil),                   // 64: coppice.api.v1.App
-	(*PsRequest)(nil),             // 65: coppice.api.v1.PsRequest
-	(*PsResponse)(nil),            // 66: coppice.api.v1.PsResponse
-	(*Instance)(nil),              // 67: coppice.api.v1.Instance
-	(*InspectRequest)(nil),        // 68: coppice.api.v1.InspectRequest
-	(*InspectResponse)(nil),       // 69: coppice.api.v1.InspectResponse
-	(*InspectInstance)(nil),       // 70: coppice.api.v1.InspectInstance
-	(*Interface)(nil),             // 71: coppice.api.v1.Interface
-	(*Method)(nil),                // 72: coppice.api.v1.Method
-	(*AttributeInfo)(nil),         // 73: coppice.api.v1.AttributeInfo
-	(*Binding)(nil),               // 74: coppice.api.v1.Binding
-	(*CallStats)(nil),             // 75: coppice.api.v1.CallStats
-	(*CheckpointInfo)(nil),        // 76: coppice.api.v1.CheckpointInfo
-	(*Overlay)(nil),               // 77: coppice.api.v1.Overlay
-	(*AttrRequest)(nil),           // 78: coppice.api.v1.AttrRequest
-	(*AttrResponse)(nil),          // 79: coppice.api.v1.AttrResponse
-	(*BindRequest)(nil),           // 80: coppice.api.v1.BindRequest
-	(*UnbindRequest)(nil),         // 81: coppice.api.v1.UnbindRequest
-	(*BindResponse)(nil),          // 82: coppice.api.v1.BindResponse
-	(*LifecycleRequest)(nil),      // 83: coppice.api.v1.LifecycleRequest
-	(*LifecycleResponse)(nil),     // 84: coppice.api.v1.LifecycleResponse
-	(*SwapRequest)(nil),           // 85: coppice.api.v1.SwapRequest
-	(*UndoRequest)(nil),           // 86: coppice.api.v1.UndoRequest
-	(*MoveRequest)(nil),           // 87: coppice.api.v1.MoveRequest
-	(*ReplaceResponse)(nil),       // 88: coppice.api.v1.ReplaceResponse
-	(*UnpinRequest)(nil),          // 89: coppice.api.v1.UnpinRequest
-	(*UnpinResponse)(nil),         // 90: coppice.api.v1.UnpinResponse
-	(*CheckpointRequest)(nil),     // 91: coppice.api.v1.CheckpointRequest
-	(*CheckpointResponse)(nil),    // 92: coppice.api.v1.CheckpointResponse
-	(*CheckpointsRequest)(nil),    // 93: coppice.api.v1.CheckpointsRequest
-	(*CheckpointsResponse)(nil),   // 94: coppice.api.v1.CheckpointsResponse
-	(*Checkpoint)(nil),            // 95: coppice.api.v1.Checkpoint
-	(*Moment)(nil),                // 96: coppice.api.v1.Moment
-	(*RestoreRequest)(nil),        // 97: coppice.api.v1.RestoreRequest
-	(*ForkRequest)(nil),           // 98: coppice.api.v1.ForkRequest
-	(*ForkResponse)(nil),          // 99: coppice.api.v1.ForkResponse
-	(*ExportRequest)(nil),         // 100: coppice.api.v1.ExportRequest
-	(*ExportChunk)(nil),           // 101: coppice.api.v1.ExportChunk
-	(*ExportSummary)(nil),         // 102: coppice.api.v1.ExportSummary
-	(*CallRequest)(nil),           // 103: coppice.api.v1.CallRequest
-	(*CallResponse)(nil),          // 104: coppice.api.v1.CallResponse
-	(*WhyRequest)(nil),            // 105: coppice.api.v1.WhyRequest
-	(*WhyResponse)(nil),           // 106: coppice.api.v1.WhyResponse
-	(*Decision)(nil),              // 107: coppice.api.v1.Decision
-	(*LogsRequest)(nil),           // 108: coppice.api.v1.LogsRequest
-	(*LogLine)(nil),               // 109: coppice.api.v1.LogLine
-	(*EventsRequest)(nil),         // 110: coppice.api.v1.EventsRequest
-	(*Event)(nil),                 // 111: coppice.api.v1.Event
-	(*QueryRequest)(nil),          // 112: coppice.api.v1.QueryRequest
-	(*QueryResponse)(nil),         // 113: coppice.api.v1.QueryResponse
-	(*Row)(nil),                   // 114: coppice.api.v1.Row
-	(*Value)(nil),                 // 115: coppice.api.v1.Value
-	(*DhtClosestRequest)(nil),     // 116: coppice.api.v1.DhtClosestRequest
-	(*DhtClosestResponse)(nil),    // 117: coppice.api.v1.DhtClosestResponse
-	(*DhtNode)(nil),               // 118: coppice.api.v1.DhtNode
-	(*DhtGetRequest)(nil),         // 119: coppice.api.v1.DhtGetRequest
-	(*DhtGetResponse)(nil),        // 120: coppice.api.v1.DhtGetResponse
-	nil,                           // 121: coppice.api.v1.Node.LabelsEntry
-	nil,                           // 122: coppice.api.v1.Overlay.NodesEntry
-	nil,                           // 123: coppice.api.v1.Overlay.AttributesEntry
-	nil,                           // 124: coppice.api.v1.Overlay.BindingsEntry
-	nil,                           // 125: coppice.api.v1.AttrRequest.SetEntry
-	nil,                           // 126: coppice.api.v1.Event.FieldsEntry
-	(*timestamppb.Timestamp)(nil), // 127: google.protobuf.Timestamp
+	(*PageStatus)(nil),            // 13: coppice.api.v1.PageStatus
+	(*UnsavedStatus)(nil),         // 14: coppice.api.v1.UnsavedStatus
+	(*NodeCounts)(nil),            // 15: coppice.api.v1.NodeCounts
+	(*ArbiterStatus)(nil),         // 16: coppice.api.v1.ArbiterStatus
+	(*ComponentCounts)(nil),       // 17: coppice.api.v1.ComponentCounts
+	(*Unsafe)(nil),                // 18: coppice.api.v1.Unsafe
+	(*RecoverRequest)(nil),        // 19: coppice.api.v1.RecoverRequest
+	(*RecoverResponse)(nil),       // 20: coppice.api.v1.RecoverResponse
+	(*Rebuilt)(nil),               // 21: coppice.api.v1.Rebuilt
+	(*Survivor)(nil),              // 22: coppice.api.v1.Survivor
+	(*Missing)(nil),               // 23: coppice.api.v1.Missing
+	(*Adopted)(nil),               // 24: coppice.api.v1.Adopted
+	(*BackupRequest)(nil),         // 25: coppice.api.v1.BackupRequest
+	(*BackupChunk)(nil),           // 26: coppice.api.v1.BackupChunk
+	(*BackupSummary)(nil),         // 27: coppice.api.v1.BackupSummary
+	(*RestoreSummary)(nil),        // 28: coppice.api.v1.RestoreSummary
+	(*DoctorRequest)(nil),         // 29: coppice.api.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 30: coppice.api.v1.DoctorResponse
+	(*Finding)(nil),               // 31: coppice.api.v1.Finding
+	(*DrainRequest)(nil),          // 32: coppice.api.v1.DrainRequest
+	(*LeaveRequest)(nil),          // 33: coppice.api.v1.LeaveRequest
+	(*DrainUpdate)(nil),           // 34: coppice.api.v1.DrainUpdate
+	(*DownRequest)(nil),           // 35: coppice.api.v1.DownRequest
+	(*DownResponse)(nil),          // 36: coppice.api.v1.DownResponse
+	(*DownNode)(nil),              // 37: coppice.api.v1.DownNode
+	(*RevokeRequest)(nil),         // 38: coppice.api.v1.RevokeRequest
+	(*RevokeResponse)(nil),        // 39: coppice.api.v1.RevokeResponse
+	(*ReadmitRequest)(nil),        // 40: coppice.api.v1.ReadmitRequest
+	(*ReadmitResponse)(nil),       // 41: coppice.api.v1.ReadmitResponse
+	(*RegistryPushRequest)(nil),   // 42: coppice.api.v1.RegistryPushRequest
+	(*RegistryPushHeader)(nil),    // 43: coppice.api.v1.RegistryPushHeader
+	(*RegistryPushFile)(nil),      // 44: coppice.api.v1.RegistryPushFile
+	(*RegistryPushChunk)(nil),     // 45: coppice.api.v1.RegistryPushChunk
+	(*RegistryPushResponse)(nil),  // 46: coppice.api.v1.RegistryPushResponse
+	(*RegistryListRequest)(nil),   // 47: coppice.api.v1.RegistryListRequest
+	(*RegistryListResponse)(nil),  // 48: coppice.api.v1.RegistryListResponse
+	(*RegistryShowRequest)(nil),   // 49: coppice.api.v1.RegistryShowRequest
+	(*RegistryShowResponse)(nil),  // 50: coppice.api.v1.RegistryShowResponse
+	(*Artifact)(nil),              // 51: coppice.api.v1.Artifact
+	(*LocalArtifact)(nil),         // 52: coppice.api.v1.LocalArtifact
+	(*PlanRequest)(nil),           // 53: coppice.api.v1.PlanRequest
+	(*PlanResponse)(nil),          // 54: coppice.api.v1.PlanResponse
+	(*PlannedInstance)(nil),       // 55: coppice.api.v1.PlannedInstance
+	(*Refusal)(nil),               // 56: coppice.api.v1.Refusal
+	(*DeployRequest)(nil),         // 57: coppice.api.v1.DeployRequest
+	(*DeployUpdate)(nil),          // 58: coppice.api.v1.DeployUpdate
+	(*DeployedApplication)(nil),   // 59: coppice.api.v1.DeployedApplication
+	(*DeployedComponent)(nil),     // 60: coppice.api.v1.DeployedComponent
+	(*Waiting)(nil),               // 61: coppice.api.v1.Waiting
+	(*RemoveRequest)(nil),         // 62: coppice.api.v1.RemoveRequest
+	(*RemoveResponse)(nil),        // 63: coppice.api.v1.RemoveResponse
+	(*AppsRequest)(nil),           // 64: coppice.api.v1.AppsRequest
+	(*AppsResponse)(nil),          // 65: coppice.api.v1.AppsResponse
+	(*App)(nil),                   // 66: coppice.api.v1.App
+	(*PsRequest)(nil),             // 67: coppice.api.v1.PsRequest
+	(*PsResponse)(nil),            // 68: coppice.api.v1.PsResponse
+	(*Instance)(nil),              // 69: coppice.api.v1.Instance
+	(*InspectRequest)(nil),        // 70: coppice.api.v1.InspectRequest
+	(*InspectResponse)(nil),       // 71: coppice.api.v1.InspectResponse
+	(*InspectInstance)(nil),       // 72: coppice.api.v1.InspectInstance
+	(*Interface)(nil),             // 73: coppice.api.v1.Interface
+	(*Method)(nil),                // 74: coppice.api.v1.Method
+	(*AttributeInfo)(nil),         // 75: coppice.api.v1.AttributeInfo
+	(*Binding)(nil),               // 76: coppice.api.v1.Binding
+	(*CallStats)(nil),             // 77: coppice.api.v1.CallStats
+	(*CheckpointInfo)(nil),        // 78: coppice.api.v1.CheckpointInfo
+	(*Overlay)(nil),               // 79: coppice.api.v1.Overlay
+	(*AttrRequest)(nil),           // 80: coppice.api.v1.AttrRequest
+	(*AttrResponse)(nil),          // 81: coppice.api.v1.AttrResponse
+	(*BindRequest)(nil),           // 82: coppice.api.v1.BindRequest
+	(*UnbindRequest)(nil),         // 83: coppice.api.v1.UnbindRequest
+	(*BindResponse)(nil),          // 84: coppice.api.v1.BindResponse
+	(*LifecycleRequest)(nil),      // 85: coppice.api.v1.LifecycleRequest
+	(*LifecycleResponse)(nil),     // 86: coppice.api.v1.LifecycleResponse
+	(*SwapRequest)(nil),           // 87: coppice.api.v1.SwapRequest
+	(*UndoRequest)(nil),           // 88: coppice.api.v1.UndoRequest
+	(*MoveRequest)(nil),           // 89: coppice.api.v1.MoveRequest
+	(*ReplaceResponse)(nil),       // 90: coppice.api.v1.ReplaceResponse
+	(*UnpinRequest)(nil),          // 91: coppice.api.v1.UnpinRequest
+	(*UnpinResponse)(nil),         // 92: coppice.api.v1.UnpinResponse
+	(*CheckpointRequest)(nil),     // 93: coppice.api.v1.CheckpointRequest
+	(*CheckpointResponse)(nil),    // 94: coppice.api.v1.CheckpointResponse
+	(*CheckpointsRequest)(nil),    // 95: coppice.api.v1.CheckpointsRequest
+	(*CheckpointsResponse)(nil),   // 96: coppice.api.v1.CheckpointsResponse
+	(*Checkpoint)(nil),            // 97: coppice.api.v1.Checkpoint
+	(*Moment)(nil),                // 98: coppice.api.v1.Moment
+	(*RestoreRequest)(nil),        // 99: coppice.api.v1.RestoreRequest
+	(*ForkRequest)(nil),           // 100: coppice.api.v1.ForkRequest
+	(*ForkResponse)(nil),          // 101: coppice.api.v1.ForkResponse
+	(*ExportRequest)(nil),         // 102: coppice.api.v1.ExportRequest
+	(*ExportChunk)(nil),           // 103: coppice.api.v1.ExportChunk
+	(*ExportSummary)(nil),         // 104: coppice.api.v1.ExportSummary
+	(*CallRequest)(nil),           // 105: coppice.api.v1.CallRequest
+	(*CallResponse)(nil),          // 106: coppice.api.v1.CallResponse
+	(*WhyRequest)(nil),            // 107: coppice.api.v1.WhyRequest
+	(*WhyResponse)(nil),           // 108: coppice.api.v1.WhyResponse
+	(*Decision)(nil),              // 109: coppice.api.v1.Decision
+	(*LogsRequest)(nil),           // 110: coppice.api.v1.LogsRequest
+	(*LogLine)(nil),               // 111: coppice.api.v1.LogLine
+	(*EventsRequest)(nil),         // 112: coppice.api.v1.EventsRequest
+	(*Event)(nil),                 // 113: coppice.api.v1.Event
+	(*QueryRequest)(nil),          // 114: coppice.api.v1.QueryRequest
+	(*QueryResponse)(nil),         // 115: coppice.api.v1.QueryResponse
+	(*Row)(nil),                   // 116: coppice.api.v1.Row
+	(*Value)(nil),                 // 117: coppice.api.v1.Value
+	(*DhtClosestRequest)(nil),     // 118: coppice.api.v1.DhtClosestRequest
+	(*DhtClosestResponse)(nil),    // 119: coppice.api.v1.DhtClosestResponse
+	(*DhtNode)(nil),               // 120: coppice.api.v1.DhtNode
+	(*DhtGetRequest)(nil),         // 121: coppice.api.v1.DhtGetRequest
+	(*DhtGetResponse)(nil),        // 122: coppice.api.v1.DhtGetResponse
+	nil,                           // 123: coppice.api.v1.Node.LabelsEntry
+	nil,                           // 124: coppice.api.v1.Overlay.NodesEntry
+	nil,                           // 125: coppice.api.v1.Overlay.AttributesEntry
+	nil,                           // 126: coppice.api.v1.Overlay.BindingsEntry
+	nil,                           // 127: coppice.api.v1.AttrRequest.SetEntry
+	nil,                           // 128: coppice.api.v1.Event.FieldsEntry
+	(*timestamppb.Timestamp)(nil), // 129: google.protobuf.Timestamp
 }
 var file_node_api_v1_api_proto_depIdxs = []int32{
-	127, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
+	129, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
 	7,   // 1: coppice.api.v1.DrillUpdate.instances:type_name -> coppice.api.v1.DrillInstance
 	10,  // 2: coppice.api.v1.NodesResponse.nodes:type_name -> coppice.api.v1.Node
-	121, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
-	127, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
-	127, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
-	13,  // 6: coppice.api.v1.StatusResponse.nodes:type_name -> coppice.api.v1.NodeCounts
-	14,  // 7: coppice.api.v1.StatusResponse.arbiter:type_name -> coppice.api.v1.ArbiterStatus
-	15,  // 8: coppice.api.v1.StatusResponse.components:type_name -> coppice.api.v1.ComponentCounts
-	16,  // 9: coppice.api.v1.StatusResponse.unsafe:type_name -> coppice.api.v1.Unsafe
-	20,  // 10: coppice.api.v1.RecoverResponse.survivors:type_name -> coppice.api.v1.Survivor
-	21,  // 11: coppice.api.v1.RecoverResponse.missing:type_name -> coppice.api.v1.Missing
-	22,  // 12: coppice.api.v1.RecoverResponse.adopted:type_name -> coppice.api.v1.Adopted
-	19,  // 13: coppice.api.v1.RecoverResponse.rebuilt:type_name -> coppice.api.v1.Rebuilt
-	127, // 14: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
-	25,  // 15: coppice.api.v1.BackupChunk.done:type_name -> coppice.api.v1.BackupSummary
-	127, // 16: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
-	127, // 17: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
-	29,  // 18: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
-	35,  // 19: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
-	41,  // 20: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
-	43,  // 21: coppice.api.v1.RegistryPushRequest.chunk:type_name -> coppice.api.v1.RegistryPushChunk
-	42,  // 22: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
-	49,  // 23: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	49,  // 24: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	127, // 25: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
-	71,  // 26: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
-	71,  // 27: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
-	73,  // 28: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
-	50,  // 29: coppice.api.v1.PlanRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
-	53,  // 30: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
-	54,  // 31: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
-	50,  // 32: coppice.api.v1.DeployRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
-	57,  // 33: coppice.api.v1.DeployUpdate.applications:type_name -> coppice.api.v1.DeployedApplication
-	59,  // 34: coppice.api.v1.DeployUpdate.waiting:type_name -> coppice.api.v1.Waiting
-	58,  // 35: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
-	64,  // 36: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
-	67,  // 37: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
-	71,  // 38: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
-	71,  // 39: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
-	73,  // 40: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	74,  // 41: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
-	77,  // 42: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
-	75,  // 43: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
-	70,  // 44: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
-	75,  // 45: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
-	76,  // 46: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
-	72,  // 47: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
-	122, // 48: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
-	123, // 49: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
-	124, // 50: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
-	125, // 51: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
-	73,  // 52: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	74,  // 53: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
-	59,  // 54: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
-	95,  // 55: coppice.api.v1.CheckpointsResponse.checkpoints:type_name -> coppice.api.v1.Checkpoint
-	127, // 56: coppice.api.v1.Checkpoint.time:type_name -> google.protobuf.Timestamp
-	127, // 57: coppice.api.v1.Moment.time:type_name -> google.protobuf.Timestamp
-	96,  // 58: coppice.api.v1.RestoreRequest.at:type_name -> coppice.api.v1.Moment
-	96,  // 59: coppice.api.v1.ForkRequest.at:type_name -> coppice.api.v1.Moment
-	96,  // 60: coppice.api.v1.ExportRequest.at:type_name -> coppice.api.v1.Moment
-	102, // 61: coppice.api.v1.ExportChunk.done:type_name -> coppice.api.v1.ExportSummary
-	127, // 62: coppice.api.v1.ExportSummary.time:type_name -> google.protobuf.Timestamp
-	107, // 63: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
-	54,  // 64: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
-	127, // 65: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
-	127, // 66: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	127, // 67: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	127, // 68: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	127, // 69: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
-	126, // 70: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
-	114, // 71: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
-	127, // 72: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
-	115, // 73: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
-	118, // 74: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
-	118, // 75: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
-	1,   // 76: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
-	3,   // 77: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
-	8,   // 78: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
-	11,  // 79: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
-	27,  // 80: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
-	30,  // 81: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
-	31,  // 82: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
-	33,  // 83: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
-	36,  // 84: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
-	38,  // 85: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
-	5,   // 86: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
-	17,  // 87: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
-	23,  // 88: coppice.api.v1.Control.Backup:input_type -> coppice.api.v1.BackupRequest
-	40,  // 89: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
-	45,  // 90: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
-	47,  // 91: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
-	51,  // 92: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
-	55,  // 93: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
-	60,  // 94: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
-	62,  // 95: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
-	65,  // 96: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
-	68,  // 97: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
-	78,  // 98: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
-	80,  // 99: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
-	81,  // 100: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
-	83,  // 101: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
-	83,  // 102: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
-	83,  // 103: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
-	83,  // 104: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
-	85,  // 105: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
-	86,  // 106: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
-	87,  // 107: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
-	89,  // 108: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
-	91,  // 109: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
-	93,  // 110: coppice.api.v1.Control.Checkpoints:input_type -> coppice.api.v1.CheckpointsRequest
-	97,  // 111: coppice.api.v1.Control.Restore:input_type -> coppice.api.v1.RestoreRequest
-	98,  // 112: coppice.api.v1.Control.Fork:input_type -> coppice.api.v1.ForkRequest
-	100, // 113: coppice.api.v1.Control.Export:input_type -> coppice.api.v1.ExportRequest
-	103, // 114: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
-	105, // 115: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
-	108, // 116: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
-	110, // 117: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
-	112, // 118: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
-	116, // 119: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
-	119, // 120: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
-	2,   // 121: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
-	4,   // 122: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
-	9,   // 123: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
-	12,  // 124: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
-	28,  // 125: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
-	32,  // 126: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
-	32,  // 127: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
-	34,  // 128: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
-	37,  // 129: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
-	39,  // 130: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
-	6,   // 131: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
-	18,  // 132: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
-	24,  // 133: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
-	44,  // 134: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
-	46,  // 135: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
-	48,  // 136: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
-	52,  // 137: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
-	56,  // 138: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
-	61,  // 139: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
-	63,  // 140: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
-	66,  // 141: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
-	69,  // 142: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
-	79,  // 143: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
-	82,  // 144: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
-	82,  // 145: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
-	84,  // 146: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
-	84,  // 147: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
-	84,  // 148: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
-	84,  // 149: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
-	88,  // 150: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
-	88,  // 151: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
-	88,  // 152: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
-	90,  // 153: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
-	92,  // 154: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
-	94,  // 155: coppice.api.v1.Control.Checkpoints:output_type -> coppice.api.v1.CheckpointsResponse
-	88,  // 156: coppice.api.v1.Control.Restore:output_type -> coppice.api.v1.ReplaceResponse
-	99,  // 157: coppice.api.v1.Control.Fork:output_type -> coppice.api.v1.ForkResponse
-	101, // 158: coppice.api.v1.Control.Export:output_type -> coppice.api.v1.ExportChunk
-	104, // 159: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
-	106, // 160: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
-	109, // 161: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
-	111, // 162: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
-	113, // 163: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
-	117, // 164: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
-	120, // 165: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
-	121, // [121:166] is the sub-list for method output_type
-	76,  // [76:121] is the sub-list for method input_type
-	76,  // [76:76] is the sub-list for extension type_name
-	76,  // [76:76] is the sub-list for extension extendee
-	0,   // [0:76] is the sub-list for field type_name
+	123, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
+	129, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
+	129, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
+	15,  // 6: coppice.api.v1.StatusResponse.nodes:type_name -> coppice.api.v1.NodeCounts
+	16,  // 7: coppice.api.v1.StatusResponse.arbiter:type_name -> coppice.api.v1.ArbiterStatus
+	17,  // 8: coppice.api.v1.StatusResponse.components:type_name -> coppice.api.v1.ComponentCounts
+	18,  // 9: coppice.api.v1.StatusResponse.unsafe:type_name -> coppice.api.v1.Unsafe
+	13,  // 10: coppice.api.v1.StatusResponse.pages:type_name -> coppice.api.v1.PageStatus
+	14,  // 11: coppice.api.v1.StatusResponse.unsaved:type_name -> coppice.api.v1.UnsavedStatus
+	22,  // 12: coppice.api.v1.RecoverResponse.survivors:type_name -> coppice.api.v1.Survivor
+	23,  // 13: coppice.api.v1.RecoverResponse.missing:type_name -> coppice.api.v1.Missing
+	24,  // 14: coppice.api.v1.RecoverResponse.adopted:type_name -> coppice.api.v1.Adopted
+	21,  // 15: coppice.api.v1.RecoverResponse.rebuilt:type_name -> coppice.api.v1.Rebuilt
+	129, // 16: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
+	27,  // 17: coppice.api.v1.BackupChunk.done:type_name -> coppice.api.v1.BackupSummary
+	129, // 18: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
+	129, // 19: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
+	31,  // 20: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
+	37,  // 21: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
+	43,  // 22: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
+	45,  // 23: coppice.api.v1.RegistryPushRequest.chunk:type_name -> coppice.api.v1.RegistryPushChunk
+	44,  // 24: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
+	51,  // 25: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
+	51,  // 26: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
+	129, // 27: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
+	73,  // 28: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
+	73,  // 29: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
+	75,  // 30: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
+	52,  // 31: coppice.api.v1.PlanRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
+	55,  // 32: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
+	56,  // 33: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
+	52,  // 34: coppice.api.v1.DeployRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
+	59,  // 35: coppice.api.v1.DeployUpdate.applications:type_name -> coppice.api.v1.DeployedApplication
+	61,  // 36: coppice.api.v1.DeployUpdate.waiting:type_name -> coppice.api.v1.Waiting
+	60,  // 37: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
+	66,  // 38: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
+	69,  // 39: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
+	73,  // 40: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
+	73,  // 41: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
+	75,  // 42: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	76,  // 43: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
+	79,  // 44: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
+	77,  // 45: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
+	72,  // 46: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
+	77,  // 47: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
+	78,  // 48: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
+	74,  // 49: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
+	124, // 50: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
+	125, // 51: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
+	126, // 52: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
+	127, // 53: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
+	75,  // 54: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	76,  // 55: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
+	61,  // 56: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
+	97,  // 57: coppice.api.v1.CheckpointsResponse.checkpoints:type_name -> coppice.api.v1.Checkpoint
+	129, // 58: coppice.api.v1.Checkpoint.time:type_name -> google.protobuf.Timestamp
+	129, // 59: coppice.api.v1.Moment.time:type_name -> google.protobuf.Timestamp
+	98,  // 60: coppice.api.v1.RestoreRequest.at:type_name -> coppice.api.v1.Moment
+	98,  // 61: coppice.api.v1.ForkRequest.at:type_name -> coppice.api.v1.Moment
+	98,  // 62: coppice.api.v1.ExportRequest.at:type_name -> coppice.api.v1.Moment
+	104, // 63: coppice.api.v1.ExportChunk.done:type_name -> coppice.api.v1.ExportSummary
+	129, // 64: coppice.api.v1.ExportSummary.time:type_name -> google.protobuf.Timestamp
+	109, // 65: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
+	56,  // 66: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
+	129, // 67: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
+	129, // 68: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	129, // 69: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	129, // 70: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	129, // 71: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
+	128, // 72: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
+	116, // 73: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
+	129, // 74: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
+	117, // 75: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
+	120, // 76: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
+	120, // 77: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
+	1,   // 78: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
+	3,   // 79: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
+	8,   // 80: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
+	11,  // 81: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
+	29,  // 82: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
+	32,  // 83: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
+	33,  // 84: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
+	35,  // 85: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
+	38,  // 86: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
+	40,  // 87: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
+	5,   // 88: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
+	19,  // 89: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
+	25,  // 90: coppice.api.v1.Control.Backup:input_type -> coppice.api.v1.BackupRequest
+	42,  // 91: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
+	47,  // 92: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
+	49,  // 93: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
+	53,  // 94: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
+	57,  // 95: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
+	62,  // 96: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
+	64,  // 97: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
+	67,  // 98: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
+	70,  // 99: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
+	80,  // 100: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
+	82,  // 101: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
+	83,  // 102: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
+	85,  // 103: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
+	85,  // 104: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
+	85,  // 105: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
+	85,  // 106: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
+	87,  // 107: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
+	88,  // 108: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
+	89,  // 109: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
+	91,  // 110: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
+	93,  // 111: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
+	95,  // 112: coppice.api.v1.Control.Checkpoints:input_type -> coppice.api.v1.CheckpointsRequest
+	99,  // 113: coppice.api.v1.Control.Restore:input_type -> coppice.api.v1.RestoreRequest
+	100, // 114: coppice.api.v1.Control.Fork:input_type -> coppice.api.v1.ForkRequest
+	102, // 115: coppice.api.v1.Control.Export:input_type -> coppice.api.v1.ExportRequest
+	105, // 116: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
+	107, // 117: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
+	110, // 118: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
+	112, // 119: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
+	114, // 120: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
+	118, // 121: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
+	121, // 122: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
+	2,   // 123: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
+	4,   // 124: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
+	9,   // 125: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
+	12,  // 126: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
+	30,  // 127: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
+	34,  // 128: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
+	34,  // 129: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
+	36,  // 130: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
+	39,  // 131: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
+	41,  // 132: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
+	6,   // 133: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
+	20,  // 134: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
+	26,  // 135: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
+	46,  // 136: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
+	48,  // 137: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
+	50,  // 138: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
+	54,  // 139: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
+	58,  // 140: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
+	63,  // 141: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
+	65,  // 142: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
+	68,  // 143: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
+	71,  // 144: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
+	81,  // 145: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
+	84,  // 146: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
+	84,  // 147: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
+	86,  // 148: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
+	86,  // 149: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
+	86,  // 150: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
+	86,  // 151: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
+	90,  // 152: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
+	90,  // 153: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
+	90,  // 154: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
+	92,  // 155: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
+	94,  // 156: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
+	96,  // 157: coppice.api.v1.Control.Checkpoints:output_type -> coppice.api.v1.CheckpointsResponse
+	90,  // 158: coppice.api.v1.Control.Restore:output_type -> coppice.api.v1.ReplaceResponse
+	101, // 159: coppice.api.v1.Control.Fork:output_type -> coppice.api.v1.ForkResponse
+	103, // 160: coppice.api.v1.Control.Export:output_type -> coppice.api.v1.ExportChunk
+	106, // 161: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
+	108, // 162: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
+	111, // 163: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
+	113, // 164: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
+	115, // 165: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
+	119, // 166: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
+	122, // 167: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
+	123, // [123:168] is the sub-list for method output_type
+	78,  // [78:123] is the sub-list for method input_type
+	78,  // [78:78] is the sub-list for extension type_name
+	78,  // [78:78] is the sub-list for extension extendee
+	0,   // [0:78] is the sub-list for field type_name
 }
 
 func init() { file_node_api_v1_api_proto_init() }
@@ -10854,26 +11078,27 @@ func file_node_api_v1_api_proto_init() {
 	file_node_api_v1_api_proto_msgTypes[6].OneofWrappers = []any{}
 	file_node_api_v1_api_proto_msgTypes[7].OneofWrappers = []any{}
 	file_node_api_v1_api_proto_msgTypes[10].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[24].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[13].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[26].OneofWrappers = []any{
 		(*BackupChunk_State)(nil),
 		(*BackupChunk_Data)(nil),
 		(*BackupChunk_Done)(nil),
 	}
-	file_node_api_v1_api_proto_msgTypes[40].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[42].OneofWrappers = []any{
 		(*RegistryPushRequest_Header)(nil),
 		(*RegistryPushRequest_Chunk)(nil),
 	}
-	file_node_api_v1_api_proto_msgTypes[67].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[70].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[75].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[76].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[96].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[101].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[69].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[72].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[77].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[78].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[98].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[103].OneofWrappers = []any{
 		(*ExportChunk_State)(nil),
 		(*ExportChunk_Data)(nil),
 		(*ExportChunk_Done)(nil),
 	}
-	file_node_api_v1_api_proto_msgTypes[115].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[117].OneofWrappers = []any{
 		(*Value_Integer)(nil),
 		(*Value_Real)(nil),
 		(*Value_Text)(nil),
@@ -10886,7 +11111,7 @@ func file_node_api_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_api_v1_api_proto_rawDesc), len(file_node_api_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   127,
+			NumMessages:   129,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
