@@ -27,15 +27,21 @@ type keeper struct {
 	firstMet map[peer.ID]time.Time // servers that the view does not name: since when
 
 	mu      sync.Mutex // guards the rest
-	leaving map[peer.ID]time.Time
+	leaving map[peer.ID]*wish
 	word    string
+}
+
+// wish is that of a node to stop voting.
+type wish struct {
+	at      time.Time
+	drained bool // it was seen to drain since: when it does so no more it has been readmitted, and may vote again at once
 }
 
 // leaveTime is how long a wish to stop voting holds.
 const leaveTime = time.Minute
 
 func newKeeper(a *Arbiter) *keeper {
-	return &keeper{a: a, kicks: make(chan struct{}, 1), leaving: map[peer.ID]time.Time{}, firstMet: map[peer.ID]time.Time{}}
+	return &keeper{a: a, kicks: make(chan struct{}, 1), leaving: map[peer.ID]*wish{}, firstMet: map[peer.ID]time.Time{}}
 }
 
 // kick has the keeper look now.
@@ -49,7 +55,11 @@ func (k *keeper) kick() {
 // leave notes that a node wants to stop voting.
 func (k *keeper) leave(id peer.ID) {
 	k.mu.Lock()
-	k.leaving[id] = time.Now()
+	if w := k.leaving[id]; w != nil {
+		w.at = time.Now()
+	} else {
+		k.leaving[id] = &wish{at: time.Now()}
+	}
 	k.mu.Unlock()
 	k.kick()
 }
@@ -132,7 +142,7 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	}
 	former := a.fsm.former()
 	for _, m := range list {
-		can := eligible(m, slices.Contains(former, m.ID), young, a.t.Settle) && !k.isLeaving(m.ID)
+		can := !k.isLeaving(m) && eligible(m, slices.Contains(former, m.ID), young, a.t.Settle)
 		// After a restart the view begins with everybody dead: what raft hears is not.
 		quiet := min(m.For, time.Since(k.since), time.Since(a.trans.Load().of(m.ID).heard))
 		s.members[m.ID] = standing{alive: m.Alive, dead: m.Dead && quiet >= a.t.DeadFor, eligible: can, zone: m.Zone}
@@ -173,15 +183,20 @@ func (k *keeper) primary(st *viewState) peer.ID {
 	return found
 }
 
-func (k *keeper) isLeaving(id peer.ID) bool {
+// isLeaving says whether a node's wish to stop voting holds.
+func (k *keeper) isLeaving(m Member) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	at, is := k.leaving[id]
-	if is && time.Since(at) > leaveTime {
-		delete(k.leaving, id)
+	w := k.leaving[m.ID]
+	if w == nil {
 		return false
 	}
-	return is
+	if time.Since(w.at) > leaveTime || w.drained && !m.Draining {
+		delete(k.leaving, m.ID)
+		return false
+	}
+	w.drained = w.drained || m.Draining
+	return true
 }
 
 // caughtUp asks a server whether it has nearly all of this incarnation's log and would take part.
