@@ -204,7 +204,7 @@ func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.Doct
 		return nil, err
 	}
 	if st.GetArbiter().GetLeader() == "" {
-		add("error", "arbiter", "no leader", "a majority of the voters cannot be reached from here", "start the missing nodes; coppice recover if they are gone for good")
+		add("error", "arbiter", "no leader", "a majority of the voters cannot be reached from here", "start the missing nodes, or mend the link to them: if they run, they go on without this node; coppice recover if they are gone for good")
 	} else {
 		add("ok", "arbiter", fmt.Sprintf("led by %s, %d voters", st.GetArbiter().GetLeader(), len(st.GetArbiter().GetVoters())), "", "")
 	}
@@ -215,7 +215,11 @@ func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.Doct
 		case members.Quarantined:
 			add("warning", m.Name, "node is quarantined", m.Evidence, "nothing, it is used again then by itself; coppice readmit "+m.Name+" to end it now, once it is stable")
 		case members.Dead:
-			add("warning", m.Name, "node is dead", m.Evidence, "start it again, or coppice revoke "+m.Name)
+			fix := "start it again, or coppice revoke " + m.Name
+			if st.GetArbiter().GetLeader() == "" { // it may be this side that is cut off
+				fix = "start it again; if it runs, mend the link between it and " + n.cfg.Name
+			}
+			add("warning", m.Name, "node is dead", m.Evidence, fix)
 		}
 	}
 	for _, in := range n.instances("") {
