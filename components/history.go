@@ -27,6 +27,7 @@ const (
 	WhyBeforeRestore = "before restore"
 	WhyBeforeUndo    = "before undo"
 	WhyPeriodic      = "periodic"
+	WhyBranch        = "branch" // a stored branch that was gone back to
 )
 
 // Retention says which earlier checkpoints of a component are kept.
@@ -219,4 +220,22 @@ func Find(h *componentsv1.History, m Moment) (*componentsv1.HistoryEntry, error)
 	}
 	return nil, fmt.Errorf("%w: the oldest that is kept, %s, is of %s, which is after %s", ErrNoCheckpoint, CheckpointID(list[0].GetNumber()),
 		time.UnixMilli(int64(list[0].GetUnixMs())).UTC().Format(time.RFC3339), m)
+}
+
+// Branch says whether the moment names a branch, in full (app/name-0@branch-n2-1) or by its id (@branch-n2-1), and which register of the instance's
+// that is.
+func (m Moment) Branch(instance string) (key string, is bool, err error) {
+	of, rest, is := strings.Cut(m.ID, branchMark)
+	if is && of != "" && of != instance {
+		return "", true, fmt.Errorf("%w: %s is a branch of %s, not of %s", ErrNoCheckpoint, shorten(m.ID), shorten(of), instance)
+	}
+	return BranchesOf(instance) + rest, is, nil
+}
+
+// EntryOfBranch is a branch as a history has it that was gone back to it.
+func EntryOfBranch(b *componentsv1.Branch) *componentsv1.HistoryEntry {
+	return &componentsv1.HistoryEntry{
+		Seq: b.GetBaseSeq() + b.GetCommits(), Incarnation: b.GetIncarnation(), Epoch: b.GetEpoch(), Root: b.GetRoot(), Mark: b.GetMark(), UnixMs: b.GetUntilUnixMs(),
+		Digest: b.GetDigest(), Version: b.GetVersion(), Schema: b.GetSchema(), Bytes: b.GetBytes(), Why: WhyBranch,
+	}
 }

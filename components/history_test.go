@@ -179,3 +179,21 @@ func TestRetentionOfAManifest(t *testing.T) {
 		}
 	}
 }
+
+// A branch is named in full or by what tells it from its instance's others; anything else is an entry of the history, or a time.
+func TestNamesOfBranches(t *testing.T) {
+	const instance = "tally/counter-0"
+	for id, want := range map[string]string{
+		"@branch-n2-1": "branch/tally/counter-0@branch-n2-1", "tally/counter-0@branch-n2-1": "branch/tally/counter-0@branch-n2-1", "c7": "", "7": "", "": "",
+	} {
+		if key, is, err := (Moment{ID: id}).Branch(instance); err != nil || is != (want != "") || is && key != want {
+			t.Errorf("%q is %q, %v, %v", id, key, is, err)
+		}
+	}
+	if want := BranchRegister(instance, "n2", 1); want != BranchesOf(instance)+"n2-1" || want != BranchPrefix+instance+BranchID("n2", 1) {
+		t.Errorf("names differ: %s", want)
+	}
+	if _, is, err := (Moment{ID: "tally/other-0@branch-n2-1"}).Branch(instance); !is || !errors.Is(err, ErrNoCheckpoint) {
+		t.Errorf("a branch of another instance: %v, %v", is, err)
+	}
+}

@@ -73,8 +73,19 @@ func InstanceRegister(instance string) string { return InstancePrefix + instance
 
 // BranchName names a branch of an instance, what an owner saved that went on without the arbiter: "app/name-0@branch-n2-1".
 func BranchName(instance, node string, n uint32) string {
-	return instance + "@branch-" + node + "-" + strconv.FormatUint(uint64(n), 10)
+	return instance + BranchID(node, n)
 }
+
+// branchMark begins what tells a branch from its instance.
+const branchMark = "@branch-"
+
+// BranchID is a branch's name where it is known which instance is spoken of: "@branch-n2-1".
+func BranchID(node string, n uint32) string {
+	return branchMark + node + "-" + strconv.FormatUint(uint64(n), 10)
+}
+
+// BranchesOf is the prefix of the keys of an instance's branches.
+func BranchesOf(instance string) string { return BranchPrefix + instance + branchMark }
 
 // BranchRegister is the key of a branch.
 func BranchRegister(instance, node string, n uint32) string {

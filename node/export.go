@@ -45,7 +45,7 @@ func (v *verbs) Export(ctx context.Context, r *apiv1.ExportRequest, s *connect.S
 		return fail(what, err)
 	}
 	out := &apiv1.ExportSummary{
-		Component: components.ComponentKey(app, name), From: o.instance, Id: components.CheckpointID(o.entry.GetNumber()), Seq: o.entry.GetSeq(),
+		Component: components.ComponentKey(app, name), From: o.instance, Id: o.entry.Name, Seq: o.entry.GetSeq(),
 		Time: timestamppb.New(time.UnixMilli(int64(o.entry.GetUnixMs()))), Artifact: o.art.GetName(), Version: o.art.GetVersion(), Bytes: e.bytes,
 		Sha256: hex.EncodeToString(e.sum.Sum(nil)), TookMs: ms(time.Since(begin)),
 	}
@@ -120,7 +120,7 @@ func (o *origin) registers(app, name string) ([]arbiter.Register, error) {
 	}
 	instance := components.InstanceName(app, name, 0)
 	body := components.FirstBody(components.InstanceSpec{Name: instance, Component: eff}, time.UnixMilli(int64(o.entry.GetUnixMs())))
-	body.Trigger, body.Cause = "operator", fmt.Sprintf("imported: %s of %s", components.CheckpointID(o.entry.GetNumber()), o.instance)
+	body.Trigger, body.Cause = "operator", fmt.Sprintf("imported: %s of %s", o.entry.Name, o.instance)
 	art := proto.CloneOf(o.art)
 	art.Description = nil
 	var out []arbiter.Register

@@ -35,13 +35,13 @@ const (
 type origin struct {
 	subject
 	instance string
-	entry    *componentsv1.HistoryEntry
+	entry    supervisor.Earlier
 	art      *componentsv1.Artifact // the version that the state is for
 	durable  componentsv1.Durability
 	pin      string
 }
 
-// origin finds the checkpoint that is meant and brings its pages here; they are pinned for forkPin.
+// origin finds the checkpoint, or the branch, that is meant and brings its pages here; they are pinned for forkPin.
 func (v *verbs) origin(ctx context.Context, what, component string, at *apiv1.Moment) (*origin, error) {
 	n := v.n
 	s, err := n.find(what, component)
@@ -78,17 +78,8 @@ func (v *verbs) origin(ctx context.Context, what, component string, at *apiv1.Mo
 }
 
 func (o *origin) find(ctx context.Context, n *Node, m components.Moment) error {
-	reg, ok, err := n.arbiter.Read(ctx, components.HistoryRegister(o.instance))
-	if err != nil {
-		return err
-	}
-	h := &componentsv1.History{}
-	if ok {
-		if h, err = supervisor.ReadHistory(reg); err != nil {
-			return err
-		}
-	}
-	if o.entry, err = components.Find(h, m); err != nil {
+	var err error
+	if o.entry, err = supervisor.FindEarlier(ctx, n.arbiter, o.instance, m); err != nil {
 		return err
 	}
 	root, err := blobs.ParseHash(o.entry.GetRoot())
@@ -129,7 +120,7 @@ func (o *origin) version(ctx context.Context, n *Node) error {
 		}
 		why = fmt.Errorf("version %s cannot read schema %d", art.GetVersion(), schema)
 	}
-	return fmt.Errorf("no version of it can read the state of %s: %w", components.CheckpointID(o.entry.GetNumber()), why)
+	return fmt.Errorf("no version of it can read the state of %s: %w", o.entry.Name, why)
 }
 
 // spec is the manifest's part of a fork: what the origin is now, but alone, and not exposed. In another application it names what it is bound to in full.
@@ -224,7 +215,7 @@ func (v *verbs) Fork(ctx context.Context, r *apiv1.ForkRequest) (*apiv1.ForkResp
 	old, have := n.application(app)
 	b := &beginning{
 		n: n, what: what, next: o.into(old.Application, app, name), name: name, root: blobs.Hash(o.entry.GetRoot()),
-		cause: fmt.Sprintf("forked from %s of %s", components.CheckpointID(o.entry.GetNumber()), o.instance),
+		cause: fmt.Sprintf("forked from %s of %s", o.entry.Name, o.instance),
 	}
 	if have {
 		b.revision = old.revision
@@ -234,7 +225,7 @@ func (v *verbs) Fork(ctx context.Context, r *apiv1.ForkRequest) (*apiv1.ForkResp
 		return nil, err
 	}
 	out := &apiv1.ForkResponse{
-		Component: components.ComponentKey(app, name), From: o.instance, Id: components.CheckpointID(o.entry.GetNumber()), Seq: o.entry.GetSeq(),
+		Component: components.ComponentKey(app, name), From: o.instance, Id: o.entry.Name, Seq: o.entry.GetSeq(),
 		Artifact: o.art.GetName(), Version: o.art.GetVersion(), Node: n.nameOf(to), Bytes: o.entry.GetBytes(),
 	}
 	err = b.running(ctx)

@@ -17,11 +17,15 @@ import (
 
 	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/dht/arbiter"
+	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/dht/keys"
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/node/api"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
 )
+
+// readmitWithin bounds what a node that is to be readmitted gets to answer and to tell the others.
+const readmitWithin = 10 * time.Second
 
 // verbs carries out the control API on a node. Each method is one verb of the command line.
 type verbs struct{ n *Node }
@@ -45,7 +49,7 @@ func (v *verbs) RevokeToken(ctx context.Context, r *apiv1.RevokeTokenRequest) (*
 	return &apiv1.RevokeTokenResponse{Revoked: revoked}, nil
 }
 
-func (v *verbs) Nodes(_ context.Context, r *apiv1.NodesRequest) (*apiv1.NodesResponse, error) {
+func (v *verbs) Nodes(ctx context.Context, r *apiv1.NodesRequest) (*apiv1.NodesResponse, error) {
 	n := v.n
 	st := n.arbiter.Status()
 	owned := map[peer.ID]uint32{}
@@ -53,6 +57,7 @@ func (v *verbs) Nodes(_ context.Context, r *apiv1.NodesRequest) (*apiv1.NodesRes
 		owned[reg.Owner]++
 	}
 	out := &apiv1.NodesResponse{}
+	var far []peer.ID // no heartbeats pass between them and this node
 	for _, m := range n.members.All() {
 		if r.GetNode() != "" && r.GetNode() != m.Name && r.GetNode() != m.ID.String() {
 			continue
@@ -70,9 +75,17 @@ func (v *verbs) Nodes(_ context.Context, r *apiv1.NodesRequest) (*apiv1.NodesRes
 		case m.ID == n.id:
 			a.Connection, a.RttMs = "self", proto.Float64(0)
 		case m.RTT > 0:
-			a.RttMs = proto.Float64(float64(m.RTT.Microseconds()) / 1000)
+			a.RttMs = proto.Float64(ms(m.RTT))
+		default:
+			far = append(far, m.ID)
 		}
 		out.Nodes = append(out.Nodes, a)
+	}
+	measured := n.members.Measure(ctx, far)
+	for _, a := range out.Nodes {
+		if id, err := peer.Decode(a.Id); err == nil && measured[id] > 0 {
+			a.RttMs = proto.Float64(ms(measured[id]))
+		}
 	}
 	if r.GetNode() != "" && len(out.Nodes) == 0 {
 		return nil, api.Fail(connect.CodeNotFound, "show node "+r.GetNode(), "no member has this name or id", "coppice nodes")
@@ -199,16 +212,22 @@ func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.Doct
 		return nil, err
 	}
 	if st.GetArbiter().GetLeader() == "" {
-		add("error", "arbiter", "no leader", "a majority of the voters cannot be reached from here", "start the missing nodes; coppice recover if they are gone for good")
+		add("error", "arbiter", "no leader", "a majority of the voters cannot be reached from here", "start the missing nodes, or mend the link to them: if they run, they go on without this node; coppice recover if they are gone for good")
 	} else {
 		add("ok", "arbiter", fmt.Sprintf("led by %s, %d voters", st.GetArbiter().GetLeader(), len(st.GetArbiter().GetVoters())), "", "")
 	}
 	for _, m := range n.members.All() {
 		switch m.State {
-		case members.Suspect, members.Quarantined:
-			add("warning", m.Name, "node is "+m.State.String(), m.Evidence, "coppice readmit "+m.Name+" once it is stable")
+		case members.Suspect:
+			add("warning", m.Name, "node is suspect", m.Evidence, "coppice doctor in some seconds: it is alive or dead then; if it is suspect again and again, look at its load, and at the link from "+n.cfg.Name)
+		case members.Quarantined:
+			add("warning", m.Name, "node is quarantined", m.Evidence, "nothing, it is used again then by itself; coppice readmit "+m.Name+" to end it now, once it is stable")
 		case members.Dead:
-			add("warning", m.Name, "node is dead", m.Evidence, "start it again, or coppice revoke "+m.Name)
+			fix := "start it again, or coppice revoke " + m.Name
+			if st.GetArbiter().GetLeader() == "" { // it may be this side that is cut off
+				fix = "start it again; if it runs, mend the link between it and " + n.cfg.Name
+			}
+			add("warning", m.Name, "node is dead", m.Evidence, fix)
 		}
 	}
 	for _, in := range n.instances("") {
@@ -261,10 +280,13 @@ func (v *verbs) Drain(ctx context.Context, r *apiv1.DrainRequest, s *connect.Ser
 }
 
 func (v *verbs) Leave(ctx context.Context, r *apiv1.LeaveRequest, s *connect.ServerStream[apiv1.DrainUpdate]) error {
+	if v.n.votes() && !v.n.othersMayVote() {
+		return api.Fail(connect.CodeFailedPrecondition, "leave", "no other node may vote: nothing could be decided without it", "coppice down for a stop; else coppice token, and join another node first")
+	}
 	if err := v.n.drain(ctx, time.Duration(r.GetTimeoutMs())*time.Millisecond, s.Send); err != nil {
 		return err
 	}
-	if err := v.n.arbiter.StepDown(ctx); err != nil {
+	if err := v.n.arbiter.StepDown(ctx); err != nil { // it has, unless the only other node that may vote is gone since
 		return fail("leave", fmt.Errorf("hand over the vote: %w", err))
 	}
 	if err := v.n.sup.Retire(ctx); err != nil { // what belongs to each node stays with it
@@ -290,27 +312,37 @@ func (v *verbs) Revoke(ctx context.Context, r *apiv1.RevokeRequest) (*apiv1.Revo
 	return &apiv1.RevokeResponse{Node: m.Name, Id: m.ID.String()}, nil
 }
 
-// Readmit ends a quarantine, or a drain: of that only the node itself can say that it is over.
+// Readmit ends a quarantine, or a drain. Only the node itself can say so to all: each of the others holds a quarantine by what it has seen itself,
+// and this one may have seen nothing of it.
 func (v *verbs) Readmit(ctx context.Context, r *apiv1.ReadmitRequest) (*apiv1.ReadmitResponse, error) {
-	m, err := v.n.findNode("readmit", r.GetNode())
+	n := v.n
+	m, err := n.findNode("readmit", r.GetNode())
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case m.State == members.Quarantined:
-		v.n.members.Readmit(m.ID)
-	case m.Draining && m.ID != v.n.id:
-		c, err := api.Forward(ctx, v.n, m.ID.String())
+	what := "readmit " + m.Name
+	switch m.State {
+	case members.Alive, members.Quarantined:
+	case members.Suspect:
+		return nil, api.Fail(connect.CodeFailedPrecondition, what, "it is suspect ("+m.Evidence+"): it must answer for that", "the same command in some seconds: it is alive or dead then")
+	default:
+		return nil, api.Fail(connect.CodeFailedPrecondition, what, "it is "+m.State.String()+": it must run for that", "start it; if it is quarantined then, the same command again")
+	}
+	if m.ID != n.id {
+		ctx, cancel := context.WithTimeout(ctx, readmitWithin)
+		defer cancel()
+		c, err := api.Forward(ctx, n, m.ID.String())
 		if err != nil {
 			return nil, err
 		}
-		return c.Readmit(ctx, r)
-	case m.Draining:
-		v.n.members.UpdateSelf(func(i *members.Info) { i.Draining = false })
-	default:
-		return nil, api.Fail(connect.CodeFailedPrecondition, "readmit "+m.Name, "it is "+m.State.String()+", neither quarantined nor drained", "coppice nodes")
+		return c.Readmit(ctx, &apiv1.ReadmitRequest{Node: m.ID.String()})
 	}
-	m, _ = v.n.members.Member(m.ID)
+	n.members.UpdateSelf(func(i *members.Info) { i.Draining = false })
+	n.members.Readmit(ctx)
+	n.events.Publish(events.Event{
+		Channel: "/nodes/" + n.cfg.Name, Type: "readmitted", Trigger: "operator", Message: n.cfg.Name + " is used again: what it had died of, or was drained for, counts no more",
+	})
+	m = n.members.Self()
 	return &apiv1.ReadmitResponse{Node: m.Name, Id: m.ID.String(), State: m.State.String()}, nil
 }
 

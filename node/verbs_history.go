@@ -33,7 +33,7 @@ func (n *Node) history(instance string) (*componentsv1.History, error) {
 	return supervisor.ReadHistory(reg)
 }
 
-// Checkpoints lists what is kept.
+// Checkpoints lists what is kept, and the stored branches.
 func (v *verbs) Checkpoints(ctx context.Context, r *apiv1.CheckpointsRequest) (*apiv1.CheckpointsResponse, error) {
 	n := v.n
 	s, err := n.find("checkpoints", r.GetComponent())
@@ -53,16 +53,19 @@ func (v *verbs) Checkpoints(ctx context.Context, r *apiv1.CheckpointsRequest) (*
 			return nil, fail("checkpoints "+name, err)
 		}
 		for _, e := range h.GetEntries() {
-			out.Checkpoints = append(out.Checkpoints, n.checkpointOut(name, e))
+			out.Checkpoints = append(out.Checkpoints, n.checkpointOut(name, supervisor.EarlierOf(e)))
+		}
+		for _, b := range supervisor.Branches(n.arbiter, name) {
+			out.Checkpoints = append(out.Checkpoints, n.checkpointOut(name, b))
 		}
 	}
 	return out, nil
 }
 
-func (n *Node) checkpointOut(instance string, e *componentsv1.HistoryEntry) *apiv1.Checkpoint {
+func (n *Node) checkpointOut(instance string, e supervisor.Earlier) *apiv1.Checkpoint {
 	at := time.UnixMilli(int64(e.GetUnixMs()))
 	out := &apiv1.Checkpoint{
-		Instance: instance, Id: components.CheckpointID(e.GetNumber()), Seq: e.GetSeq(), Time: timestamppb.New(at), AgeMs: uint64(max(n.clusterNow().Sub(at).Milliseconds(), 0)),
+		Instance: instance, Id: e.Name, Seq: e.GetSeq(), Time: timestamppb.New(at), AgeMs: uint64(max(n.clusterNow().Sub(at).Milliseconds(), 0)),
 		Version: e.GetVersion(), Digest: e.GetDigest(), Schema: e.GetSchema(), Bytes: e.GetBytes(), Why: e.GetWhy(), Epoch: e.GetEpoch(), Root: fmt.Sprintf("%x", e.GetRoot()),
 	}
 	if art, ok := n.registry.Artifact(e.GetDigest()); ok {
@@ -72,6 +75,12 @@ func (n *Node) checkpointOut(instance string, e *componentsv1.HistoryEntry) *api
 		out.Holders = append(out.Holders, n.nameText(s))
 		if n.isAliveText(s) {
 			out.HoldersAlive++
+		}
+	}
+	if e.IsBranch() {
+		out.Branch = instance + e.Name
+		if e.Outcome != "" {
+			out.Why += ", " + e.Outcome
 		}
 	}
 	if reg, ok := n.arbiter.Get(components.InstanceRegister(instance)); ok {
@@ -87,7 +96,7 @@ func (n *Node) inspectHistory(out *apiv1.InspectInstance) {
 		return
 	}
 	out.EarlierCheckpoints = uint32(len(h.GetEntries()))
-	out.OldestCheckpointAgeMs = proto.Uint64(n.checkpointOut(out.GetInstance(), h.GetEntries()[0]).GetAgeMs())
+	out.OldestCheckpointAgeMs = proto.Uint64(n.checkpointOut(out.GetInstance(), supervisor.EarlierOf(h.GetEntries()[0])).GetAgeMs())
 }
 
 // moment is what a command means by --at.
@@ -163,7 +172,7 @@ func (n *Node) historyTable() kb.Table {
 	return kb.Table{
 		Name: "checkpoints_history", Doc: "earlier checkpoints that are kept, to go back to",
 		Columns: []kb.Column{
-			text("instance", ""), text("id", "as coppice restore --at takes it"), integer("seq", ""), text("time", "RFC 3339, of the state"), text("why", "by hand | before swap | before restore | before undo | periodic"),
+			text("instance", ""), text("id", "as coppice restore --at takes it"), integer("seq", ""), text("time", "RFC 3339, of the state"), text("why", "by hand | before swap | before restore | before undo | periodic | branch"),
 			text("version", ""), text("digest", ""), integer("schema", ""), integer("bytes", ""), integer("epoch", ""), text("root", "hex"), text("holders", "JSON list of nodes"),
 			integer("holders_alive", ""), number("age_ms", "of the checkpoint"), text("source", ""),
 		},
@@ -178,7 +187,7 @@ func (n *Node) historyTable() kb.Table {
 					return out, err
 				}
 				for _, e := range h.GetEntries() {
-					c := n.checkpointOut(strings.TrimPrefix(reg.Key, components.HistoryPrefix), e)
+					c := n.checkpointOut(strings.TrimPrefix(reg.Key, components.HistoryPrefix), supervisor.EarlierOf(e))
 					out.Rows = append(out.Rows, []any{
 						c.GetInstance(), c.GetId(), int64(c.GetSeq()), c.GetTime().AsTime().Format(time.RFC3339Nano), c.GetWhy(), c.GetVersion(), c.GetDigest(), int64(c.GetSchema()),
 						int64(c.GetBytes()), int64(c.GetEpoch()), c.GetRoot(), jsonList(c.GetHolders()), int64(c.GetHoldersAlive()), float64(c.GetAgeMs()), "arbiter",

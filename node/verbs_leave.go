@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -109,27 +110,127 @@ func (n *Node) resting(ctx context.Context) {
 	}
 }
 
-// drain has placement move everything away from this node and waits for that.
+// handWithin bounds the first try of a drain to give the vote up; what runs here then moves before the next one.
+const handWithin = 30 * time.Second
+
+// drain gives leadership and vote of this node to others, has placement move everything away from it, and waits for both.
 func (n *Node) drain(ctx context.Context, timeout time.Duration, send func(*apiv1.DrainUpdate) error) error {
-	begin := time.Now()
 	if timeout <= 0 {
 		timeout = 5 * time.Minute
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	what := "drain " + n.cfg.Name
 	if len(n.members.Alive()) < 2 && n.sup.Drained() > 0 {
-		return api.Fail(connect.CodeFailedPrecondition, what, "there is no other node to take its components", "coppice token, and join another node first")
+		return api.Fail(connect.CodeFailedPrecondition, "drain "+n.cfg.Name, "there is no other node to take its components", "coppice token, and join another node first")
 	}
 	n.members.UpdateSelf(func(i *members.Info) { i.Draining = true })
+	d := &draining{n: n, what: "drain " + n.cfg.Name, begin: time.Now(), timeout: timeout, send: send}
+	err := d.run(ctx)
+	if err != nil {
+		n.members.UpdateSelf(func(i *members.Info) { i.Draining = false })
+	}
+	return err
+}
+
+// draining is one drain of this node.
+type draining struct {
+	n       *Node
+	what    string
+	begin   time.Time
+	timeout time.Duration
+	send    func(*apiv1.DrainUpdate) error
+	moved   uint32
+}
+
+func (d *draining) run(ctx context.Context) error {
+	// The leadership first: a leader that is emptied and stopped while everything moves through its log makes all of it wait for an election.
+	hctx, cancel := context.WithTimeout(ctx, handWithin)
+	err := d.hand(hctx)
+	cancel()
+	if err != nil && ctx.Err() == nil {
+		n := d.n
+		n.log.Warn("a drain: the vote is not given up yet; what runs here moves first", "error", err)
+		if err := d.send(&apiv1.DrainUpdate{Node: n.cfg.Name, State: "voting", Reason: "it still " + n.duty() + ": " + n.voteStuck()}); err != nil {
+			return err
+		}
+	}
+	if err := d.move(ctx); err != nil {
+		return err
+	}
+	if d.hand(ctx) != nil {
+		return api.Fail(connect.CodeDeadlineExceeded, d.what, fmt.Sprintf("nothing runs here any more, but after %s it still %s: %s", d.timeout, d.n.duty(), d.n.voteStuck()), "coppice status")
+	}
+	done := &apiv1.DrainUpdate{Node: d.n.cfg.Name, State: "done", Moved: d.moved, Done: true, TookMs: ms(time.Since(d.begin))}
+	if d.n.votes() {
+		done.Reason = lastVoter
+	}
+	return d.send(done)
+}
+
+// lastVoter says why a drained node still votes.
+const lastVoter = "it goes on voting, for no other node may"
+
+// votes says whether this node has a vote, as far as it knows.
+func (n *Node) votes() bool { return slices.Contains(n.arbiter.Status().Voters, n.id) }
+
+// duty is what a node that is to give its vote up still does.
+func (n *Node) duty() string {
+	if st := n.arbiter.Status(); st.HasLeader && st.Leader == n.id {
+		return "leads"
+	}
+	return "votes"
+}
+
+// voteStuck says what keeps the vote here.
+func (n *Node) voteStuck() string {
+	st := n.arbiter.Status()
+	if !st.HasLeader {
+		return "the arbiter has no leader that could take the vote away"
+	}
+	var voters []string
+	for _, id := range st.Voters {
+		m, _ := n.members.Member(id)
+		voters = append(voters, fmt.Sprintf("%s (%s)", n.nameOf(id), m.State))
+	}
+	return "without it too few of the voters would be in touch: " + strings.Join(voters, ", ")
+}
+
+// othersMayVote says whether there is another node that could vote in this one's place.
+func (n *Node) othersMayVote() bool {
+	return slices.ContainsFunc(n.members.Alive(), func(m members.Member) bool {
+		return m.ID != n.id && !m.NoVoter && !m.Draining && m.Role != components.RoleWorker
+	})
+}
+
+// hand gives leadership and vote up, if this node has them and another one may have them.
+func (d *draining) hand(ctx context.Context) error {
+	n := d.n
+	if !n.votes() || !n.othersMayVote() {
+		return nil
+	}
+	led := n.duty() == "leads"
+	if err := d.send(&apiv1.DrainUpdate{Node: n.cfg.Name, State: "handing over"}); err != nil {
+		return err
+	}
+	if err := n.arbiter.StepDown(ctx); err != nil {
+		return err
+	}
+	if st := n.arbiter.Status(); led && st.HasLeader && st.Leader != n.id {
+		return d.send(&apiv1.DrainUpdate{Node: n.cfg.Name, State: "handed over", To: n.nameOf(st.Leader), TookMs: ms(time.Since(d.begin))})
+	}
+	return nil
+}
+
+// move waits until placement has moved everything.
+func (d *draining) move(ctx context.Context) error {
+	n := d.n
 	was := map[string]bool{}
 	for _, reg := range n.mine() {
 		was[reg] = true
 	}
-	if err := send(&apiv1.DrainUpdate{Node: n.cfg.Name, State: "moving", Remaining: uint32(len(was))}); err != nil {
+	if err := d.send(&apiv1.DrainUpdate{Node: n.cfg.Name, State: "moving", Remaining: uint32(len(was))}); err != nil {
 		return err
 	}
-	moved := uint32(0)
 	for {
 		left := n.mine()
 		for name := range was {
@@ -137,22 +238,24 @@ func (n *Node) drain(ctx context.Context, timeout time.Duration, send func(*apiv
 				continue
 			}
 			delete(was, name)
-			moved++
+			d.moved++
 			to := ""
 			if reg, ok := n.arbiter.Get(components.InstanceRegister(name)); ok {
 				to = n.nameOf(reg.Owner)
 			}
-			if err := send(&apiv1.DrainUpdate{Node: n.cfg.Name, Instance: name, To: to, State: "moved", Moved: moved, Remaining: uint32(len(left)), TookMs: ms(time.Since(begin))}); err != nil {
+			err := d.send(&apiv1.DrainUpdate{
+				Node: n.cfg.Name, Instance: name, To: to, State: "moved", Moved: d.moved, Remaining: uint32(len(left)), TookMs: ms(time.Since(d.begin)),
+			})
+			if err != nil {
 				return err
 			}
 		}
 		if len(left) == 0 {
-			return send(&apiv1.DrainUpdate{Node: n.cfg.Name, State: "done", Moved: moved, Done: true, TookMs: ms(time.Since(begin))})
+			return nil
 		}
 		select {
 		case <-ctx.Done():
-			n.members.UpdateSelf(func(i *members.Info) { i.Draining = false })
-			return api.Fail(connect.CodeDeadlineExceeded, what, fmt.Sprintf("still here after %s: %v", timeout, left), "coppice why "+left[0])
+			return api.Fail(connect.CodeDeadlineExceeded, d.what, fmt.Sprintf("still here after %s: %v", d.timeout, left), "coppice why "+left[0])
 		case <-time.After(50 * time.Millisecond):
 		}
 	}

@@ -15,10 +15,12 @@ import (
 
 func (c *cli) checkpointsCmd() *cobra.Command {
 	return c.command(spec{
-		group: groupOne, use: "checkpoints COMPONENT", short: "List the earlier checkpoints that a component can go back to",
+		group: groupOne, use: "checkpoints COMPONENT", short: "List the earlier checkpoints and branches that a component can go back to",
 		long: "List the earlier checkpoints that are kept of a component, oldest first: those made by coppice checkpoint, the states that swaps, undos\n" +
 			"and restores left, and one a minute at most while something changes, thinned with age. How many and for how long: state.history and\n" +
-			"state.history_age in the manifest. The last column says how many of the nodes that hold it are alive.",
+			"state.history_age in the manifest. The last column says how many of the nodes that hold it are alive. After them come its branches: what\n" +
+			"an owner did that was cut off and went on alone, and was taken over from on the other side (on_partition: keep). The newest 16 of an\n" +
+			"instance are kept.",
 		example: examples("coppice checkpoints shop/store", "", `coppice checkpoints shop/store -o json | jq -r '.checkpoints[].id'`, ""),
 		min:     1, max: 1, timeout: readTimeout, args: c.componentNames(true),
 		run: func(ctx context.Context, args []string) error {
@@ -86,8 +88,8 @@ func (c *cli) earlierIDs(component string) func(ctx context.Context) []string {
 }
 
 const (
-	atUsage = "which one: an id (c7) or a checkpoint's number (42) of coppice checkpoints; or a time: 2026-11-22T10:00:00Z, \"2026-11-22 10:00\",\n10:00 (today, here), or 90m (ago): the last one until then"
-	atWants = "want an id (c7), a checkpoint's number (42), a time (2026-11-22T10:00:00Z, 10:00) or how long ago (90m)"
+	atUsage = "which one: an id (c7) or a checkpoint's number (42) of coppice checkpoints; a branch (@branch-n2-1); or a time: 2026-11-22T10:00:00Z,\n\"2026-11-22 10:00\", 10:00 (today, here), or 90m (ago): the last one until then"
+	atWants = "want an id (c7), a checkpoint's number (42), a branch (@branch-n2-1), a time (2026-11-22T10:00:00Z, 10:00) or how long ago (90m)"
 )
 
 // earlier is what --at means.
@@ -103,7 +105,7 @@ func (c *cli) earlier(at string) (*apiv1.Moment, error) {
 	if t, ok := c.clockTime(at); ok {
 		return &apiv1.Moment{Time: timestamppb.New(t)}, nil
 	}
-	if strings.ContainsAny(at, ":- /") {
+	if strings.ContainsAny(at, ":- /") && !strings.Contains(at, "@branch-") {
 		return nil, &usageError{why: fmt.Sprintf("--at %q: %s", at, atWants)}
 	}
 	return &apiv1.Moment{Id: at}, nil

@@ -22,7 +22,7 @@ func TestEarlier(t *testing.T) {
 			t.Errorf("%s: %v, %v", at, m, err)
 		}
 	}
-	for _, at := range []string{"c7", "42", "0"} {
+	for _, at := range []string{"c7", "42", "0", "@branch-n2-1", "shop/store-0@branch-n2-1"} {
 		if m, err := c.earlier(at); err != nil || m.GetId() != at {
 			t.Errorf("%s: %v, %v", at, m, err)
 		}

@@ -142,7 +142,7 @@ func TestWhatCommandsPrint(t *testing.T) {
 		"inspect":  {"inspect shop/store", "inspect shop/store -o json", "inspect web"},
 		"attr":     {"attr shop/store capacity=5000 --dry-run", "attr shop/store greeting=hello -o json"},
 		"replace":  {"swap shop/store@1.3.0", "swap shop/store@1.3.0 -o json", "freeze shop/store", "checkpoint shop/store", "checkpoint shop/store -o json"},
-		"history":  {"checkpoints shop/store", "checkpoints shop/store -o json", "restore shop/store --at c3", "restore shop/store", "restore shop/store --at 25:61"},
+		"history":  {"checkpoints shop/store", "checkpoints shop/store -o json", "restore shop/store --at c3", "restore shop/store --at shop/store-0@branch-n2-1", "restore shop/store", "restore shop/store --at 25:61"},
 		"call":     {"call store Get", `call store Get {"key":"a"} -o json`, "call store Get {broken"},
 		"why":      {"why shop/store", "why shop/store -o json"},
 		"logs":     {"logs shop/store", "logs shop/store -o json"},

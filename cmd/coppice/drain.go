@@ -17,9 +17,10 @@ const drainTimeout = 10 * time.Minute
 
 func (c *cli) drainCmd() *cobra.Command {
 	return c.command(spec{
-		group: groupNode, use: "drain NODE", short: "Move everything away from a node, with its state",
-		long: "Move every component of a node to other nodes with its state. No call fails whose deadline exceeds the pause of a move. The node\n" +
-			"stays a member and gets nothing new until it is started again or readmitted.",
+		group: groupNode, use: "drain NODE", short: "Move everything away from a node, with its state, and its vote",
+		long: "Hand a node's leadership and vote over, then move every component of it to other nodes with its state. No call fails whose deadline\n" +
+			"exceeds the pause of a move. It is done when the node neither votes nor runs anything; only where no other node may vote it goes on\n" +
+			"voting, and says so. The node stays a member and gets nothing new until it is started again or readmitted.",
 		example: examples("coppice drain n2", "", "coppice drain n2 --timeout 1h", "with much state"),
 		min:     1, max: 1, timeout: drainTimeout + transferSlack, args: c.nodeNames(0),
 		run: func(ctx context.Context, args []string) error {
@@ -44,6 +45,12 @@ func (c *cli) drained(st *connect.ServerStreamForClient[apiv1.DrainUpdate], what
 		last = st.Msg()
 		switch {
 		case last.Done:
+		case last.State == "handing over":
+			p.state("%s: its vote is being handed over", last.Node)
+		case last.State == "handed over":
+			p.step("%s handed the leadership over to %s", last.Node, last.To)
+		case last.State == "voting":
+			p.step("%s", last.Node+": "+last.Reason)
 		case last.Instance == "":
 			p.state("%s: %s to move", last.Node, plural(int(last.Remaining), "instance", "instances"))
 		case last.State == "moving":
@@ -68,5 +75,8 @@ func (c *cli) drained(st *connect.ServerStreamForClient[apiv1.DrainUpdate], what
 	}
 	return c.show(last, func(w io.Writer) {
 		fmt.Fprintf(w, "%s: %s moved in %s\n", last.Node, plural(int(last.Moved), "instance", "instances"), msText(last.TookMs))
+		if last.Reason != "" {
+			fmt.Fprintf(w, "%s: %s\n", last.Node, last.Reason)
+		}
 	})
 }

@@ -75,6 +75,8 @@ func (f *fake) Doctor(context.Context, *apiv1.DoctorRequest) (*apiv1.DoctorRespo
 
 func (f *fake) Drain(_ context.Context, r *apiv1.DrainRequest, s *connect.ServerStream[apiv1.DrainUpdate]) error {
 	for _, u := range []*apiv1.DrainUpdate{
+		{Node: r.Node, State: "handing over"},
+		{Node: r.Node, State: "handed over", To: "n1"},
 		{Node: r.Node, Remaining: 2},
 		{Node: r.Node, Instance: "shop/store-0", To: "n1", State: "moving", Remaining: 2},
 		{Node: r.Node, Instance: "shop/store-0", To: "n1", State: "moved", Moved: 1, Remaining: 1},
@@ -221,6 +223,7 @@ func (f *fake) Checkpoints(_ context.Context, r *apiv1.CheckpointsRequest) (*api
 	return &apiv1.CheckpointsResponse{Component: r.Component, History: 10, Checkpoints: []*apiv1.Checkpoint{
 		{Instance: "shop/store-0", Id: "c3", Seq: 11, Time: at, AgeMs: 5_400_000, Version: "1.1.0", Bytes: 1 << 20, Why: "before swap", Holders: []string{"n1", "n2", "n3"}, HoldersAlive: 2},
 		{Instance: "shop/store-0", Id: "c7", Seq: 18, Time: at, AgeMs: 61_000, Version: "1.2.0", Bytes: 3 << 19, Why: "by hand", Holders: []string{"n1", "n2"}, HoldersAlive: 2, Present: true},
+		{Instance: "shop/store-0", Id: "@branch-n2-1", Branch: "shop/store-0@branch-n2-1", Seq: 14, Time: at, AgeMs: 5_400_000, Version: "1.1.0", Bytes: 1 << 20, Why: "branch, kept", Holders: []string{"n1", "n2"}, HoldersAlive: 1},
 	}}, nil
 }
 

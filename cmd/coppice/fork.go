@@ -30,6 +30,7 @@ func (c *cli) forkCmd() *cobra.Command {
 		example: examples(
 			"coppice fork shop/store --at c7 --as store-then", "beside it, as shop/store-then",
 			"coppice fork shop/store --at 90m --as try/store", "in an application of its own",
+			"coppice fork shop/store --at @branch-n2-1 --as store-n2", "a branch, to look at what it holds",
 			"coppice fork shop/store --export store.coppice", "its state now, for another cluster",
 			"coppice up --profile local --name lab --import store.coppice", "there"),
 		min: 1, max: 1, timeout: forkTimeout + transferSlack, args: c.componentNames(true),

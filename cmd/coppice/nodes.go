@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -15,7 +16,8 @@ func (c *cli) nodesCmd() *cobra.Command {
 	cmd := c.command(spec{
 		group: groupNode, use: "nodes [NODE]", short: "List the members with their state, round-trip time and connection",
 		long: "List the members as the node that answers sees them. States: alive, suspect (silent), dead (confirmed), left (said goodbye),\n" +
-			"quarantined (flapping or failing, not used until readmitted).",
+			"quarantined (died again and again: not used for 30 s, longer each time up to 10 min, or until it is readmitted). Why a node is not alive is\n" +
+			"in the column EVIDENCE.",
 		example: examples(
 			"coppice nodes", "",
 			"coppice nodes --wide", "with ids, addresses, labels, who watches it and the evidence for the state",
@@ -46,15 +48,30 @@ func (c *cli) nodesTable(nodes []*apiv1.Node, wide bool) *table {
 	if wide {
 		head = append(head, "CPU", "MEMORY", "DISK", "PLATFORM", "LABELS", "ADDRESSES", "ID", "WATCHED BY", "EVIDENCE")
 	}
+	why := !wide && slices.ContainsFunc(nodes, func(n *apiv1.Node) bool { return n.State != "alive" })
+	if why {
+		head = append(head, "EVIDENCE")
+	}
 	t := c.table(head...)
 	for _, n := range nodes {
 		row := []any{n.Name, stateCell(n.State), optMS(n.RttMs), n.Connection, nodeRole(n), n.Zone, n.Instances, n.Version, c.sinceText(n.Since)}
 		if wide {
 			row = append(row, cpuText(n.CpuMillis), sizeOr(n.MemoryBytes), sizeOr(n.DiskBytes), n.Platform, pairs(n.Labels), join(n.Addrs), n.Id, join(n.Watchers), n.Evidence)
 		}
+		if why {
+			row = append(row, troubleOf(n))
+		}
 		t.row(row...)
 	}
 	return t
+}
+
+// troubleOf is the evidence for a state that is not what it should be.
+func troubleOf(n *apiv1.Node) string {
+	if n.State == "alive" {
+		return ""
+	}
+	return n.Evidence
 }
 
 // nodeRole is what the node is to the cluster now.

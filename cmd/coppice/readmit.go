@@ -13,6 +13,8 @@ import (
 func (c *cli) readmitCmd() *cobra.Command {
 	return c.command(spec{
 		group: groupNode, use: "readmit NODE", short: "Use a quarantined or drained node again",
+		long: "End a node's quarantine before its time, or a drain, for the whole cluster: the node tells all others, whichever node is asked. It must\n" +
+			"run for that. What it dies of from then on counts anew.",
 		example: examples("coppice readmit n3", "its bad cable was replaced"),
 		min:     1, max: 1, timeout: actTimeout, args: c.nodeNames(0),
 		run: func(ctx context.Context, args []string) error {

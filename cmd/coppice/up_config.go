@@ -26,7 +26,6 @@ type upConfig struct {
 	MemoryBytes       uint64
 	DiskBytes         uint64
 	Plugins           string
-	AllowExec         bool
 	Voters            int
 	View              int
 	Profile           string
@@ -64,7 +63,7 @@ func (f *upFlags) register(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&f.labels, "label", nil, "k=v, repeatable")
 	fs.StringVar(&f.capacity, "capacity", "", "what it offers: cpu=4,memory=8GiB,disk=50GiB (default: what it has)")
 	fs.StringVar(&f.plugins, "plugins", "", "drop folder for component binaries (default <data>/plugins)")
-	fs.BoolVar(&f.allowExec, "allow-exec", false, "let operators of the cluster run commands here")
+	fs.BoolVar(&f.allowExec, "allow-exec", false, "refused: this version runs no commands for operators")
 	fs.StringVar(&f.profile, "profile", "lan", "timeouts: lan, wan, or local (several nodes on one machine: free ports too)")
 	fs.StringVar(&f.level, "log-level", "info", "debug, info, warn or error")
 	fs.StringVar(&f.logForm, "log-format", "text", "text or json")
@@ -77,7 +76,7 @@ func (f *upFlags) config(c *cli, fs *pflag.FlagSet) (upConfig, error) {
 	}
 	cfg := upConfig{
 		Data: f.data, Name: f.name, Import: f.imported, Listen: f.listen, Advertise: f.advertise, Zone: f.zone, Role: f.role, API: f.api, HTTP: f.http,
-		Plugins: f.plugins, AllowExec: f.allowExec, Profile: f.profile, LogJSON: f.logForm == "json", Version: version(),
+		Plugins: f.plugins, Profile: f.profile, LogJSON: f.logForm == "json", Version: version(),
 	}
 	if cfg.Name == "" {
 		cfg.Name = hostName()
@@ -93,6 +92,9 @@ func (f *upFlags) config(c *cli, fs *pflag.FlagSet) (upConfig, error) {
 		if err := oneOf(x.flag, x.value, x.want); err != nil {
 			return cfg, err
 		}
+	}
+	if f.allowExec { // better than a node whose owner believes that he has opened it
+		return cfg, usagef("--allow-exec: this version has no coppice exec, so no node runs commands for operators; leave it out")
 	}
 	if !slices.Contains([]int{1, 3, 5, 7}, f.voters) {
 		return cfg, usagef("--voters %d: want 1, 3, 5 or 7", f.voters)

@@ -42,7 +42,7 @@ role: worker
 listen: [/ip4/10.0.0.1/tcp/1, /ip4/10.0.0.1/tcp/2]
 label: {region: eu, disk: ssd}
 capacity: cpu=2,memory=1GiB
-allow-exec: true
+allow-exec: false
 log-level: debug
 `
 	f.env["COPPICE_ZONE"] = "from-env"
@@ -54,7 +54,7 @@ log-level: debug
 	}
 	want := upConfig{
 		Data: "/d", Name: "from-flag", Zone: "from-env", Role: "worker", Listen: []string{"/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/2"},
-		Labels: map[string]string{"region": "eu", "disk": "ssd"}, CPUMillis: 2000, MemoryBytes: 1 << 30, AllowExec: true, Voters: 3, View: 64, Profile: "lan",
+		Labels: map[string]string{"region": "eu", "disk": "ssd"}, CPUMillis: 2000, MemoryBytes: 1 << 30, Voters: 3, View: 64, Profile: "lan",
 		LogLevel: slog.LevelDebug, LogJSON: true, Version: version(),
 	}
 	cfg.Advertise = nil
@@ -89,6 +89,9 @@ func TestWrongConfigurationSaysWhere(t *testing.T) {
 		{file: "name: {\n", want: "node.yaml"},
 		{file: "output: json\n", want: "there is no such key"},
 		{env: "perhaps", want: "$COPPICE_ALLOW_EXEC"},
+		{arg: "--allow-exec", want: "has no coppice exec"},
+		{file: "allow-exec: true\n", want: "has no coppice exec"},
+		{env: "true", want: "has no coppice exec"},
 		{arg: "--role=leader", want: "want full, voter, worker"},
 		{arg: "--profile=x", want: "want lan, wan, local"},
 		{arg: "--log-level=loud", want: "want debug, info, warn or error"},

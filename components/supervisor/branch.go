@@ -184,6 +184,7 @@ func (i *instance) branched(g *generation, head *chainHead, before Saved) error 
 	}
 	b.Root, b.Commits, b.Mark = head.link.Hash[:], b.GetCommits()+1, head.meta.GetMark()
 	b.Digest, b.Version, b.UntilUnixMs = g.digest, g.version, now
+	b.Schema, b.Bytes = head.meta.GetSchema(), head.link.Bytes
 	if err := i.sup.saveBranch(b); err != nil {
 		return err
 	}

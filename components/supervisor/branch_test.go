@@ -183,6 +183,91 @@ func TestTheMajoritysStateGoesOnAndTheBranchIsStoredBeside(t *testing.T) {
 	})
 }
 
+// What is stored beside can be gone back to, by either of its names, and is an entry of the history then; undo returns to what was left.
+func TestABranchCanBeGoneBackTo(t *testing.T) {
+	kept(t, "200ms", components.KeepMajority, nil, func(w *world) {
+		n := w.nodes
+		n[1].adds(10)
+		time.Sleep(time.Second)
+		w.net.Isolate(n[0].id)
+		w.takenOver()
+		n[2].adds(2)
+		n[0].adds(30)
+		w.eventually(20*time.Second, "the branch is saved", func() bool { return len(n[0].sup.Branches()) == 1 })
+		time.Sleep(time.Second)
+		w.net.Heal()
+		w.reads(12)
+		w.eventually(10*time.Second, "the branch is stored", func() bool { return len(w.storedBranches()) == 1 })
+		owner := w.takenOver()
+		var list []Earlier
+		w.eventually(10*time.Second, "its holders are known", func() bool {
+			list = Branches(owner.arb, testInstance)
+			return len(list) == 1 && len(list[0].GetHolders()) > 1
+		})
+		if b := list[0]; b.Name != "@branch-n1-1" || !b.IsBranch() || b.GetSchema() == 0 || b.GetBytes() == 0 || b.Outcome != outcomeKept {
+			w.t.Errorf("the branch as it is listed: %+v", b)
+		}
+		for _, wrong := range []string{"@branch-n1-2", "tally/other-0@branch-n1-1", "@branch-"} {
+			if _, err := w.restore(owner, id(wrong)); !errors.Is(err, components.ErrNoCheckpoint) {
+				w.t.Errorf("at %s: %v", wrong, err)
+			}
+		}
+		w.reads(12)
+		for _, name := range []string{"@branch-n1-1", testInstance + "@branch-n1-1"} {
+			out, err := w.restore(owner, id(name))
+			if err != nil || out.Kept == "" {
+				w.t.Fatalf("at %s: %+v, %v", name, out, err)
+			}
+			w.reads(40)
+			e, err := components.Find(w.history(), components.Moment{Time: time.Now()})
+			if err != nil || e.GetWhy() != components.WhyBranch || string(e.GetRoot()) != string(list[0].GetRoot()) {
+				w.t.Errorf("the state of now is %v, %v", e, err)
+			}
+			w.settled()
+			if _, err := w.undo(owner); err != nil {
+				w.t.Fatal(err)
+			}
+			w.reads(12)
+			w.settled()
+		}
+	})
+}
+
+// Of too many branches the oldest goes, whatever happened to its copies since, and an event says so.
+func TestTheOldestBranchMakesRoomAndThatIsTold(t *testing.T) {
+	kept(t, "200ms", components.KeepMajority, nil, func(w *world) {
+		n := w.nodes[1]
+		n.adds(1)
+		w.eventually(10*time.Second, "a checkpoint", func() bool { reg, _ := w.register(); return len(reg.Root) > 0 })
+		reg, _ := w.register()
+		for k := range uint32(maxBranches + 1) {
+			if k == maxBranches {
+				first := components.BranchRegister(testInstance, "n9", 1)
+				old, ok := n.arb.Get(first)
+				if !ok || len(n.published("branch-dropped")) != 0 {
+					w.t.Fatalf("the first one is gone before there are too many: %v", n.published("branch-dropped"))
+				}
+				if _, err := n.arb.SetHolders(within(w.t, 5*time.Second), first, old.Seq, old.Holders[:1]); err != nil {
+					w.t.Fatal(err)
+				}
+			}
+			b := &componentsv1.Branch{Format: 1, Instance: testInstance, NodeName: "n9", Number: k + 1, Root: reg.Root, Commits: 3, Ended: true}
+			if _, err := n.sup.storeBranch(within(w.t, 20*time.Second), b); err != nil {
+				w.t.Fatal(err)
+			}
+			time.Sleep(5 * time.Second) // copies are counted
+		}
+		list := Branches(n.arb, testInstance)
+		if len(list) != maxBranches || list[0].Name != "@branch-n9-2" || list[maxBranches-1].Name != "@branch-n9-17" {
+			w.t.Errorf("%d branches, the first is %s", len(list), list[0].Name)
+		}
+		evs := n.published("branch-dropped")
+		if len(evs) != 1 || evs[0].Fields["branch"] != testInstance+"@branch-n9-1" {
+			w.t.Errorf("told: %v", evs)
+		}
+	})
+}
+
 func TestTheNewestStateGoesOnWhereThatIsAskedFor(t *testing.T) {
 	kept(t, "100ms", components.ReconNewest, nil, func(w *world) {
 		n := w.nodes

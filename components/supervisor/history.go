@@ -220,16 +220,17 @@ func (h *historian) note(ctx context.Context, p point, t components.Token, why s
 
 // before is what a replace leaves, on its way into the history: the turn is held from the beginning of the pause until the claim.
 type before struct {
-	h    *historian
-	v    volume
-	why  string
-	kept *componentsv1.HistoryEntry
+	h      *historian
+	v      volume
+	why    string
+	branch *componentsv1.HistoryEntry // what is gone back to, where that is no entry yet
+	kept   *componentsv1.HistoryEntry
 }
 
 // open takes the turn and reads the register, for a transaction that is about to be made; the caller closes it. A history that cannot be read is left alone:
 // it must not stand in the way of a replace.
-func (h *historian) open(ctx context.Context, why string) (*before, error) {
-	b := &before{h: h, why: why}
+func (h *historian) open(ctx context.Context, p swapPlan) (*before, error) {
+	b := &before{h: h, why: p.why, branch: p.branch}
 	if h.retention().Count == 0 {
 		return b, nil
 	}
@@ -266,6 +267,9 @@ func (b *before) with(req *arbiter.TxnRequest, p point, t components.Token, next
 	if b.kept = components.Remember(x.History, b.h.sup.entry(p, t, b.why), b.h.retention()); b.kept == nil {
 		return nil
 	}
+	if b.branch != nil {
+		x = b.join(x)
+	}
 	if !next.IsZero() {
 		components.Replaced(x.History, b.kept, next[:])
 	}
@@ -276,6 +280,20 @@ func (b *before) with(req *arbiter.TxnRequest, p point, t components.Token, next
 	b.h.pin(p.saved.Root)
 	req.Compares, req.Then = append(req.Compares, cmp), append(req.Then, op)
 	return nil
+}
+
+// join adds the branch that is gone back to, unless there is room for nothing but what is left.
+func (b *before) join(x volume) volume {
+	also, e := volume{proto.CloneOf(x.History), x.revision}, proto.CloneOf(b.branch)
+	e.UnixMs = b.kept.GetUnixMs() // it is the state from now on
+	components.Remember(also.History, e, b.h.retention())
+	for _, o := range also.GetEntries() {
+		if o.GetNumber() == b.kept.GetNumber() {
+			b.kept = o
+			return also
+		}
+	}
+	return x
 }
 
 // id names what was kept; "" nothing was.

@@ -153,7 +153,7 @@ func (s *Supervisor) storeBranch(ctx context.Context, b *componentsv1.Branch) (s
 		if s.rule(b) == components.KeepMajority {
 			stored.Outcome, stored.Reason = outcomeKept, "reconcile: keep_majority"
 		}
-		ops, err := s.storeOps(key, stored, s.cfg.Self, s.cfg.Boot)
+		ops, gone, err := s.storeOps(key, stored, s.cfg.Self, s.cfg.Boot)
 		if err != nil {
 			return "", err
 		}
@@ -164,6 +164,7 @@ func (s *Supervisor) storeBranch(ctx context.Context, b *componentsv1.Branch) (s
 		if !res.Succeeded {
 			continue
 		}
+		s.tellDropped(b.GetInstance(), gone, res.Registers)
 		name := components.BranchName(b.GetInstance(), b.GetNodeName(), b.GetNumber())
 		s.cfg.Events.Publish(events.Event{
 			Channel: "/apps/" + b.GetInstance(), Type: "branch", Cause: fmt.Sprintf("%s went on without the arbiter in epoch %d", b.GetNodeName(), b.GetEpoch()),
@@ -174,24 +175,41 @@ func (s *Supervisor) storeBranch(ctx context.Context, b *componentsv1.Branch) (s
 	}
 }
 
-// storeOps make the register of a branch, and take the oldest of the instance's away when there are too many.
-func (s *Supervisor) storeOps(key string, b *componentsv1.Branch, owner peer.ID, boot uint64) ([]arbiter.Op, error) {
+// storeOps make the register of a branch, and take away the oldest of the instance's, gone, when there are too many.
+func (s *Supervisor) storeOps(key string, b *componentsv1.Branch, owner peer.ID, boot uint64) (ops []arbiter.Op, gone []storedBranch, err error) {
+	b.StoredUnixMs = s.date()
 	data, err := proto.Marshal(b)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	ops := []arbiter.Op{{Claim: &arbiter.ClaimRequest{Key: key, Nonce: s.nonce(), Owner: owner, Boot: boot, Body: data, SetRoot: true, Root: b.GetRoot()}}}
-	have := s.cfg.Arbiter.List(components.BranchPrefix + b.GetInstance() + "@branch-")
-	slices.SortFunc(have, func(x, y arbiter.Register) int { return int(int64(x.Index) - int64(y.Index)) })
-	for _, old := range have[:max(0, len(have)-maxBranches+1)] {
-		ops = append(ops, arbiter.Op{Delete: old.Key})
+	ops = []arbiter.Op{{Claim: &arbiter.ClaimRequest{Key: key, Nonce: s.nonce(), Owner: owner, Boot: boot, Body: data, SetRoot: true, Root: b.GetRoot()}}}
+	have := storedBranches(s.cfg.Arbiter, b.GetInstance())
+	gone = have[:max(0, len(have)-maxBranches+1)]
+	for _, old := range gone {
+		ops = append(ops, arbiter.Op{Delete: old.reg.Key})
 	}
-	return ops, nil
+	return ops, gone, nil
+}
+
+// tellDropped tells of branches that were deleted for room. done are the registers of the transaction: somebody else may have deleted one before.
+func (s *Supervisor) tellDropped(instance string, gone []storedBranch, done []arbiter.Register) {
+	for _, b := range gone {
+		if !slices.ContainsFunc(done, func(r arbiter.Register) bool { return r.Key == b.reg.Key && r.Deleted }) {
+			continue
+		}
+		e := b.earlier()
+		s.cfg.Events.Publish(events.Event{
+			Channel: "/apps/" + instance, Type: "branch-dropped", Cause: fmt.Sprintf("%d branches of an instance are kept", maxBranches),
+			Message: fmt.Sprintf("the oldest branch of %s, %s with %d checkpoints of %s, is deleted", instance, e.Name, b.GetCommits(),
+				time.UnixMilli(int64(b.GetUntilUnixMs())).UTC().Format(time.RFC3339)),
+			Fields: map[string]string{"branch": instance + e.Name, "outcome": b.GetOutcome(), "root": fmt.Sprintf("%x", b.GetRoot())},
+		})
+	}
 }
 
 func (s *Supervisor) freeNumber(b *componentsv1.Branch) uint32 {
 	n := uint32(0)
-	for _, reg := range s.cfg.Arbiter.List(components.BranchPrefix + b.GetInstance() + "@branch-") {
+	for _, reg := range s.cfg.Arbiter.List(components.BranchesOf(b.GetInstance())) {
 		var other componentsv1.Branch
 		if proto.Unmarshal(reg.Body, &other) == nil && other.GetNodeName() == b.GetNodeName() {
 			n = max(n, other.GetNumber())
@@ -359,7 +377,8 @@ func (r *reconciling) newest(ctx context.Context, rule string) error {
 	ours := &componentsv1.Branch{
 		Format: 1, Instance: i.name, Node: i.sup.cfg.Self.String(), NodeName: i.sup.cfg.Name, Incarnation: r.reg.Incarnation, Epoch: r.reg.Epoch, Ended: true,
 		BaseSeq: r.branch.GetBaseSeq(), BaseRoot: r.branch.GetBaseRoot(), Root: rootBytes(saved.Root), Commits: saved.Seq - min(saved.Seq, r.branch.GetBaseSeq()),
-		Mark: saved.Mark, Digest: i.gen.digest, Version: i.gen.version, UntilUnixMs: i.sup.date(),
+		Mark: saved.Mark, Digest: i.gen.digest, Version: i.gen.version, UntilUnixMs: i.sup.date(), Bytes: saved.Bytes,
+		Schema:  i.gen.desc.GetState().GetWritesSchema(),
 		Outcome: outcomeKept, Reason: fmt.Sprintf("the branch of %s has more checkpoints", r.branch.GetNodeName()),
 	}
 	ours.Number = i.sup.freeNumber(ours)
@@ -441,7 +460,7 @@ func (r *reconciling) take(ctx context.Context, root blobs.Hash, outcome, why st
 		{Put: &arbiter.PutOp{Key: r.stored.Key, Body: decided}},
 	}
 	if ours != nil {
-		more, err := i.sup.storeOps(components.BranchRegister(ours.GetInstance(), ours.GetNodeName(), ours.GetNumber()), ours, i.sup.cfg.Self, i.sup.cfg.Boot)
+		more, _, err := i.sup.storeOps(components.BranchRegister(ours.GetInstance(), ours.GetNodeName(), ours.GetNumber()), ours, i.sup.cfg.Self, i.sup.cfg.Boot)
 		if err != nil {
 			return err
 		}

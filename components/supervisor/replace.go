@@ -72,6 +72,8 @@ type swapPlan struct {
 	// why what is left is kept in the history, and the change of that, while the claim is made.
 	why  string
 	keep *before
+	// branch, when set, is what is gone back to: it becomes an entry of the history, too.
+	branch *componentsv1.HistoryEntry
 	// rest, of an instance that does not run, asks for the checkpoint that was found to be its last.
 	rest *arbiter.Compare
 }
@@ -92,7 +94,7 @@ func (i *instance) swap(ctx context.Context, reg arbiter.Register, body *compone
 		i.sup.end(i.shell, next, 0)
 		return out, err
 	}
-	if p.keep, err = i.hist.open(ctx, p.why); err != nil {
+	if p.keep, err = i.hist.open(ctx, p); err != nil {
 		i.sup.end(i.shell, next, 0)
 		return out, fmt.Errorf("swap %s to %s: %w", i.name, next.version, err)
 	}

@@ -42,15 +42,11 @@ func (s *Supervisor) Keep(ctx context.Context, name string) (Saved, string, erro
 	return p.saved, components.CheckpointID(e.GetNumber()), nil
 }
 
-// Restore takes an instance of this node back to an earlier checkpoint, in the version that runs now where that can read it, else in the one that wrote it. It
+// Restore takes an instance of this node back to an earlier checkpoint, or to a stored branch, in the version that runs now where that can read it, else in the one that wrote it. It
 // is one replace: calls are held, and what is left is kept in the history. other tells the desired state that goes with another version than the present one.
 func (s *Supervisor) Restore(ctx context.Context, name string, at components.Moment, w Wish, other func(digest string) (Wish, error)) (Replaced, error) {
 	return s.onInstance(ctx, name, func(ctx context.Context, i *instance, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) (Replaced, error) {
-		v, err := i.hist.read(ctx)
-		if err != nil {
-			return Replaced{}, err
-		}
-		entry, err := components.Find(v.History, at)
+		entry, err := FindEarlier(ctx, s.cfg.Arbiter, name, at)
 		if err != nil {
 			return Replaced{}, err
 		}
@@ -66,13 +62,16 @@ func (s *Supervisor) Restore(ctx context.Context, name string, at components.Mom
 		}
 		p := s.plan(w, body, hashFrom(entry.GetRoot()))
 		p.back, p.why = true, components.WhyBeforeRestore
+		if entry.IsBranch() {
+			p.branch = entry.HistoryEntry
+		}
 		defer i.keepMeanwhile(p.root)()
 		out, err := i.goTo(ctx, reg, body, eff, p)
 		if err == nil {
-			out.State = fmt.Sprintf("that of %s (checkpoint %d)", components.CheckpointID(entry.GetNumber()), entry.GetSeq())
+			out.State = fmt.Sprintf("that of %s (checkpoint %d)", entry.Name, entry.GetSeq())
 			s.cfg.Events.Publish(events.Event{
 				Channel: "/apps/" + name, Type: "restored", Trigger: w.Trigger, Cause: w.Cause, Message: fmt.Sprintf("%s went back to %s", name, out.State),
-				Fields: map[string]string{"checkpoint": components.CheckpointID(entry.GetNumber()), "kept": out.Kept, "epoch": fmt.Sprint(out.Epoch)},
+				Fields: map[string]string{"checkpoint": entry.Name, "kept": out.Kept, "epoch": fmt.Sprint(out.Epoch)},
 			})
 		}
 		return out, err
@@ -90,7 +89,7 @@ func (i *instance) keepMeanwhile(root blobs.Hash) (done func()) {
 }
 
 // reader is the version that an earlier state is restored in.
-func (i *instance) reader(ctx context.Context, body *componentsv1.InstanceBody, e *componentsv1.HistoryEntry) (digest string, err error) {
+func (i *instance) reader(ctx context.Context, body *componentsv1.InstanceBody, e Earlier) (digest string, err error) {
 	desc, err := i.sup.cfg.Artifacts.Description(ctx, body.GetDigest())
 	if err == nil && readsSchema(desc, e.GetSchema()) {
 		return body.GetDigest(), nil
@@ -101,9 +100,9 @@ func (i *instance) reader(ctx context.Context, body *componentsv1.InstanceBody, 
 		return "", err
 	case terr != nil:
 		return "", fmt.Errorf("version %s cannot read schema %d of %s, and version %s, which wrote it, cannot be had: %w", body.GetVersion(), e.GetSchema(),
-			components.CheckpointID(e.GetNumber()), e.GetVersion(), terr)
+			e.Name, e.GetVersion(), terr)
 	case !readsSchema(then, e.GetSchema()):
-		return "", fmt.Errorf("neither version %s nor %s can read schema %d of %s", body.GetVersion(), e.GetVersion(), e.GetSchema(), components.CheckpointID(e.GetNumber()))
+		return "", fmt.Errorf("neither version %s nor %s can read schema %d of %s", body.GetVersion(), e.GetVersion(), e.GetSchema(), e.Name)
 	}
 	return e.GetDigest(), nil
 }
@@ -202,7 +201,7 @@ func (i *instance) atRest(ctx context.Context, reg arbiter.Register, body *compo
 		return out, fmt.Errorf("%s: %w", i.name, errOverEpoch)
 	}
 	left := i.leftAt(ctx, now, body)
-	if p.keep, err = i.hist.open(ctx, p.why); err != nil {
+	if p.keep, err = i.hist.open(ctx, p); err != nil {
 		return out, err
 	}
 	defer p.keep.close()

@@ -1410,6 +1410,9 @@ type Branch struct {
 	Number        uint32                 `protobuf:"varint,17,opt,name=number,proto3" json:"number,omitempty"`  // n; 0: not stored yet
 	Outcome       string                 `protobuf:"bytes,18,opt,name=outcome,proto3" json:"outcome,omitempty"` // kept | merged | newest; "": not decided yet
 	Reason        string                 `protobuf:"bytes,19,opt,name=reason,proto3" json:"reason,omitempty"`
+	Schema        uint32                 `protobuf:"varint,20,opt,name=schema,proto3" json:"schema,omitempty"` // of its last checkpoint
+	Bytes         uint64                 `protobuf:"varint,21,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	StoredUnixMs  uint64                 `protobuf:"varint,22,opt,name=stored_unix_ms,json=storedUnixMs,proto3" json:"stored_unix_ms,omitempty"` // when it became a register, by the cluster's clock; the oldest go first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1577,6 +1580,27 @@ func (x *Branch) GetReason() string {
 	return ""
 }
 
+func (x *Branch) GetSchema() uint32 {
+	if x != nil {
+		return x.Schema
+	}
+	return 0
+}
+
+func (x *Branch) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Branch) GetStoredUnixMs() uint64 {
+	if x != nil {
+		return x.StoredUnixMs
+	}
+	return 0
+}
+
 // History are the earlier checkpoints of an instance that are kept: the body of register history/<instance>. Only the instance's owner changes it, fenced by
 // its epoch.
 type History struct {
@@ -1660,7 +1684,7 @@ type HistoryEntry struct {
 	Version       string                 `protobuf:"bytes,9,opt,name=version,proto3" json:"version,omitempty"`
 	Schema        uint32                 `protobuf:"varint,10,opt,name=schema,proto3" json:"schema,omitempty"`
 	Bytes         uint64                 `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	Why           string                 `protobuf:"bytes,12,opt,name=why,proto3" json:"why,omitempty"`         // by hand | before swap | before restore | before undo | periodic
+	Why           string                 `protobuf:"bytes,12,opt,name=why,proto3" json:"why,omitempty"`         // by hand | before swap | before restore | before undo | periodic | branch
 	Holders       []string               `protobuf:"bytes,13,rep,name=holders,proto3" json:"holders,omitempty"` // node ids
 	Then          uint64                 `protobuf:"varint,14,opt,name=then,proto3" json:"then,omitempty"`      // the entry whose state took its place; 0: it went on from this one
 	unknownFields protoimpl.UnknownFields
@@ -2353,7 +2377,7 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\teach_node\x18\x0f \x01(\tR\beachNode\x12;\n" +
 	"\bprevious\x18\x10 \x01(\v2\x1f.coppice.components.v1.PreviousR\bprevious\x12\x16\n" +
 	"\x06leased\x18\x12 \x01(\bR\x06leased\x12#\n" +
-	"\rreturned_from\x18\x11 \x01(\tR\freturnedFrom\"\xf9\x03\n" +
+	"\rreturned_from\x18\x11 \x01(\tR\freturnedFrom\"\xcd\x04\n" +
 	"\x06Branch\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x12\n" +
@@ -2374,7 +2398,10 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x05ended\x18\x10 \x01(\bR\x05ended\x12\x16\n" +
 	"\x06number\x18\x11 \x01(\rR\x06number\x12\x18\n" +
 	"\aoutcome\x18\x12 \x01(\tR\aoutcome\x12\x16\n" +
-	"\x06reason\x18\x13 \x01(\tR\x06reason\"\x90\x01\n" +
+	"\x06reason\x18\x13 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06schema\x18\x14 \x01(\rR\x06schema\x12\x14\n" +
+	"\x05bytes\x18\x15 \x01(\x04R\x05bytes\x12$\n" +
+	"\x0estored_unix_ms\x18\x16 \x01(\x04R\fstoredUnixMs\"\x90\x01\n" +
 	"\aHistory\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12=\n" +

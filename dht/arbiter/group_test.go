@@ -425,6 +425,40 @@ func TestDrain(t *testing.T) {
 	})
 }
 
+// Who was drained and is readmitted may vote again at once: its wish to stop voting, which the leader keeps for a minute, ended with the drain.
+func TestReadmittedAfterADrainANodeMayVoteAtOnce(t *testing.T) {
+	inCluster(t, 9, 4, func(c *cluster) {
+		c.settled(20*time.Second, 3, 0)
+		voter := func(but ...*node) *node {
+			for _, n := range c.live() {
+				if !slices.Contains(but, n) && slices.Contains(n.arb().Status().Voters, n.id) {
+					return n
+				}
+			}
+			c.t.Fatal("there is no other voter")
+			return nil
+		}
+		drained := voter(c.leader())
+		drains := func(is bool) {
+			for _, n := range c.live() {
+				n.view().change(drained.id, func(m *Member) { m.Draining = is })
+			}
+		}
+		drains(true)
+		ctx, done := within(20 * time.Second)
+		defer done()
+		if err := drained.arb().StepDown(ctx); err != nil {
+			c.t.Fatal(err)
+		}
+		c.settled(20*time.Second, 3, 0)
+		drains(false)
+		c.kill(voter(c.leader(), drained))
+		c.eventually(20*time.Second, "it votes in place of the dead one", func() bool {
+			return slices.Contains(c.leader().arb().Status().Voters, drained.id)
+		})
+	})
+}
+
 func TestOnlyVoterCannotStepDown(t *testing.T) {
 	inCluster(t, 10, 1, func(c *cluster) {
 		ctx, done := within(3 * time.Second)

@@ -29,7 +29,7 @@ type keeper struct {
 	reach    map[peer.ID]reach     // newcomers
 
 	mu      sync.Mutex // guards the rest
-	leaving map[peer.ID]time.Time
+	leaving map[peer.ID]*wish
 	word    string
 }
 
@@ -51,11 +51,17 @@ const (
 	reachAsked = 5
 )
 
+// wish is that of a node to stop voting.
+type wish struct {
+	at      time.Time
+	drained bool // it was seen to drain since: when it does so no more it has been readmitted, and may vote again at once
+}
+
 // leaveTime is how long a wish to stop voting holds.
 const leaveTime = time.Minute
 
 func newKeeper(a *Arbiter) *keeper {
-	return &keeper{a: a, kicks: make(chan struct{}, 1), leaving: map[peer.ID]time.Time{}, firstMet: map[peer.ID]time.Time{}, reach: map[peer.ID]reach{}}
+	return &keeper{a: a, kicks: make(chan struct{}, 1), leaving: map[peer.ID]*wish{}, firstMet: map[peer.ID]time.Time{}, reach: map[peer.ID]reach{}}
 }
 
 // kick has the keeper look now.
@@ -69,7 +75,11 @@ func (k *keeper) kick() {
 // leave notes that a node wants to stop voting.
 func (k *keeper) leave(id peer.ID) {
 	k.mu.Lock()
-	k.leaving[id] = time.Now()
+	if w := k.leaving[id]; w != nil {
+		w.at = time.Now()
+	} else {
+		k.leaving[id] = &wish{at: time.Now()}
+	}
 	k.mu.Unlock()
 	k.kick()
 }
@@ -153,7 +163,7 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	}
 	former := a.fsm.former()
 	for _, m := range list {
-		can := eligible(m, slices.Contains(former, m.ID), young, a.t.Settle) && !k.isLeaving(m.ID) && (slices.Contains(s.voters, m.ID) || !k.outOfReach(m.ID))
+		can := !k.isLeaving(m) && eligible(m, slices.Contains(former, m.ID), young, a.t.Settle) && (slices.Contains(s.voters, m.ID) || !k.outOfReach(m.ID))
 		// After a restart the view begins with everybody dead: what raft hears is not.
 		quiet := min(m.For, time.Since(k.since), time.Since(a.trans.Load().of(m.ID).heard))
 		s.members[m.ID] = standing{alive: m.Alive, dead: m.Dead && quiet >= a.t.DeadFor, eligible: can, zone: m.Zone}
@@ -195,15 +205,20 @@ func (k *keeper) primary(st *viewState) peer.ID {
 	return found
 }
 
-func (k *keeper) isLeaving(id peer.ID) bool {
+// isLeaving says whether a node's wish to stop voting holds.
+func (k *keeper) isLeaving(m Member) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	at, is := k.leaving[id]
-	if is && time.Since(at) > leaveTime {
-		delete(k.leaving, id)
+	w := k.leaving[m.ID]
+	if w == nil {
 		return false
 	}
-	return is
+	if time.Since(w.at) > leaveTime || w.drained && !m.Draining {
+		delete(k.leaving, m.ID)
+		return false
+	}
+	w.drained = w.drained || m.Draining
+	return true
 }
 
 // caughtUp asks a server whether it has nearly all of this incarnation's log and would take part.

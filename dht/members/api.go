@@ -214,14 +214,19 @@ func (m *Members) Expel(id peer.ID) {
 	m.touch(e, "expelled")
 }
 
-// Readmit takes a member back from quarantine on this node at once.
-func (m *Members) Readmit(id peer.ID) {
+// Readmit says to all that what this node has died of so far counts no more: whoever holds it quarantined takes it back at once. It waits until
+// the others know, or ctx ends. Only the node itself says it, as all of its Info: so it goes by pushes and exchanges in the order of its
+// versions, and an old readmission ends no later quarantine. It stays in each later Info, over restarts, for those who were away.
+func (m *Members) Readmit(ctx context.Context) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if e := m.entries[id]; e != nil {
-		e.flaps = nil
-		m.touch(e, "readmitted")
-	}
+	info := m.self.info.clone()
+	info.Counter++
+	info.readmitted = info.version()
+	m.self.info = &info
+	m.touch(m.self, "readmitted")
+	m.announce(m.id)
+	m.mu.Unlock()
+	m.pushNow(ctx, m.id)
 }
 
 // Goodbye tells the others that this node goes by plan, and waits until they know or ctx ends. Afterwards it is Left, refutes nothing

@@ -99,6 +99,11 @@ func (m *Members) loadFrom(data []byte) error {
 		info.StartedUnixMs = at + 1 // the clock went back: this life still comes after the last
 		m.self.info = &info
 	}
+	if was := versionFromWire(book.GetReadmitted()); was.compare(m.self.info.version()) < 0 {
+		info := *m.self.info
+		info.readmitted = was
+		m.self.info = &info
+	}
 	for _, w := range book.GetEntries() {
 		info, err := infoFromWire(w.GetInfo())
 		if err != nil {
@@ -133,7 +138,7 @@ func (m *Members) save() {
 	}
 	m.mu.Lock()
 	m.unsaved = false
-	book := &wirev1.MemberBook{Format: bookFormat, StartedUnixMs: m.self.info.StartedUnixMs}
+	book := &wirev1.MemberBook{Format: bookFormat, StartedUnixMs: m.self.info.StartedUnixMs, Readmitted: versionToWire(m.self.info.readmitted)}
 	for _, e := range m.entries {
 		if e != m.self && (e.admitted || e.expelled) {
 			book.Entries = append(book.Entries, &wirev1.MemberBook_Entry{

@@ -1,12 +1,22 @@
 package members
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // flaps is what is remembered of a node's deaths.
 type flaps struct {
-	deaths []time.Time
-	until  time.Time // quarantined
-	level  int       // quarantines in a row
+	deaths   []death
+	until    time.Time // quarantined
+	level    int       // quarantines in a row
+	forgiven version   // the last readmission that was carried out
+}
+
+// death is the end of one life, or of what was taken for it.
+type death struct {
+	at time.Time
+	of version // the last one known of that life
 }
 
 // countDeath notes a death, by verdict or by reboot, and quarantines who dies too often. Locked.
@@ -22,11 +32,11 @@ func (m *Members) countDeath(e *entry, old shown, now time.Time) {
 		e.flaps = &flaps{}
 	}
 	f := e.flaps
-	if n := len(f.deaths); n > 0 && now.Sub(f.deaths[n-1]) > flapForget {
+	if n := len(f.deaths); n > 0 && now.Sub(f.deaths[n-1].at) > flapForget {
 		f.level = 0
 	}
-	f.deaths = append(f.deaths, now)
-	for len(f.deaths) > 0 && now.Sub(f.deaths[0]) > flapWindow {
+	f.deaths = append(f.deaths, death{now, old.info.version()})
+	for len(f.deaths) > 0 && now.Sub(f.deaths[0].at) > flapWindow {
 		f.deaths = f.deaths[1:]
 	}
 	if m.cfg.FlapDeaths > 0 && len(f.deaths) > m.cfg.FlapDeaths {
@@ -34,6 +44,20 @@ func (m *Members) countDeath(e *entry, old shown, now time.Time) {
 		m.freeAt(f.until)
 		f.level++
 		m.log.Warn("node dies too often and is not used for a while", "node", m.name(e.id), "deaths", len(f.deaths), "until", f.until)
+	}
+}
+
+// forgive carries out a readmission that is heard for the first time: deaths before it count no more, later ones do. Locked.
+func (m *Members) forgive(e *entry) {
+	f := e.flaps
+	if f == nil || e.info.readmitted.compare(f.forgiven) <= 0 {
+		return
+	}
+	f.forgiven = e.info.readmitted
+	f.deaths = slices.DeleteFunc(f.deaths, func(d death) bool { return d.of.compare(f.forgiven) < 0 })
+	f.level = min(f.level, 1)
+	if len(f.deaths) <= m.cfg.FlapDeaths {
+		f.until, f.level = time.Time{}, 0
 	}
 }
 

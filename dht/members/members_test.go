@@ -330,15 +330,88 @@ func TestFlappingNodeIsQuarantined(t *testing.T) {
 		if m.State != Quarantined || len(n1.Alive()) != 2 || len(n1.Closest("x", 9, nil)) != 2 {
 			t.Fatalf("after four deaths: %v (%s)", m.State, m.Evidence)
 		}
-		n1.Readmit("n2")
-		if m, _ := n1.Member("n2"); m.State != Alive {
-			t.Errorf("readmitted: %v", m.State)
-		}
-		if m, _ := c.nodes["n3"].Member("n2"); m.State != Quarantined {
-			t.Errorf("on n3: %v", m.State)
-		}
 		c.eventually(flapBackoff+time.Second, "the back-off ends", func() error { return c.agree(c.ids) })
 	})
+}
+
+// flap has a node die and come back so often that all others quarantine it.
+func (c *cluster) flap(id peer.ID) {
+	c.t.Helper()
+	for range 4 {
+		c.kill(id)
+		time.Sleep(3 * time.Second)
+		c.start(id)
+		time.Sleep(3 * time.Second)
+	}
+	if err := c.holds(id, Quarantined); err != nil {
+		c.t.Fatal("after four deaths: ", err)
+	}
+}
+
+func (c *cluster) readmit(id peer.ID) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	c.nodes[id].Readmit(ctx)
+}
+
+// A readmission is told to all at once. It counts for what was before it alone: who flaps on is quarantined again, whatever is repeated of what was said.
+func TestAReadmissionIsToldToAllAndCountsOnce(t *testing.T) {
+	simulateWith(t, seedOf(t, 20), 5, func(cfg *Config) { cfg.FlapDeaths = 3 }, func(c *cluster) {
+		c.flap("n2")
+		c.readmit("n2")
+		if err := c.agree(c.ids); err != nil {
+			t.Fatal("once the command is done: ", err)
+		}
+		for id, n := range c.nodes {
+			if got := n.saw(func(ch Change) bool { return ch.New.ID == "n2" && ch.Old.State == Quarantined }); id != "n2" && (len(got) != 1 || got[0].Trigger != "readmitted") {
+				t.Errorf("%s was told %+v", id, got)
+			}
+		}
+		old := c.nodes["n2"].Self().Info
+		c.flap("n2")
+		n1 := c.nodes["n1"]
+		n1.locked(func() { n1.merge("n3", state{info: &old}) }) // late, or repeated
+		time.Sleep(15 * time.Second)                            // exchanges go on
+		if now := c.nodes["n2"].Self().Info; now.readmitted != old.readmitted {
+			t.Errorf("the next lives do not say when the node was readmitted: %v, want %v", now.readmitted, old.readmitted)
+		}
+		if err := c.holds("n2", Quarantined); err != nil {
+			t.Error("by an old readmission: ", err)
+		}
+		c.readmit("n2")
+		if err := c.agree(c.ids); err != nil {
+			t.Error("readmitted once more: ", err)
+		}
+	})
+}
+
+// Who is cut off while a node is readmitted hears of it when the cut is over, also when that node was restarted meanwhile.
+func TestAReadmissionIsHeardByWhoWasAway(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		simulateWith(t, seedOf(t, 21), 5, func(cfg *Config) { cfg.FlapDeaths = 3 }, func(c *cluster) {
+			c.flap("n2")
+			away := c.nodes["n5"]
+			c.net.Isolate("n5")
+			c.readmit("n2")
+			time.Sleep(2 * time.Second)
+			if restart {
+				c.kill("n2")
+				time.Sleep(time.Second)
+				c.start("n2")
+			}
+			time.Sleep(5 * time.Second)
+			c.net.Heal()
+			c.eventually(30*time.Second, "n5 takes it back, before its own time is over", func() error {
+				if m, _ := away.Member("n2"); m.State != Alive {
+					return fmt.Errorf("it is %v (%s)", m.State, m.Evidence)
+				}
+				return nil
+			})
+			if got := away.saw(func(ch Change) bool { return ch.New.ID == "n2" && ch.Trigger == "quarantine" }); len(got) != 0 {
+				t.Errorf("its quarantine there ended by itself: %+v", got)
+			}
+		})
+	}
 }
 
 func TestClosestAndWatchersFollowDistanceAndZones(t *testing.T) {
@@ -368,6 +441,51 @@ func TestClosestAndWatchersFollowDistanceAndZones(t *testing.T) {
 		if len(some) != 2 || some[0].ID != want[1].ID {
 			t.Errorf("filtered: %v", some)
 		}
+	})
+}
+
+// Between most pairs of a larger cluster no heartbeats pass: the round trip is measured when somebody asks for it, over connections that are there.
+func TestRoundTripsAreMeasuredWhenAskedFor(t *testing.T) {
+	simulate(t, seedOf(t, 22), 12, func(c *cluster) {
+		c.jitter(20*time.Millisecond, time.Millisecond)
+		n := c.nodes["n1"]
+		far := func() (ids []peer.ID) {
+			for _, o := range n.All() {
+				if o.RTT == 0 && o.ID != n.id && o.Connection != "" {
+					ids = append(ids, o.ID)
+				}
+			}
+			return ids
+		}
+		ids := far()
+		if len(ids) < 3 {
+			t.Fatalf("only %v are far", ids)
+		}
+		c.freeze(ids[0])
+		start := time.Now()
+		got := n.Measure(context.Background(), append(ids, "n1", "nobody"))
+		if took := time.Since(start); took > measureFor {
+			t.Errorf("it took %v", took)
+		}
+		if len(got) != len(ids)-1 {
+			t.Errorf("measured %v of %v, of whom the first does not answer", got, ids)
+		}
+		for id, rtt := range got {
+			if rtt < 40*time.Millisecond || rtt > 50*time.Millisecond {
+				t.Errorf("%s is %v away", id, rtt)
+			}
+		}
+		before, _ := n.end.Sent()
+		if again := n.Measure(context.Background(), ids[1:]); !maps.Equal(again, got) {
+			t.Errorf("asked again at once: %v, was %v", again, got)
+		}
+		if after, _ := n.end.Sent(); after != before {
+			t.Error("asked again at once it measured again")
+		}
+		if now := far(); len(now) != len(ids) {
+			t.Errorf("what was asked for is taken for a heartbeat's: far are %v, were %v", now, ids)
+		}
+		c.thaw(ids[0])
 	})
 }
 

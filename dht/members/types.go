@@ -21,7 +21,7 @@ const (
 	Dead
 	// Left: said goodbye, or was expelled.
 	Left
-	// Quarantined: alive, but died too often of late; not used until its back-off is over or it is readmitted.
+	// Quarantined: alive, but died too often of late; not used until its back-off is over (30 s, doubling to 10 min) or it is readmitted.
 	Quarantined
 )
 
@@ -53,7 +53,8 @@ type Info struct {
 	MaxFormat                         uint32
 	Watchers                          []peer.ID
 
-	rest string // what a newer version says besides, as it stands in the message: it is passed on
+	readmitted version // an operator said that deaths of earlier versions count no more; zero: nobody did
+	rest       string  // what a newer version says besides, as it stands in the message: it is passed on
 }
 
 func (i Info) clone() Info {

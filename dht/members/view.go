@@ -30,6 +30,7 @@ type entry struct {
 	connected bool
 	lastByte  time.Duration // boot time of its last sign of life to this node itself
 	rtt       *rttStats     // nil where no heartbeats pass between the two
+	measure   measured      // the last one that was asked for
 
 	dialing  bool // a contact is under way
 	nextDial time.Time
@@ -137,6 +138,7 @@ func (m *Members) touch(e *entry, trigger string) {
 	now := time.Now()
 	old := e.shown
 	m.countDeath(e, old, now)
+	m.forgive(e)
 	s := e.state(now)
 	if !e.admitted && !e.expelled {
 		return // nobody's business before it is admitted
@@ -268,6 +270,8 @@ func (m *Members) mergeInfo(e *entry, s state, direct bool) string {
 			trigger = "reboot"
 			e.suspect, e.lonely = "", 0
 			e.rtt = nil
+		} else if trigger == "update" && s.info.readmitted.compare(e.info.readmitted) > 0 {
+			trigger = "readmitted"
 		}
 		e.info = m.shared(s.info)
 		if m.cfg.Learned != nil && len(s.info.Addrs) > 0 {

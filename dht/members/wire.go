@@ -29,7 +29,7 @@ func infoToWire(i Info) *wirev1.MemberInfo {
 		Id: []byte(i.ID), Name: i.Name, Addrs: i.Addrs, Zone: i.Zone, Role: i.Role, Labels: i.Labels, CpuMillis: i.CPUMillis,
 		MemoryBytes: i.MemoryBytes, DiskBytes: i.DiskBytes, Version: i.Version, Platform: i.Platform, Boot: i.Boot, Counter: i.Counter,
 		StartedUnixMs: i.StartedUnixMs, Draining: i.Draining, NoVoter: i.NoVoter, NoHolder: i.NoHolder, MaxFormat: i.MaxFormat,
-		Watchers: idsToWire(i.Watchers),
+		Watchers: idsToWire(i.Watchers), Readmitted: versionToWire(i.readmitted),
 	}
 	w.ProtoReflect().SetUnknown([]byte(i.rest))
 	return w
@@ -57,8 +57,20 @@ func infoFromWire(w *wirev1.MemberInfo) (Info, error) {
 		ID: id, Name: w.GetName(), Addrs: w.GetAddrs(), Zone: w.GetZone(), Role: w.GetRole(), Labels: w.GetLabels(),
 		CPUMillis: w.GetCpuMillis(), MemoryBytes: w.GetMemoryBytes(), DiskBytes: w.GetDiskBytes(), Version: w.GetVersion(),
 		Platform: w.GetPlatform(), Boot: w.GetBoot(), Counter: w.GetCounter(), StartedUnixMs: w.GetStartedUnixMs(),
-		Draining: w.GetDraining(), NoVoter: w.GetNoVoter(), NoHolder: w.GetNoHolder(), MaxFormat: w.GetMaxFormat(), Watchers: watchers, rest: string(rest),
+		Draining: w.GetDraining(), NoVoter: w.GetNoVoter(), NoHolder: w.GetNoHolder(), MaxFormat: w.GetMaxFormat(), Watchers: watchers,
+		readmitted: versionFromWire(w.GetReadmitted()), rest: string(rest),
 	}, nil
+}
+
+func versionToWire(v version) *wirev1.MemberVersion {
+	if v == (version{}) {
+		return nil
+	}
+	return &wirev1.MemberVersion{StartedUnixMs: v.started, Boot: v.boot, Counter: v.counter}
+}
+
+func versionFromWire(w *wirev1.MemberVersion) version {
+	return version{w.GetStartedUnixMs(), w.GetBoot(), w.GetCounter()}
 }
 
 func idFromWire(b []byte) (peer.ID, error) {

@@ -23,6 +23,7 @@ var full = state{
 		ID: "n1", Name: "one", Addrs: []string{"/ip4/10.0.0.1/tcp/7400"}, Zone: "west", Role: "full", Labels: map[string]string{"a": "b"},
 		CPUMillis: 1, MemoryBytes: 2, DiskBytes: 3, Version: "v", Platform: "linux/amd64", Boot: 4, Counter: 5, StartedUnixMs: 6,
 		Draining: true, NoVoter: true, NoHolder: true, MaxFormat: 7, Watchers: []peer.ID{"n2", "n3"},
+		readmitted: version{6, 4, 3},
 	},
 	verdict: &verdict{kind: Dead, at: version{6, 4, 9}, evidence: "silent", by: []peer.ID{"n2"}, proof: true, since: time.Now()},
 	unheard: true,
@@ -41,7 +42,8 @@ func TestWhatANodeSaysSurvivesTheWire(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !got.info.sameFor(*full.info) || got.info.version() != full.info.version() || !slices.Equal(got.info.Watchers, full.info.Watchers) {
+	if !got.info.sameFor(*full.info) || got.info.version() != full.info.version() || !slices.Equal(got.info.Watchers, full.info.Watchers) ||
+		got.info.readmitted != full.info.readmitted {
 		t.Errorf("got %+v", got.info)
 	}
 	v := got.verdict

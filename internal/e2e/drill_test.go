@@ -61,6 +61,10 @@ func TestDrillOfAZone(t *testing.T) {
 			t.Errorf("%s does not say which zone's loss stops writes:\n%s", command, out)
 		}
 	}
+	plan := g.do(n1, "plan", g.file("manifest.yaml", strings.Replace(counterApp, "each-call", "1s", 1)))
+	if !strings.Contains(plan, "zone attic: 2 of 3 voters are in it: its loss would stop all writes") || strings.Contains(plan, "zone cellar") {
+		t.Errorf("plan does not warn of the zone whose loss stops writes:\n%s", plan)
+	}
 	if d := g.drill(n1, "--zone", "cellar"); d.WritesStop || d.VotersLeft != 2 || !slices.Equal(d.Lost, []string{"n3"}) {
 		t.Errorf("the loss of the zone with one voter: %v", d)
 	}

@@ -4,12 +4,13 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/coppice-project/coppice/internal/cluster"
 )
 
-// A voter that dies again and again is quarantined, and its vote is given to another node while it is; readmitted it may vote again.
+// A voter that dies again and again is quarantined, and its vote is given to another node while it is; readmitted through any node it is alive for all and may vote again.
 func TestAFlappingVoterLosesItsVote(t *testing.T) {
 	t.Parallel() // it mostly waits
 	g := plant(t, 4)
@@ -20,10 +21,10 @@ func TestAFlappingVoterLosesItsVote(t *testing.T) {
 		return st.GetArbiter().GetVoters(), int(st.GetNodes().GetQuarantined())
 	}
 	var flapping, other *cluster.Node
-	at, _ := voters(g.Nodes[0])
+	first, _ := voters(g.Nodes[0])
 	for _, n := range g.Nodes {
 		switch {
-		case !slices.Contains(at, n.Name):
+		case !slices.Contains(first, n.Name):
 		case flapping == nil:
 			flapping = n
 		default:
@@ -69,10 +70,27 @@ func TestAFlappingVoterLosesItsVote(t *testing.T) {
 		}
 		return nil
 	})
-	g.do(other, "readmit", flapping.Name)
-	g.wait("it to be taken back", func(context.Context) error {
-		if _, n := voters(other); n != 0 {
-			return fmt.Errorf("%d nodes are quarantined", n)
+	// Any node takes it back for all: here one that neither leads nor places.
+	st, err := g.status(t.Context(), other)
+	must(t, err)
+	a := st.GetArbiter()
+	plain := slices.DeleteFunc(g.others(flapping), func(n *cluster.Node) bool { return n.Name == a.GetLeader() || n.Name == a.GetCoordinator() })
+	via := plain[0]
+	if out := g.do(via, "readmit", flapping.Name); !strings.Contains(out, flapping.Name+" is alive") {
+		t.Errorf("readmit: %s", out)
+	}
+	for _, n := range g.Nodes {
+		if alive := g.nodesInState(n, "alive"); len(alive) != len(g.Nodes) {
+			t.Errorf("after the readmission by %s, %s holds %v to be alive", via.Name, n.Name, alive)
+		}
+	}
+	// It may vote for all again: when another voter is drained its vote is the only one that can take the place.
+	voting, _ := voters(via)
+	leaves := voting[slices.IndexFunc(voting, func(v string) bool { return v != flapping.Name && v != via.Name })]
+	g.do(via, "drain", leaves)
+	g.wait("its vote to come back", func(context.Context) error {
+		if v, _ := voters(via); !slices.Contains(v, flapping.Name) || slices.Contains(v, leaves) || len(v) != 3 {
+			return fmt.Errorf("the voters are %v, %s is drained", v, leaves)
 		}
 		return nil
 	})

@@ -23,7 +23,7 @@ func (g *grove) checkpoints(n *cluster.Node, component string) (ids, why []strin
 	must(g.t, json.Unmarshal([]byte(g.do(n, "checkpoints", component, "-o", "json")), &res))
 	for _, k := range res.Checkpoints {
 		ids, why = append(ids, k.ID), append(why, k.Why)
-		if k.HoldersAlive == 0 {
+		if k.HoldersAlive == 0 && !strings.HasPrefix(k.ID, "@") { // those of a branch are counted somewhat later
 			g.t.Errorf("nobody holds %s of %s", k.ID, component)
 		}
 	}

@@ -3,6 +3,8 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -91,6 +93,82 @@ func TestAlwaysOnRunsOnBothSidesOfACut(t *testing.T) {
 	if now := g.running(survivor, "tally/counter-0", notOn(owner.Name)); now.GetEpoch() <= in.GetEpoch() {
 		t.Errorf("epoch %d after %d", now.GetEpoch(), in.GetEpoch())
 	}
+}
+
+// A branch that is stored beside the state that went on is listed, and is a way to what the cut-off node did: it can be copied beside, written into a
+// file and gone back to.
+func TestAStoredBranchIsGoneBackToAndForked(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	g := seedIn(t, clustertest.Config{Nodes: 3, Namespaces: true})
+	if g.Network.Kind() == cluster.Loopback {
+		t.Skip("links can be cut in network namespaces only, and those are not permitted here")
+	}
+	must(t, g.Up(t.Context()))
+	g.waitVoters()
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, keepApp)
+	in := g.running(n1, "tally/counter-0", nil)
+	owner := g.Node(in.GetNode())
+	survivor := g.others(owner)[0]
+	g.addAt(survivor, "before", 5)
+	g.do(survivor, "checkpoint", "tally/counter")
+	g.running(survivor, "tally/counter-0", protected(2))
+	must(t, owner.Cut())
+	if v := g.addAt(survivor, "majority", 1); v != "6" {
+		t.Errorf("the side of the majority counts %s, want 6", v)
+	}
+	if v := g.addAt(owner, "alone", 3); v != "8" {
+		t.Errorf("the node that is cut off counts %s, want 8", v)
+	}
+	g.do(owner, "checkpoint", "tally/counter")
+	must(t, owner.Heal())
+
+	name := "@branch-" + owner.Name + "-1"
+	g.wait("the branch to be listed", func(context.Context) error {
+		ids, why := g.checkpoints(survivor, "tally/counter")
+		if at := slices.Index(ids, name); at < 0 || why[at] != "branch, kept" {
+			return fmt.Errorf("listed are %v: %v", ids, why)
+		}
+		return nil
+	})
+	g.event(survivor, "/apps/tally", "branch", func(ev *apiv1.Event) bool { return ev.GetType() == "branch" })
+	g.counts(survivor, "tally/counter", "6")
+	g.refused(survivor, []string{"@branch-n9-1 is no branch of it", "stored are " + name, "\ntry: coppice checkpoints"}, "restore", "tally/counter", "--at", "@branch-n9-1")
+
+	t.Log(g.do(survivor, "fork", "tally/counter", "--at", name, "--as", "alone"))
+	g.counts(survivor, "tally/alone", "8")
+	g.counts(survivor, "tally/counter", "6")
+	file := filepath.Join(g.Dir, "branch.coppice")
+	if out := g.do(survivor, "fork", "tally/counter", "--at", name, "--export", file); !strings.Contains(out, name) {
+		t.Errorf("the export does not say what it is of: %s", out)
+	}
+	t.Log(g.do(owner, "restore", "tally/counter", "--at", "tally/counter-0"+name))
+	g.counts(survivor, "tally/counter", "8")
+	t.Log(g.do(owner, "undo", "tally/counter"))
+	g.counts(survivor, "tally/counter", "6")
+}
+
+// keepApp goes on in a cut, and what it did alone is stored beside.
+const keepApp = `application: tally
+components:
+  - name: counter
+    artifact: counter@^1
+    durable: 1s
+    on_partition: keep
+    reconcile: keep_majority
+`
+
+// counts waits until a counter answers a value.
+func (g *grove) counts(via *cluster.Node, component, want string) {
+	g.t.Helper()
+	g.wait(component+" to answer "+want, func(context.Context) error {
+		r := g.run(via, "call", component, "Get")
+		if r.code != 0 || !strings.Contains(r.out, `"`+want+`"`) {
+			return fmt.Errorf("status %d: %s%s", r.code, r.out, r.err)
+		}
+		return nil
+	})
 }
 
 // countAt reads the counter through a node.

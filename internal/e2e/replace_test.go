@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/coppice-project/coppice/internal/cluster"
+	"github.com/coppice-project/coppice/internal/cluster/clustertest"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
 )
 
@@ -136,6 +138,83 @@ func TestMoveDrainLeaveUnderLoad(t *testing.T) {
 	})
 	p.answered(50)
 	p.audit(true)
+}
+
+// The leader of the arbiter, which runs a component that is used, is drained: it hands the leadership over first, and when the command is done it neither
+// leads nor votes nor runs anything. No call fails and none needs a second attempt. Readmitted it may vote again.
+func TestDrainOfTheLeaderUnderLoad(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	g := plant(t, 4)
+	n1 := g.Nodes[0]
+	g.push(n1, component(t, "kv", "1.0.0"))
+	g.deploy(n1, kvApp)
+	leader := g.Node(g.arbiter(n1).GetLeader())
+	g.moveTo(n1, "data/kv-0", leader.Name)
+	g.running(n1, "data/kv-0", protected(3))
+	if overlay := g.run(n1, "unpin", "data/kv"); overlay.code != 0 {
+		t.Logf("it was there already: %s", overlay.err)
+	}
+	rest := g.others(leader)
+	p := g.press("data/kv", rest, 50, patient)
+	r := g.run(rest[0], "drain", leader.Name)
+	handed, moved := strings.Index(r.err, "handed the leadership over"), strings.Index(r.err, "data/kv-0 moved")
+	if r.code != 0 || handed < 0 || moved < handed || !strings.Contains(r.out, "1 instance moved") || strings.Contains(r.out, "voting") {
+		t.Errorf("drain: status %d\n%s%s", r.code, r.err, r.out)
+	}
+	for _, n := range g.Nodes { // at once: it was said to be done
+		a := g.arbiter(n)
+		if n == leader && (a.GetLeader() == leader.Name || slices.Contains(a.GetVoters(), leader.Name)) {
+			t.Errorf("%s says of itself that %s leads and %v vote", n.Name, a.GetLeader(), a.GetVoters())
+		}
+		g.wait(n.Name+" to know", func(context.Context) error {
+			if a := g.arbiter(n); a.GetLeader() == "" || a.GetLeader() == leader.Name || slices.Contains(a.GetVoters(), leader.Name) || len(a.GetVoters()) != 3 {
+				return fmt.Errorf("%s leads, %v vote", a.GetLeader(), a.GetVoters())
+			}
+			return nil
+		})
+	}
+	p.answered(50)
+	if in := g.running(rest[0], "data/kv-0", nil); in.GetNode() == leader.Name {
+		t.Errorf("%s is drained and runs it", leader.Name)
+	}
+	p.audit(true)
+
+	g.do(rest[0], "readmit", leader.Name)
+	_, err := rest[0].Kill()
+	must(t, err)
+	g.wait("its vote to be the third again", func(context.Context) error {
+		if a := g.arbiter(rest[1]); len(a.GetVoters()) != 3 || !slices.Contains(a.GetVoters(), leader.Name) {
+			return fmt.Errorf("%v vote", a.GetVoters())
+		}
+		return nil
+	})
+}
+
+// A node that alone may vote is emptied and goes on voting; it does not leave.
+func TestDrainOfTheOnlyVoter(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	g := seedIn(t, clustertest.Config{Nodes: 2, Args: func(i int) []string {
+		return []string{"--role", []string{"full", "worker"}[i-1]}
+	}})
+	must(t, g.Up(t.Context()))
+	n1, n2 := g.Nodes[0], g.Nodes[1]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, counterApp)
+	g.moveTo(n1, "tally/counter-0", "n1")
+	g.running(n1, "tally/counter-0", protected(2))
+	g.counted(n1, 3)
+	if r := g.run(n1, "unpin", "tally/counter"); r.code != 0 {
+		t.Logf("it was there already: %s", r.err)
+	}
+	if out := g.do(n2, "drain", "n1"); !strings.Contains(out, "1 instance moved") || !strings.Contains(out, "n1: it goes on voting, for no other node may") {
+		t.Errorf("drain: %s", out)
+	}
+	g.running(n2, "tally/counter-0", notOn("n1"))
+	g.shows(n2, 3)
+	g.refused(n1, []string{"no other node may vote", "\ntry: "}, "leave")
+	if a := g.arbiter(n2); a.GetLeader() != "n1" || !n1.Running() {
+		t.Errorf("%s leads", a.GetLeader())
+	}
 }
 
 // A node that has components leaves while they are used: they move with their state first.

@@ -69,7 +69,7 @@ func (x Verdict_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Verdict_Kind.Descriptor instead.
 func (Verdict_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{1, 0}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{2, 0}
 }
 
 type ViewVote_Outcome int32
@@ -121,7 +121,7 @@ func (x ViewVote_Outcome) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ViewVote_Outcome.Descriptor instead.
 func (ViewVote_Outcome) EnumDescriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{12, 0}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{13, 0}
 }
 
 // MemberInfo is what a node says of itself. Newer is the greater (started_unix_ms, boot, counter); only the node raises them.
@@ -146,6 +146,7 @@ type MemberInfo struct {
 	NoHolder      bool                   `protobuf:"varint,17,opt,name=no_holder,json=noHolder,proto3" json:"no_holder,omitempty"`
 	MaxFormat     uint32                 `protobuf:"varint,18,opt,name=max_format,json=maxFormat,proto3" json:"max_format,omitempty"`
 	Watchers      [][]byte               `protobuf:"bytes,19,rep,name=watchers,proto3" json:"watchers,omitempty"`
+	Readmitted    *MemberVersion         `protobuf:"bytes,20,opt,name=readmitted,proto3" json:"readmitted,omitempty"` // an operator said that what the node had died of before this version counts no more; unset: nobody did
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -313,6 +314,74 @@ func (x *MemberInfo) GetWatchers() [][]byte {
 	return nil
 }
 
+func (x *MemberInfo) GetReadmitted() *MemberVersion {
+	if x != nil {
+		return x.Readmitted
+	}
+	return nil
+}
+
+// MemberVersion orders what a node says of itself.
+type MemberVersion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	StartedUnixMs int64                  `protobuf:"varint,1,opt,name=started_unix_ms,json=startedUnixMs,proto3" json:"started_unix_ms,omitempty"`
+	Boot          uint64                 `protobuf:"fixed64,2,opt,name=boot,proto3" json:"boot,omitempty"`
+	Counter       uint64                 `protobuf:"varint,3,opt,name=counter,proto3" json:"counter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemberVersion) Reset() {
+	*x = MemberVersion{}
+	mi := &file_dht_wire_v1_members_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemberVersion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemberVersion) ProtoMessage() {}
+
+func (x *MemberVersion) ProtoReflect() protoreflect.Message {
+	mi := &file_dht_wire_v1_members_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemberVersion.ProtoReflect.Descriptor instead.
+func (*MemberVersion) Descriptor() ([]byte, []int) {
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *MemberVersion) GetStartedUnixMs() int64 {
+	if x != nil {
+		return x.StartedUnixMs
+	}
+	return 0
+}
+
+func (x *MemberVersion) GetBoot() uint64 {
+	if x != nil {
+		return x.Boot
+	}
+	return 0
+}
+
+func (x *MemberVersion) GetCounter() uint64 {
+	if x != nil {
+		return x.Counter
+	}
+	return 0
+}
+
 // Verdict ends what MemberInfo says up to and including the version it names; the node refutes it with a greater counter.
 type Verdict struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -330,7 +399,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[1]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -342,7 +411,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[1]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -355,7 +424,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{1}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Verdict) GetKind() Verdict_Kind {
@@ -425,7 +494,7 @@ type MemberState struct {
 
 func (x *MemberState) Reset() {
 	*x = MemberState{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[2]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -437,7 +506,7 @@ func (x *MemberState) String() string {
 func (*MemberState) ProtoMessage() {}
 
 func (x *MemberState) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[2]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -450,7 +519,7 @@ func (x *MemberState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberState.ProtoReflect.Descriptor instead.
 func (*MemberState) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{2}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *MemberState) GetInfo() *MemberInfo {
@@ -488,7 +557,7 @@ type WatchBeat struct {
 
 func (x *WatchBeat) Reset() {
 	*x = WatchBeat{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[3]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -500,7 +569,7 @@ func (x *WatchBeat) String() string {
 func (*WatchBeat) ProtoMessage() {}
 
 func (x *WatchBeat) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[3]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -513,7 +582,7 @@ func (x *WatchBeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchBeat.ProtoReflect.Descriptor instead.
 func (*WatchBeat) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{3}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *WatchBeat) GetSeq() uint64 {
@@ -562,7 +631,7 @@ type WatchAck struct {
 
 func (x *WatchAck) Reset() {
 	*x = WatchAck{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[4]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -574,7 +643,7 @@ func (x *WatchAck) String() string {
 func (*WatchAck) ProtoMessage() {}
 
 func (x *WatchAck) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[4]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -587,7 +656,7 @@ func (x *WatchAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchAck.ProtoReflect.Descriptor instead.
 func (*WatchAck) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{4}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *WatchAck) GetSeq() uint64 {
@@ -619,7 +688,7 @@ type ViewRequest struct {
 
 func (x *ViewRequest) Reset() {
 	*x = ViewRequest{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[5]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -631,7 +700,7 @@ func (x *ViewRequest) String() string {
 func (*ViewRequest) ProtoMessage() {}
 
 func (x *ViewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[5]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -644,7 +713,7 @@ func (x *ViewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewRequest.ProtoReflect.Descriptor instead.
 func (*ViewRequest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{5}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ViewRequest) GetWhat() isViewRequest_What {
@@ -729,7 +798,7 @@ type ViewReply struct {
 
 func (x *ViewReply) Reset() {
 	*x = ViewReply{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[6]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -741,7 +810,7 @@ func (x *ViewReply) String() string {
 func (*ViewReply) ProtoMessage() {}
 
 func (x *ViewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[6]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -754,7 +823,7 @@ func (x *ViewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewReply.ProtoReflect.Descriptor instead.
 func (*ViewReply) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{6}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ViewReply) GetSummary() *ViewSummary {
@@ -787,7 +856,7 @@ type ViewPush struct {
 
 func (x *ViewPush) Reset() {
 	*x = ViewPush{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[7]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -799,7 +868,7 @@ func (x *ViewPush) String() string {
 func (*ViewPush) ProtoMessage() {}
 
 func (x *ViewPush) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[7]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -812,7 +881,7 @@ func (x *ViewPush) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewPush.ProtoReflect.Descriptor instead.
 func (*ViewPush) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{7}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ViewPush) GetStates() []*MemberState {
@@ -834,7 +903,7 @@ type ViewDigest struct {
 
 func (x *ViewDigest) Reset() {
 	*x = ViewDigest{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[8]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +915,7 @@ func (x *ViewDigest) String() string {
 func (*ViewDigest) ProtoMessage() {}
 
 func (x *ViewDigest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[8]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +928,7 @@ func (x *ViewDigest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewDigest.ProtoReflect.Descriptor instead.
 func (*ViewDigest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{8}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ViewDigest) GetBuckets() []uint64 {
@@ -895,7 +964,7 @@ type ViewSummary struct {
 
 func (x *ViewSummary) Reset() {
 	*x = ViewSummary{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[9]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +976,7 @@ func (x *ViewSummary) String() string {
 func (*ViewSummary) ProtoMessage() {}
 
 func (x *ViewSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[9]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +989,7 @@ func (x *ViewSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewSummary.ProtoReflect.Descriptor instead.
 func (*ViewSummary) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{9}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ViewSummary) GetSelf() *MemberState {
@@ -961,7 +1030,7 @@ type ViewDiff struct {
 
 func (x *ViewDiff) Reset() {
 	*x = ViewDiff{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[10]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -973,7 +1042,7 @@ func (x *ViewDiff) String() string {
 func (*ViewDiff) ProtoMessage() {}
 
 func (x *ViewDiff) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[10]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -986,7 +1055,7 @@ func (x *ViewDiff) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewDiff.ProtoReflect.Descriptor instead.
 func (*ViewDiff) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{10}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ViewDiff) GetStates() []*MemberState {
@@ -1014,7 +1083,7 @@ type ViewAsk struct {
 
 func (x *ViewAsk) Reset() {
 	*x = ViewAsk{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[11]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1026,7 +1095,7 @@ func (x *ViewAsk) String() string {
 func (*ViewAsk) ProtoMessage() {}
 
 func (x *ViewAsk) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[11]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1039,7 +1108,7 @@ func (x *ViewAsk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewAsk.ProtoReflect.Descriptor instead.
 func (*ViewAsk) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{11}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ViewAsk) GetId() []byte {
@@ -1069,7 +1138,7 @@ type ViewVote struct {
 
 func (x *ViewVote) Reset() {
 	*x = ViewVote{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[12]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1150,7 @@ func (x *ViewVote) String() string {
 func (*ViewVote) ProtoMessage() {}
 
 func (x *ViewVote) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[12]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1163,7 @@ func (x *ViewVote) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewVote.ProtoReflect.Descriptor instead.
 func (*ViewVote) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{12}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ViewVote) GetStarved() bool {
@@ -1138,13 +1207,14 @@ type MemberBook struct {
 	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"` // 1
 	StartedUnixMs int64                  `protobuf:"varint,2,opt,name=started_unix_ms,json=startedUnixMs,proto3" json:"started_unix_ms,omitempty"`
 	Entries       []*MemberBook_Entry    `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"`
+	Readmitted    *MemberVersion         `protobuf:"bytes,4,opt,name=readmitted,proto3" json:"readmitted,omitempty"` // as this node said it last
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MemberBook) Reset() {
 	*x = MemberBook{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[13]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1226,7 @@ func (x *MemberBook) String() string {
 func (*MemberBook) ProtoMessage() {}
 
 func (x *MemberBook) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[13]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1239,7 @@ func (x *MemberBook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberBook.ProtoReflect.Descriptor instead.
 func (*MemberBook) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{13}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *MemberBook) GetFormat() uint32 {
@@ -1193,6 +1263,13 @@ func (x *MemberBook) GetEntries() []*MemberBook_Entry {
 	return nil
 }
 
+func (x *MemberBook) GetReadmitted() *MemberVersion {
+	if x != nil {
+		return x.Readmitted
+	}
+	return nil
+}
+
 type ViewSummary_Item struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1203,7 +1280,7 @@ type ViewSummary_Item struct {
 
 func (x *ViewSummary_Item) Reset() {
 	*x = ViewSummary_Item{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[15]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1292,7 @@ func (x *ViewSummary_Item) String() string {
 func (*ViewSummary_Item) ProtoMessage() {}
 
 func (x *ViewSummary_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[15]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1305,7 @@ func (x *ViewSummary_Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewSummary_Item.ProtoReflect.Descriptor instead.
 func (*ViewSummary_Item) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{9, 0}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{10, 0}
 }
 
 func (x *ViewSummary_Item) GetId() []byte {
@@ -1257,7 +1334,7 @@ type MemberBook_Entry struct {
 
 func (x *MemberBook_Entry) Reset() {
 	*x = MemberBook_Entry{}
-	mi := &file_dht_wire_v1_members_proto_msgTypes[16]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +1346,7 @@ func (x *MemberBook_Entry) String() string {
 func (*MemberBook_Entry) ProtoMessage() {}
 
 func (x *MemberBook_Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_members_proto_msgTypes[16]
+	mi := &file_dht_wire_v1_members_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +1359,7 @@ func (x *MemberBook_Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberBook_Entry.ProtoReflect.Descriptor instead.
 func (*MemberBook_Entry) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{13, 0}
+	return file_dht_wire_v1_members_proto_rawDescGZIP(), []int{14, 0}
 }
 
 func (x *MemberBook_Entry) GetInfo() *MemberInfo {
@@ -1317,7 +1394,7 @@ var File_dht_wire_v1_members_proto protoreflect.FileDescriptor
 
 const file_dht_wire_v1_members_proto_rawDesc = "" +
 	"\n" +
-	"\x19dht/wire/v1/members.proto\x12\x0ecoppice.dht.v1\"\xe5\x04\n" +
+	"\x19dht/wire/v1/members.proto\x12\x0ecoppice.dht.v1\"\xa4\x05\n" +
 	"\n" +
 	"MemberInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
@@ -1342,10 +1419,17 @@ const file_dht_wire_v1_members_proto_rawDesc = "" +
 	"\tno_holder\x18\x11 \x01(\bR\bnoHolder\x12\x1d\n" +
 	"\n" +
 	"max_format\x18\x12 \x01(\rR\tmaxFormat\x12\x1a\n" +
-	"\bwatchers\x18\x13 \x03(\fR\bwatchers\x1a9\n" +
+	"\bwatchers\x18\x13 \x03(\fR\bwatchers\x12=\n" +
+	"\n" +
+	"readmitted\x18\x14 \x01(\v2\x1d.coppice.dht.v1.MemberVersionR\n" +
+	"readmitted\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x90\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
+	"\rMemberVersion\x12&\n" +
+	"\x0fstarted_unix_ms\x18\x01 \x01(\x03R\rstartedUnixMs\x12\x12\n" +
+	"\x04boot\x18\x02 \x01(\x06R\x04boot\x12\x18\n" +
+	"\acounter\x18\x03 \x01(\x04R\acounter\"\x90\x02\n" +
 	"\aVerdict\x120\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1c.coppice.dht.v1.Verdict.KindR\x04kind\x12&\n" +
 	"\x0fstarted_unix_ms\x18\x02 \x01(\x03R\rstartedUnixMs\x12\x12\n" +
@@ -1414,12 +1498,15 @@ const file_dht_wire_v1_members_proto_rawDesc = "" +
 	"\n" +
 	"\x06SILENT\x10\x01\x12\v\n" +
 	"\aREACHED\x10\x02\x12\v\n" +
-	"\aREFUSED\x10\x03\"\x9c\x02\n" +
+	"\aREFUSED\x10\x03\"\xdb\x02\n" +
 	"\n" +
 	"MemberBook\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12&\n" +
 	"\x0fstarted_unix_ms\x18\x02 \x01(\x03R\rstartedUnixMs\x12:\n" +
-	"\aentries\x18\x03 \x03(\v2 .coppice.dht.v1.MemberBook.EntryR\aentries\x1a\x91\x01\n" +
+	"\aentries\x18\x03 \x03(\v2 .coppice.dht.v1.MemberBook.EntryR\aentries\x12=\n" +
+	"\n" +
+	"readmitted\x18\x04 \x01(\v2\x1d.coppice.dht.v1.MemberVersionR\n" +
+	"readmitted\x1a\x91\x01\n" +
 	"\x05Entry\x12.\n" +
 	"\x04info\x18\x01 \x01(\v2\x1a.coppice.dht.v1.MemberInfoR\x04info\x12\x1a\n" +
 	"\badmitted\x18\x02 \x01(\bR\badmitted\x12\x1a\n" +
@@ -1440,57 +1527,60 @@ func file_dht_wire_v1_members_proto_rawDescGZIP() []byte {
 }
 
 var file_dht_wire_v1_members_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_dht_wire_v1_members_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_dht_wire_v1_members_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_dht_wire_v1_members_proto_goTypes = []any{
 	(Verdict_Kind)(0),        // 0: coppice.dht.v1.Verdict.Kind
 	(ViewVote_Outcome)(0),    // 1: coppice.dht.v1.ViewVote.Outcome
 	(*MemberInfo)(nil),       // 2: coppice.dht.v1.MemberInfo
-	(*Verdict)(nil),          // 3: coppice.dht.v1.Verdict
-	(*MemberState)(nil),      // 4: coppice.dht.v1.MemberState
-	(*WatchBeat)(nil),        // 5: coppice.dht.v1.WatchBeat
-	(*WatchAck)(nil),         // 6: coppice.dht.v1.WatchAck
-	(*ViewRequest)(nil),      // 7: coppice.dht.v1.ViewRequest
-	(*ViewReply)(nil),        // 8: coppice.dht.v1.ViewReply
-	(*ViewPush)(nil),         // 9: coppice.dht.v1.ViewPush
-	(*ViewDigest)(nil),       // 10: coppice.dht.v1.ViewDigest
-	(*ViewSummary)(nil),      // 11: coppice.dht.v1.ViewSummary
-	(*ViewDiff)(nil),         // 12: coppice.dht.v1.ViewDiff
-	(*ViewAsk)(nil),          // 13: coppice.dht.v1.ViewAsk
-	(*ViewVote)(nil),         // 14: coppice.dht.v1.ViewVote
-	(*MemberBook)(nil),       // 15: coppice.dht.v1.MemberBook
-	nil,                      // 16: coppice.dht.v1.MemberInfo.LabelsEntry
-	(*ViewSummary_Item)(nil), // 17: coppice.dht.v1.ViewSummary.Item
-	(*MemberBook_Entry)(nil), // 18: coppice.dht.v1.MemberBook.Entry
+	(*MemberVersion)(nil),    // 3: coppice.dht.v1.MemberVersion
+	(*Verdict)(nil),          // 4: coppice.dht.v1.Verdict
+	(*MemberState)(nil),      // 5: coppice.dht.v1.MemberState
+	(*WatchBeat)(nil),        // 6: coppice.dht.v1.WatchBeat
+	(*WatchAck)(nil),         // 7: coppice.dht.v1.WatchAck
+	(*ViewRequest)(nil),      // 8: coppice.dht.v1.ViewRequest
+	(*ViewReply)(nil),        // 9: coppice.dht.v1.ViewReply
+	(*ViewPush)(nil),         // 10: coppice.dht.v1.ViewPush
+	(*ViewDigest)(nil),       // 11: coppice.dht.v1.ViewDigest
+	(*ViewSummary)(nil),      // 12: coppice.dht.v1.ViewSummary
+	(*ViewDiff)(nil),         // 13: coppice.dht.v1.ViewDiff
+	(*ViewAsk)(nil),          // 14: coppice.dht.v1.ViewAsk
+	(*ViewVote)(nil),         // 15: coppice.dht.v1.ViewVote
+	(*MemberBook)(nil),       // 16: coppice.dht.v1.MemberBook
+	nil,                      // 17: coppice.dht.v1.MemberInfo.LabelsEntry
+	(*ViewSummary_Item)(nil), // 18: coppice.dht.v1.ViewSummary.Item
+	(*MemberBook_Entry)(nil), // 19: coppice.dht.v1.MemberBook.Entry
 }
 var file_dht_wire_v1_members_proto_depIdxs = []int32{
-	16, // 0: coppice.dht.v1.MemberInfo.labels:type_name -> coppice.dht.v1.MemberInfo.LabelsEntry
-	0,  // 1: coppice.dht.v1.Verdict.kind:type_name -> coppice.dht.v1.Verdict.Kind
-	2,  // 2: coppice.dht.v1.MemberState.info:type_name -> coppice.dht.v1.MemberInfo
-	3,  // 3: coppice.dht.v1.MemberState.verdict:type_name -> coppice.dht.v1.Verdict
-	4,  // 4: coppice.dht.v1.WatchBeat.self:type_name -> coppice.dht.v1.MemberState
-	3,  // 5: coppice.dht.v1.WatchAck.verdict:type_name -> coppice.dht.v1.Verdict
-	9,  // 6: coppice.dht.v1.ViewRequest.push:type_name -> coppice.dht.v1.ViewPush
-	10, // 7: coppice.dht.v1.ViewRequest.digest:type_name -> coppice.dht.v1.ViewDigest
-	12, // 8: coppice.dht.v1.ViewRequest.diff:type_name -> coppice.dht.v1.ViewDiff
-	13, // 9: coppice.dht.v1.ViewRequest.ask:type_name -> coppice.dht.v1.ViewAsk
-	11, // 10: coppice.dht.v1.ViewReply.summary:type_name -> coppice.dht.v1.ViewSummary
-	9,  // 11: coppice.dht.v1.ViewReply.push:type_name -> coppice.dht.v1.ViewPush
-	14, // 12: coppice.dht.v1.ViewReply.vote:type_name -> coppice.dht.v1.ViewVote
-	4,  // 13: coppice.dht.v1.ViewPush.states:type_name -> coppice.dht.v1.MemberState
-	4,  // 14: coppice.dht.v1.ViewDigest.self:type_name -> coppice.dht.v1.MemberState
-	3,  // 15: coppice.dht.v1.ViewDigest.verdict:type_name -> coppice.dht.v1.Verdict
-	4,  // 16: coppice.dht.v1.ViewSummary.self:type_name -> coppice.dht.v1.MemberState
-	3,  // 17: coppice.dht.v1.ViewSummary.verdict:type_name -> coppice.dht.v1.Verdict
-	17, // 18: coppice.dht.v1.ViewSummary.items:type_name -> coppice.dht.v1.ViewSummary.Item
-	4,  // 19: coppice.dht.v1.ViewDiff.states:type_name -> coppice.dht.v1.MemberState
-	1,  // 20: coppice.dht.v1.ViewVote.outcome:type_name -> coppice.dht.v1.ViewVote.Outcome
-	18, // 21: coppice.dht.v1.MemberBook.entries:type_name -> coppice.dht.v1.MemberBook.Entry
-	2,  // 22: coppice.dht.v1.MemberBook.Entry.info:type_name -> coppice.dht.v1.MemberInfo
-	23, // [23:23] is the sub-list for method output_type
-	23, // [23:23] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	17, // 0: coppice.dht.v1.MemberInfo.labels:type_name -> coppice.dht.v1.MemberInfo.LabelsEntry
+	3,  // 1: coppice.dht.v1.MemberInfo.readmitted:type_name -> coppice.dht.v1.MemberVersion
+	0,  // 2: coppice.dht.v1.Verdict.kind:type_name -> coppice.dht.v1.Verdict.Kind
+	2,  // 3: coppice.dht.v1.MemberState.info:type_name -> coppice.dht.v1.MemberInfo
+	4,  // 4: coppice.dht.v1.MemberState.verdict:type_name -> coppice.dht.v1.Verdict
+	5,  // 5: coppice.dht.v1.WatchBeat.self:type_name -> coppice.dht.v1.MemberState
+	4,  // 6: coppice.dht.v1.WatchAck.verdict:type_name -> coppice.dht.v1.Verdict
+	10, // 7: coppice.dht.v1.ViewRequest.push:type_name -> coppice.dht.v1.ViewPush
+	11, // 8: coppice.dht.v1.ViewRequest.digest:type_name -> coppice.dht.v1.ViewDigest
+	13, // 9: coppice.dht.v1.ViewRequest.diff:type_name -> coppice.dht.v1.ViewDiff
+	14, // 10: coppice.dht.v1.ViewRequest.ask:type_name -> coppice.dht.v1.ViewAsk
+	12, // 11: coppice.dht.v1.ViewReply.summary:type_name -> coppice.dht.v1.ViewSummary
+	10, // 12: coppice.dht.v1.ViewReply.push:type_name -> coppice.dht.v1.ViewPush
+	15, // 13: coppice.dht.v1.ViewReply.vote:type_name -> coppice.dht.v1.ViewVote
+	5,  // 14: coppice.dht.v1.ViewPush.states:type_name -> coppice.dht.v1.MemberState
+	5,  // 15: coppice.dht.v1.ViewDigest.self:type_name -> coppice.dht.v1.MemberState
+	4,  // 16: coppice.dht.v1.ViewDigest.verdict:type_name -> coppice.dht.v1.Verdict
+	5,  // 17: coppice.dht.v1.ViewSummary.self:type_name -> coppice.dht.v1.MemberState
+	4,  // 18: coppice.dht.v1.ViewSummary.verdict:type_name -> coppice.dht.v1.Verdict
+	18, // 19: coppice.dht.v1.ViewSummary.items:type_name -> coppice.dht.v1.ViewSummary.Item
+	5,  // 20: coppice.dht.v1.ViewDiff.states:type_name -> coppice.dht.v1.MemberState
+	1,  // 21: coppice.dht.v1.ViewVote.outcome:type_name -> coppice.dht.v1.ViewVote.Outcome
+	19, // 22: coppice.dht.v1.MemberBook.entries:type_name -> coppice.dht.v1.MemberBook.Entry
+	3,  // 23: coppice.dht.v1.MemberBook.readmitted:type_name -> coppice.dht.v1.MemberVersion
+	2,  // 24: coppice.dht.v1.MemberBook.Entry.info:type_name -> coppice.dht.v1.MemberInfo
+	25, // [25:25] is the sub-list for method output_type
+	25, // [25:25] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_dht_wire_v1_members_proto_init() }
@@ -1498,7 +1588,7 @@ func file_dht_wire_v1_members_proto_init() {
 	if File_dht_wire_v1_members_proto != nil {
 		return
 	}
-	file_dht_wire_v1_members_proto_msgTypes[5].OneofWrappers = []any{
+	file_dht_wire_v1_members_proto_msgTypes[6].OneofWrappers = []any{
 		(*ViewRequest_Push)(nil),
 		(*ViewRequest_Digest)(nil),
 		(*ViewRequest_Diff)(nil),
@@ -1510,7 +1600,7 @@ func file_dht_wire_v1_members_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dht_wire_v1_members_proto_rawDesc), len(file_dht_wire_v1_members_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   17,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -2799,8 +2799,8 @@ type DrainUpdate struct {
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	Instance      string                 `protobuf:"bytes,2,opt,name=instance,proto3" json:"instance,omitempty"` // the one this step is about; empty on the first and last
 	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`             // node it went to
-	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`       // moving | moved | failed | done
-	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`       // handing over | handed over (to: who leads now) | voting | moving | moved | failed | done
+	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`     // of done: why it still votes
 	Moved         uint32                 `protobuf:"varint,6,opt,name=moved,proto3" json:"moved,omitempty"`
 	Remaining     uint32                 `protobuf:"varint,7,opt,name=remaining,proto3" json:"remaining,omitempty"`
 	Done          bool                   `protobuf:"varint,8,opt,name=done,proto3" json:"done,omitempty"`
@@ -7553,7 +7553,7 @@ func (x *CheckpointsResponse) GetHistoryAgeMs() uint64 {
 type Checkpoint struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
-	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // c7
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // c7; of a stored branch @branch-n2-1
 	Seq           uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
 	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"` // of the state, by the cluster's clock
 	AgeMs         uint64                 `protobuf:"varint,5,opt,name=age_ms,json=ageMs,proto3" json:"age_ms,omitempty"`
@@ -7562,12 +7562,13 @@ type Checkpoint struct {
 	Digest        string                 `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`
 	Schema        uint32                 `protobuf:"varint,9,opt,name=schema,proto3" json:"schema,omitempty"`
 	Bytes         uint64                 `protobuf:"varint,10,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	Why           string                 `protobuf:"bytes,11,opt,name=why,proto3" json:"why,omitempty"` // by hand | before swap | before restore | before undo | periodic
+	Why           string                 `protobuf:"bytes,11,opt,name=why,proto3" json:"why,omitempty"` // by hand | before swap | before restore | before undo | periodic | branch
 	Epoch         uint64                 `protobuf:"varint,12,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Root          string                 `protobuf:"bytes,13,opt,name=root,proto3" json:"root,omitempty"`       // hex
 	Holders       []string               `protobuf:"bytes,14,rep,name=holders,proto3" json:"holders,omitempty"` // node names
 	HoldersAlive  uint32                 `protobuf:"varint,15,opt,name=holders_alive,json=holdersAlive,proto3" json:"holders_alive,omitempty"`
 	Present       bool                   `protobuf:"varint,16,opt,name=present,proto3" json:"present,omitempty"` // it is the present state's, as far as that is acknowledged
+	Branch        string                 `protobuf:"bytes,17,opt,name=branch,proto3" json:"branch,omitempty"`    // full name of the branch that it is; empty: it is an entry of the history
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -7714,10 +7715,17 @@ func (x *Checkpoint) GetPresent() bool {
 	return false
 }
 
+func (x *Checkpoint) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
 // Moment names an earlier checkpoint: one of the fields is set.
 type Moment struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                           // c7, or the number of the checkpoint
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                           // c7, the number of the checkpoint, or a branch: its full name, or @branch-n2-1
 	Time          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`                       // the last one until then
 	AgoMs         *uint64                `protobuf:"varint,3,opt,name=ago_ms,json=agoMs,proto3,oneof" json:"ago_ms,omitempty"` // the same, by the cluster's clock
 	unknownFields protoimpl.UnknownFields
@@ -10501,7 +10509,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12<\n" +
 	"\vcheckpoints\x18\x02 \x03(\v2\x1a.coppice.api.v1.CheckpointR\vcheckpoints\x12\x18\n" +
 	"\ahistory\x18\x03 \x01(\rR\ahistory\x12$\n" +
-	"\x0ehistory_age_ms\x18\x04 \x01(\x04R\fhistoryAgeMs\"\xa2\x03\n" +
+	"\x0ehistory_age_ms\x18\x04 \x01(\x04R\fhistoryAgeMs\"\xba\x03\n" +
 	"\n" +
 	"Checkpoint\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x0e\n" +
@@ -10520,7 +10528,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x04root\x18\r \x01(\tR\x04root\x12\x18\n" +
 	"\aholders\x18\x0e \x03(\tR\aholders\x12#\n" +
 	"\rholders_alive\x18\x0f \x01(\rR\fholdersAlive\x12\x18\n" +
-	"\apresent\x18\x10 \x01(\bR\apresent\"o\n" +
+	"\apresent\x18\x10 \x01(\bR\apresent\x12\x16\n" +
+	"\x06branch\x18\x11 \x01(\tR\x06branch\"o\n" +
 	"\x06Moment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1a\n" +

@@ -142,7 +142,8 @@ type ControlClient interface {
 	Nodes(context.Context, *v1.NodesRequest) (*v1.NodesResponse, error)
 	Status(context.Context, *v1.StatusRequest) (*v1.StatusResponse, error)
 	Doctor(context.Context, *v1.DoctorRequest) (*v1.DoctorResponse, error)
-	// Drain moves every component away from a node with its state; one message per step, the last with done set.
+	// Drain gives a node's leadership and vote to others and moves every component away from it with its state; one message per step, the
+	// last with done set.
 	Drain(context.Context, *v1.DrainRequest) (*connect.ServerStreamForClient[v1.DrainUpdate], error)
 	// Leave drains the node that answers, says goodbye and stops it.
 	Leave(context.Context, *v1.LeaveRequest) (*connect.ServerStreamForClient[v1.DrainUpdate], error)
@@ -184,7 +185,7 @@ type ControlClient interface {
 	Move(context.Context, *v1.MoveRequest) (*v1.ReplaceResponse, error)
 	Unpin(context.Context, *v1.UnpinRequest) (*v1.UnpinResponse, error)
 	Checkpoint(context.Context, *v1.CheckpointRequest) (*v1.CheckpointResponse, error)
-	// Checkpoints lists the earlier checkpoints that are kept of a component, oldest first.
+	// Checkpoints lists the earlier checkpoints that are kept of a component, oldest first, and then its stored branches.
 	Checkpoints(context.Context, *v1.CheckpointsRequest) (*v1.CheckpointsResponse, error)
 	// Restore takes a component back to one of them; calls are held meanwhile.
 	Restore(context.Context, *v1.RestoreRequest) (*v1.ReplaceResponse, error)
@@ -930,7 +931,8 @@ type ControlHandler interface {
 	Nodes(context.Context, *v1.NodesRequest) (*v1.NodesResponse, error)
 	Status(context.Context, *v1.StatusRequest) (*v1.StatusResponse, error)
 	Doctor(context.Context, *v1.DoctorRequest) (*v1.DoctorResponse, error)
-	// Drain moves every component away from a node with its state; one message per step, the last with done set.
+	// Drain gives a node's leadership and vote to others and moves every component away from it with its state; one message per step, the
+	// last with done set.
 	Drain(context.Context, *v1.DrainRequest, *connect.ServerStream[v1.DrainUpdate]) error
 	// Leave drains the node that answers, says goodbye and stops it.
 	Leave(context.Context, *v1.LeaveRequest, *connect.ServerStream[v1.DrainUpdate]) error
@@ -972,7 +974,7 @@ type ControlHandler interface {
 	Move(context.Context, *v1.MoveRequest) (*v1.ReplaceResponse, error)
 	Unpin(context.Context, *v1.UnpinRequest) (*v1.UnpinResponse, error)
 	Checkpoint(context.Context, *v1.CheckpointRequest) (*v1.CheckpointResponse, error)
-	// Checkpoints lists the earlier checkpoints that are kept of a component, oldest first.
+	// Checkpoints lists the earlier checkpoints that are kept of a component, oldest first, and then its stored branches.
 	Checkpoints(context.Context, *v1.CheckpointsRequest) (*v1.CheckpointsResponse, error)
 	// Restore takes a component back to one of them; calls are held meanwhile.
 	Restore(context.Context, *v1.RestoreRequest) (*v1.ReplaceResponse, error)
