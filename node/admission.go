@@ -263,6 +263,22 @@ func (n *Node) memberChanged(reg *arbiter.Register) {
 	}
 }
 
+// expelled says whether it is committed, as far as this node knows, that a member must not come back.
+func (n *Node) expelled(id peer.ID) bool {
+	if n.arbiter == nil {
+		return false // it is being made
+	}
+	reg, ok := n.arbiter.Get(memberKey(id))
+	if !ok {
+		return false
+	}
+	var rec wirev1.MemberRecord
+	if err := proto.Unmarshal(reg.Body, &rec); err != nil {
+		return false // memberChanged says so
+	}
+	return rec.GetRevoked()
+}
+
 // expel commits that a member is none any more and must not come back.
 func (n *Node) expel(ctx context.Context, id peer.ID, why string) error {
 	return n.update(ctx, memberKey(id), func(body []byte) ([]byte, error) {

@@ -261,7 +261,7 @@ func (n *Node) openOverlay() (err error) {
 		Self: n.id, Boot: n.boot, Peers: p, Links: p, Members: arbiter.FromMembers(n.members), FS: n.store.FS(), Dir: filepath.Join(n.cfg.Data, raftName),
 		Leased: components.LeasedBody, MaxVoters: n.cfg.MaxVoters,
 		Profile: n.cfg.Profile, Rand: n.nonce, Log: n.log, BootTime: n.cfg.BootTime, Mirror: n.mirror, Turned: n.turned,
-		Halted: n.votesNoMore, Format: n.cfg.Format,
+		Halted: n.votesNoMore, Format: n.cfg.Format, Expelled: n.expelled,
 	})
 	if err != nil {
 		return err

@@ -58,6 +58,9 @@ type Config struct {
 	// Leased says whether the owner of a register runs under a lease (Lease), by the register's key and body; it may change from epoch to epoch
 	// only. Default: none is.
 	Leased func(key string, body []byte) bool
+	// Expelled says whether a member was expelled for good. The members' view forgets such a one, so the keeper asks: as a voter it is dead, at once.
+	// It must not block. Default: none is.
+	Expelled func(peer.ID) bool
 	// AuditLeases is told, in order, what this node decides about leases while it leads. It must not block, nor call back. May be nil.
 	AuditLeases func(LeaseStep)
 	// Format is the highest format of entries that this node knows. Default: MaxFormat; another one in tests of mixed versions.

@@ -459,6 +459,46 @@ func TestReadmittedAfterADrainANodeMayVoteAtOnce(t *testing.T) {
 	})
 }
 
+// A voter that is expelled is replaced although no view names it any more, and although the leader changes: a group whose dead are expelled one by one must not
+// keep them until they are the majority.
+func TestAnExpelledVoterIsReplacedAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 9)
+		defer c.close()
+		var mu sync.Mutex
+		gone := map[peer.ID]bool{}
+		c.adjust = func(cfg *Config) {
+			cfg.Timings.Unknown = time.Hour
+			cfg.Expelled = func(id peer.ID) bool {
+				mu.Lock()
+				defer mu.Unlock()
+				return gone[id]
+			}
+		}
+		c.grow(8)
+		c.settled(20*time.Second, 5, 0)
+		for range 3 {
+			time.Sleep(time.Second)
+			victim := c.leader()
+			c.kill(victim)
+			mu.Lock()
+			gone[victim.id] = true
+			mu.Unlock()
+			time.Sleep(100 * time.Millisecond) // the news of its death is forgotten, too
+			for _, n := range c.live() {
+				n.view().forget(victim.id)
+			}
+			c.eventually(20*time.Second, "the expelled voter is out of the group", func() bool {
+				l := c.leader()
+				return l != nil && !slices.Contains(l.arb().Status().Voters, victim.id)
+			})
+			if err := put(c.leader().arb(), "k", victim.id.String(), 5*time.Second); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
 func TestOnlyVoterCannotStepDown(t *testing.T) {
 	inCluster(t, 10, 1, func(c *cluster) {
 		ctx, done := within(3 * time.Second)

@@ -169,6 +169,10 @@ func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 		s.members[m.ID] = standing{alive: m.Alive, dead: m.Dead && quiet >= a.t.DeadFor, eligible: can, zone: m.Zone}
 	}
 	for _, id := range append(slices.Clone(s.voters), s.learners...) {
+		if a.cfg.Expelled != nil && a.cfg.Expelled(id) {
+			s.members[id] = standing{dead: true} // it never comes back, so there is nothing to wait for
+			continue
+		}
 		if _, known := s.members[id]; known {
 			delete(k.firstMet, id)
 			continue

@@ -325,6 +325,13 @@ func (s *fakeState) now() Member {
 	return m
 }
 
+// forget takes a member out of the view, as those are that are expelled.
+func (f *fakeMembers) forget(id peer.ID) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.states, id)
+}
+
 func (f *fakeMembers) List() []Member {
 	f.mu.Lock()
 	defer f.mu.Unlock()
