@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 
 	"github.com/coppice-project/coppice/internal/bench"
 	"github.com/coppice-project/coppice/placement/solver/replay"
@@ -86,7 +87,7 @@ func (c *cli) replayReport(rep *bench.PlacementReport) error {
 		}
 		t.row(r.Trace, r.Policy, fmt.Sprintf("%.4f", r.Net), fmt.Sprintf("%.4f", r.After), fmt.Sprintf("%.4f", r.Before), fmt.Sprintf("%.1f", r.Adds),
 			fmt.Sprintf("%.1f", r.Redeploys), fmt.Sprintf("%.1f / %.1f", r.InfeasibleBefore, r.InfeasibleAfter), event, ghz, recovery,
-			seconds(r.SolveMean)+" / "+seconds(r.SolveMax))
+			seconds(math.Round(r.SolveMean*1e5)/1e5)+" / "+seconds(math.Round(r.SolveMax*1e5)/1e5))
 	}
 	return c.text(func(w io.Writer) {
 		fmt.Fprintf(w, "bench placement · %s · mean of %d starts\n", rep.Machine, rep.Replays[0].Starts)
