@@ -35,6 +35,8 @@ func (c *cli) benchCmd() *cobra.Command {
 			"coppice bench swap --runs 20 -o json", "for a script",
 			"coppice bench placement --generate --deadline 500ms", "instances of its own",
 			"coppice bench placement --instances in --solutions out", "those of a folder",
+			"coppice bench placement --trace day.json.gz", "policies of redeployment, played on a trace",
+			"coppice bench placement --generate --trace calm.json.gz --trace event.json.gz", "on drawn ones",
 			"coppice bench all", ""),
 		min: 1, max: 1, args: func(context.Context, []string) []string { return append(bench.Names(), "placement", "all") },
 		run: func(ctx context.Context, args []string) error {
@@ -46,7 +48,9 @@ func (c *cli) benchCmd() *cobra.Command {
 	})
 	cmd.Flags().StringVar(&place.Instances, "instances", "", "of placement: folder of instances, .json and .json.gz; with --generate they are written there")
 	cmd.Flags().StringVar(&place.Solutions, "solutions", "", "of placement: folder to write solutions to")
-	cmd.Flags().BoolVar(&place.Generate, "generate", false, "of placement: draw instances")
+	cmd.Flags().BoolVar(&place.Generate, "generate", false, "of placement: draw instances, or traces where some are named")
+	cmd.Flags().StringSliceVar(&place.Traces, "trace", nil, "of placement: play policies of redeployment on this trace, .json or .json.gz, instead (several: again)")
+	cmd.Flags().IntVar(&place.Starts, "starts", 3, "of placement with --trace: groups to begin from; the figures are means")
 	cmd.Flags().Uint64Var(&place.Seed, "seed", 1, "of placement: what is drawn, and the order in which the solvers search")
 	cmd.Flags().DurationVar(&place.Deadline, "deadline", time.Second, "of placement: time for each instance")
 	cmd.Flags().BoolVar(&place.CPUTime, "cpu-time", false, "of placement: count CPU time instead, on a machine that is busy with other things")

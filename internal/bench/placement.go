@@ -16,6 +16,7 @@ import (
 	"github.com/coppice-project/coppice/placement/solver/assign"
 	"github.com/coppice-project/coppice/placement/solver/group"
 	"github.com/coppice-project/coppice/placement/solver/instance"
+	"github.com/coppice-project/coppice/placement/solver/replay"
 )
 
 // PlacementConfig says what Placement solves.
@@ -28,6 +29,12 @@ type PlacementConfig struct {
 	// CPUTime measures with the CPU time of this process instead of the clock: what a busy machine takes away does not count.
 	CPUTime  bool
 	Progress func(PlacementRow) // called after each instance
+
+	// Traces are files of a group problem over time: policies of redeployment are compared on them, each from as many starts, and no instances are solved. With
+	// Generate they are drawn and written there first.
+	Traces []string
+	Starts int
+	Played func(replay.Row) // called after each policy on each trace
 }
 
 // PlacementRow is what came of one instance. Times are in seconds, memory in MiB.
@@ -57,11 +64,15 @@ type PlacementReport struct {
 	Machine  string         `json:"machine"`
 	Deadline float64        `json:"deadline_s"`
 	CPUTime  bool           `json:"cpu_time"`
-	Rows     []PlacementRow `json:"rows"`
+	Rows     []PlacementRow `json:"rows,omitempty"`
+	Replays  []replay.Row   `json:"replays,omitempty"`
 }
 
-// Placement solves instances one after the other.
+// Placement solves instances one after the other, or plays traces.
 func Placement(ctx context.Context, cfg PlacementConfig) (*PlacementReport, error) {
+	if len(cfg.Traces) > 0 {
+		return playTraces(ctx, cfg)
+	}
 	files, err := placementFiles(cfg)
 	if err != nil {
 		return nil, err
@@ -82,6 +93,48 @@ func Placement(ctx context.Context, cfg PlacementConfig) (*PlacementReport, erro
 		rep.Rows = append(rep.Rows, row)
 		if cfg.Progress != nil {
 			cfg.Progress(row)
+		}
+	}
+	return rep, nil
+}
+
+// playTraces compares policies on traces. The group that Rhizoma's own start-up ends with is where all of them begin.
+func playTraces(ctx context.Context, cfg PlacementConfig) (*PlacementReport, error) {
+	rep := &PlacementReport{Bench: "placement", Machine: machine(), Deadline: cfg.Deadline.Seconds()}
+	for i, path := range cfg.Traces {
+		if cfg.Generate { // 200 nodes over 8 hours; every second one with an event
+			t := instance.NewTrace(instance.TraceSpec{Name: fmt.Sprintf("drawn_%02d", i), N: 200, Steps: 96, Seed: cfg.Seed + uint64(i), Event: i%2 == 1})
+			if err := t.Write(path); err != nil {
+				return rep, err
+			}
+		}
+		t, err := instance.ReadTrace(path)
+		if err != nil {
+			return rep, err
+		}
+		var starts [][]int
+		for i := range cfg.Starts {
+			start := replay.Bootstrap(ctx, t, cfg.Seed+uint64(i))
+			if len(start) == 0 {
+				return rep, fmt.Errorf("%s: no node is eligible in its first period", path)
+			}
+			starts = append(starts, start)
+		}
+		for _, p := range replay.Policies(cfg.Deadline) {
+			var rows []replay.Row
+			for i, start := range starts {
+				row, err := replay.Play(ctx, t, p.New(cfg.Seed+uint64(i)), start)
+				if err != nil {
+					return rep, err
+				}
+				rows = append(rows, row)
+			}
+			row := replay.Mean(rows)
+			row.Policy = p.Name
+			rep.Replays = append(rep.Replays, row)
+			if cfg.Played != nil {
+				cfg.Played(row)
+			}
 		}
 	}
 	return rep, nil
@@ -309,12 +362,16 @@ func afterDeath(ctx context.Context, cfg PlacementConfig, a *instance.Assignment
 }
 
 // errNoInstances is what the command says when it was not told what to solve.
-var errNoInstances = errors.New("no instances: name their folder, or let some be drawn")
+var errNoInstances = errors.New("no instances and no traces: name them, or let instances be drawn")
 
 // Check tells what is wrong with the configuration.
 func (cfg PlacementConfig) Check() error {
 	switch {
-	case cfg.Instances == "" && !cfg.Generate:
+	case len(cfg.Traces) > 0 && (cfg.Instances != "" || cfg.Solutions != "" || cfg.CPUTime):
+		return errors.New("traces are played, not solved: they go with a seed, starts, a deadline and --generate only")
+	case len(cfg.Traces) > 0 && (cfg.Starts < 1 || cfg.Starts > 100):
+		return fmt.Errorf("%d starts: want 1 to 100", cfg.Starts)
+	case len(cfg.Traces) == 0 && cfg.Instances == "" && !cfg.Generate:
 		return errNoInstances
 	case cfg.Deadline <= 0 || cfg.Deadline > time.Hour:
 		return fmt.Errorf("a deadline of %v: want more than 0 and at most an hour", cfg.Deadline)

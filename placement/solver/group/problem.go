@@ -39,7 +39,7 @@ type sized struct {
 
 func newProblem(g *instance.Group) *problem {
 	p := &problem{g: g, limit: g.Latency.Below(g.MaxDiameterMs, true)}
-	p.weights = g.Load5.Weight + g.LiveSlices.Weight + g.FreeGHz.Weight + g.Neighbour.Weight + g.Diameter.Weight
+	p.weights = g.Weights()
 	current := make([]bool, g.N)
 	for _, i := range g.Current {
 		if !current[i] {
@@ -61,8 +61,7 @@ func newProblem(g *instance.Group) *problem {
 		p.access = append(p.access, g.Latency.Access[i])
 		p.region = append(p.region, n.Region[i])
 		p.isPoint = append(p.isPoint, point[i])
-		p.worth = append(p.worth, (g.Load5.Weight*g.Load5.Low(n.Load5[i])+g.LiveSlices.Weight*g.LiveSlices.Low(n.LiveSlices[i])+
-			g.FreeGHz.Weight*g.FreeGHz.High(n.FreeGHz(i)))/p.weights)
+		p.worth = append(p.worth, g.Worth(i)/p.weights)
 		c := g.PriceOfAPrice * n.Price[i]
 		if current[i] {
 			c -= g.RemoveCost

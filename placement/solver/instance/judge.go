@@ -97,7 +97,7 @@ func (g *Group) Judge(set []int) (Score, []string) {
 	}
 	regions := make([]int, g.Regions)
 	var s Score
-	var load, slices, ghz, prices, adds float64
+	var worth, prices, adds float64
 	for _, i := range set {
 		if in[i] {
 			wrong = append(wrong, fmt.Sprintf("node %d is there twice", i))
@@ -107,7 +107,7 @@ func (g *Group) Judge(set []int) (Score, []string) {
 			wrong = append(wrong, fmt.Sprintf("node %d: %s", i, why))
 		}
 		regions[g.Nodes.Region[i]]++
-		load, slices, ghz = load+g.Load5.Low(g.Nodes.Load5[i]), slices+g.LiveSlices.Low(g.Nodes.LiveSlices[i]), ghz+g.FreeGHz.High(g.Nodes.FreeGHz(i))
+		worth += g.Worth(i)
 		prices += g.Nodes.Price[i]
 		if !current[i] {
 			adds++
@@ -124,9 +124,7 @@ func (g *Group) Judge(set []int) (Score, []string) {
 		wrong = append(wrong, "diameter")
 	}
 	s.Cost = g.AddCost*adds + g.RemoveCost*float64(len(current)) + g.PriceOfAPrice*prices
-	weights := g.Load5.Weight + g.LiveSlices.Weight + g.FreeGHz.Weight + g.Neighbour.Weight + g.Diameter.Weight
-	s.Utility = ((g.Load5.Weight*load+g.LiveSlices.Weight*slices+g.FreeGHz.Weight*ghz)/float64(max(k, 1)) +
-		g.Neighbour.Weight*g.Neighbour.Low(g.Latency.Ms(n)) + g.Diameter.Weight*g.Diameter.Low(g.Latency.Ms(d))) / weights
+	s.Utility = (worth/float64(max(k, 1)) + g.Neighbour.Weight*g.Neighbour.Low(g.Latency.Ms(n)) + g.Diameter.Weight*g.Diameter.Low(g.Latency.Ms(d))) / g.Weights()
 	s.Objective = s.Utility - s.Cost
 	return s, wrong
 }

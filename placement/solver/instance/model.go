@@ -54,6 +54,24 @@ type Group struct {
 	Load5, LiveSlices, FreeGHz         Term
 	Neighbour, Diameter                Term
 	AddCost, RemoveCost, PriceOfAPrice float64 // a node added, removed, and the factor of the nodes' prices
+
+	// Expected replaces, by node, what the terms of load, slices and free clock are worth together, in units of the weights: a forecast. nil: they are
+	// worth what the nodes say now. Who is eligible is decided by the nodes in either case.
+	Expected []float64
+}
+
+// Worth of node i: its terms of load, slices and free clock, weighted.
+func (g *Group) Worth(i int) float64 {
+	if g.Expected != nil {
+		return g.Expected[i]
+	}
+	n := &g.Nodes
+	return g.Load5.Weight*g.Load5.Low(n.Load5[i]) + g.LiveSlices.Weight*g.LiveSlices.Low(n.LiveSlices[i]) + g.FreeGHz.Weight*g.FreeGHz.High(n.FreeGHz(i))
+}
+
+// Weights is the sum of the weights of all terms.
+func (g *Group) Weights() float64 {
+	return g.Load5.Weight + g.LiveSlices.Weight + g.FreeGHz.Weight + g.Neighbour.Weight + g.Diameter.Weight
 }
 
 // Assignment is the assignment problem: place the replicas of components.

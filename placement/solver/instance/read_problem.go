@@ -9,6 +9,12 @@ func (s *scanner) group(at map[string]int) *Group {
 	}
 	s.at = at["current"]
 	g.Current = s.list("current", g.N)
+	s.groupRules(g, at)
+	return g
+}
+
+// groupRules reads constraints, utility and costs.
+func (s *scanner) groupRules(g *Group, at map[string]int) {
 	s.at = at["constraints"]
 	s.groupConstraints(g)
 	s.at = at["utility"]
@@ -26,7 +32,6 @@ func (s *scanner) group(at map[string]int) *Group {
 	s.at = at["cost"]
 	costs := map[string]*float64{"add": &g.AddCost, "remove": &g.RemoveCost, "price": &g.PriceOfAPrice}
 	s.object("cost", required(costs), func(name string) { *costs[name] = s.number(name, 0) })
-	return g
 }
 
 func required[T any](in map[string]T) map[string]bool {
