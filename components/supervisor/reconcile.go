@@ -420,8 +420,20 @@ func (r *reconciling) outcome(outcome, why string) ([]byte, error) {
 func (r *reconciling) take(ctx context.Context, root blobs.Hash, outcome, why string, ours *componentsv1.Branch) error {
 	i := r.i
 	to, w := i.holders()
-	if _, err := i.sup.cfg.Blobs.Push(ctx, root, to, w); err != nil {
+	kept, err := i.sup.cfg.Blobs.Push(ctx, root, to, w)
+	if err != nil {
 		return fmt.Errorf("copy the reconciled state of %s to its holders: %w", i.name, err)
+	}
+	// The register is that of before the last flush: what is named is of the newest checkpoint.
+	now, there, err := i.sup.cfg.Arbiter.Read(ctx, i.key)
+	if err != nil {
+		return err
+	}
+	if !there || now.Revision != r.reg.Revision {
+		return fmt.Errorf("%s has changed meanwhile", i.name)
+	}
+	if err := i.sup.narrow(ctx, now, kept); err != nil {
+		return err
 	}
 	next := proto.CloneOf(r.body)
 	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", fmt.Sprintf("the branch of %s: %s", r.branch.GetNodeName(), outcome), r.i.sup.date()
