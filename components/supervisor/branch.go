@@ -378,8 +378,15 @@ func (i *instance) tryRejoin(ctx context.Context, reg arbiter.Register, body *co
 }
 
 // narrow has the log name, as holders of an instance's checkpoint, only those that have the next root as well: a claim that sets a root leaves the holders
-// as they are, and who is named is taken for one who has it. The saver adds the others afterwards.
-func (s *Supervisor) narrow(ctx context.Context, reg arbiter.Register, kept []peer.ID) error {
+// as they are, and who is named is taken for one who has it. The saver adds the others afterwards. The log is asked: the view lags behind with checkpoints.
+func (s *Supervisor) narrow(ctx context.Context, known arbiter.Register, kept []peer.ID) error {
+	reg, there, err := s.cfg.Arbiter.Read(ctx, known.Key)
+	if err != nil {
+		return err
+	}
+	if !there || reg.Revision != known.Revision {
+		return fmt.Errorf("%s has changed meanwhile", instanceOf(known.Key))
+	}
 	both := slices.DeleteFunc(slices.Clone(reg.Holders), func(id peer.ID) bool { return !slices.Contains(kept, id) })
 	if len(both) == len(reg.Holders) {
 		return nil

@@ -424,15 +424,7 @@ func (r *reconciling) take(ctx context.Context, root blobs.Hash, outcome, why st
 	if err != nil {
 		return fmt.Errorf("copy the reconciled state of %s to its holders: %w", i.name, err)
 	}
-	// The register is that of before the last flush: what is named is of the newest checkpoint.
-	now, there, err := i.sup.cfg.Arbiter.Read(ctx, i.key)
-	if err != nil {
-		return err
-	}
-	if !there || now.Revision != r.reg.Revision {
-		return fmt.Errorf("%s has changed meanwhile", i.name)
-	}
-	if err := i.sup.narrow(ctx, now, kept); err != nil {
+	if err := i.sup.narrow(ctx, r.reg, kept); err != nil {
 		return err
 	}
 	next := proto.CloneOf(r.body)
