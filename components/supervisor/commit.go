@@ -310,7 +310,11 @@ func (s *saver) repair(ctx context.Context) error {
 	if len(have) == 0 || slices.Equal(have, slices.Sorted(slices.Values(saved.Holders))) {
 		return nil
 	}
-	if _, err := s.cfg.ledger.SetHolders(ctx, s.cfg.key, saved.Seq, have); err != nil {
+	// In a cut it is given up: carried out when that is over, it could name holders of a root that has become another meanwhile (rejoin).
+	cctx, stop := s.untilCut(ctx)
+	_, err := s.cfg.ledger.SetHolders(cctx, s.cfg.key, saved.Seq, have)
+	stop()
+	if err != nil {
 		if _, refused := errors.AsType[*arbiter.RefusedError](err); refused {
 			return nil // a newer checkpoint has been committed, with holders of its own
 		}

@@ -439,8 +439,12 @@ func (r *reconciling) outcome(outcome, why string) ([]byte, error) {
 func (r *reconciling) take(ctx context.Context, root blobs.Hash, outcome, why string, ours *componentsv1.Branch) error {
 	i := r.i
 	to, w := i.holders()
-	if _, err := i.sup.cfg.Blobs.Push(ctx, root, to, w); err != nil {
+	kept, err := i.sup.cfg.Blobs.Push(ctx, root, to, w)
+	if err != nil {
 		return fmt.Errorf("copy the reconciled state of %s to its holders: %w", i.name, err)
+	}
+	if err := i.sup.narrow(ctx, r.reg, kept); err != nil {
+		return err
 	}
 	next := proto.CloneOf(r.body)
 	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", fmt.Sprintf("the branch of %s: %s", r.branch.GetNodeName(), outcome), r.i.sup.date()

@@ -37,11 +37,10 @@ func (w *whole) look() {
 			if p == nil || p.l.frozen.Load() {
 				continue
 			}
-			if last[p.l] == nil {
-				last[p.l] = map[string]seen{}
-			}
+			before := last[p.l]
+			last[p.l] = map[string]seen{} // what it handed over it may be given again by one who has been away
 			for _, rec := range p.records.Local(ownPrefix) {
-				was, now := last[p.l][rec.Key], seen{rec.Incarnation, rec.Epoch}
+				was, now := before[rec.Key], seen{rec.Incarnation, rec.Epoch}
 				last[p.l][rec.Key] = now
 				if now.inc < was.inc || now.inc == was.inc && now.epoch < was.epoch {
 					w.failf("I9: the mirror of %s at %s went back from %d/%d to %d/%d", rec.Key, n.name, was.inc, was.epoch, now.inc, now.epoch)
