@@ -32,6 +32,8 @@ type Backend struct {
 	slots    chan struct{} // nil: no limit of concurrent calls
 	retired  atomic.Bool   // replaced after a drain: its open streams may end in peace
 	marks    marks
+	unsaved  unsaved
+	newest   newest
 
 	http      atomic.Pointer[string] // its http socket, once it has told
 	transport *http.Transport

@@ -63,30 +63,44 @@ func (g *gate) unary(ctx context.Context, c *unaryCall) (err error) {
 	count := g.stats.begin(c.method)
 	defer func() { g.stats.end(count, began, true, err != nil) }()
 	err = c.exchange(ctx, p.backend.proc.Conn())
-	if werr := g.settle(ctx, p, c.trailer); werr != nil {
+	if werr := g.settle(ctx, p, c.method, c.trailer); werr != nil {
 		return werr
 	}
 	return err
 }
 
 // settle holds an answer back until the mark it depends on is committed, and says whether it may still be given.
-func (g *gate) settle(ctx context.Context, p *phase, trailer metadata.MD) error {
+func (g *gate) settle(ctx context.Context, p *phase, method string, trailer metadata.MD) error {
+	var text string
 	if v := trailer.Get(componentv1.MetaMark); len(v) > 0 {
+		text = v[0]
 		delete(trailer, componentv1.MetaMark)
-		if err := g.awaitMark(ctx, p, v[0]); err != nil {
+	}
+	return g.settleMark(ctx, p, method, text)
+}
+
+// settleMark is settle for a mark as its text came; "" there is none.
+func (g *gate) settleMark(ctx context.Context, p *phase, method, text string) error {
+	var mark uint64
+	if text != "" {
+		var err error
+		if mark, err = strconv.ParseUint(text, 10, 64); err != nil {
+			return refuse(final, codes.Internal, "the component sent the mark %q, not a number", text)
+		}
+		if err := g.awaitMark(ctx, p, mark); err != nil {
 			return err
 		}
 	}
-	return g.mayAnswer(p)
+	if err := g.mayAnswer(p); err != nil {
+		return err
+	}
+	p.backend.answered(method, mark)
+	return nil
 }
 
-func (g *gate) awaitMark(ctx context.Context, p *phase, text string) error {
+func (g *gate) awaitMark(ctx context.Context, p *phase, mark uint64) error {
 	if !g.durable.Load() || planted.Bug("reply-before-commit") {
 		return nil
-	}
-	mark, err := strconv.ParseUint(text, 10, 64)
-	if err != nil {
-		return refuse(final, codes.Internal, "the component sent the mark %q, not a number", text)
 	}
 	return markError(p.backend.marks.wait(ctx, mark))
 }
@@ -107,7 +121,7 @@ func (g *gate) stream(ctx context.Context, desc *grpc.StreamDesc, method string,
 		g.exit(p)
 		return nil, unsent(ctx, err)
 	}
-	s := &gateStream{ClientStream: cs, gate: g, phase: p, ctx: ctx}
+	s := &gateStream{ClientStream: cs, gate: g, phase: p, ctx: ctx, method: method}
 	count, began := g.stats.begin(method), time.Now()
 	p.backend.streams.Add(1)
 	s.over = func(failed bool) {
@@ -124,10 +138,11 @@ func (g *gate) stream(ctx context.Context, desc *grpc.StreamDesc, method string,
 // gateStream is an open stream behind the gate.
 type gateStream struct {
 	grpc.ClientStream
-	gate  *gate
-	phase *phase
-	over  func(failed bool)
-	ctx   context.Context //nolint:containedctx // the caller's, as in every gRPC stream; the stream's own ends with its last message
+	gate   *gate
+	phase  *phase
+	method string
+	over   func(failed bool)
+	ctx    context.Context //nolint:containedctx // the caller's, as in every gRPC stream; the stream's own ends with its last message
 
 	sent, received atomic.Int32
 	uncounted      sync.Once
@@ -149,14 +164,14 @@ func (s *gateStream) SendMsg(m any) error {
 	return s.ClientStream.SendMsg(m)
 }
 
-// RecvMsg implements grpc.ClientStream. Each message is asked on the way out whether the instance is still ours.
+// RecvMsg implements grpc.ClientStream. Each message waits until what it may depend on is committed, and is asked on the way out whether the instance is still ours.
 func (s *gateStream) RecvMsg(m any) error {
 	err := s.ClientStream.RecvMsg(m)
 	if err == nil {
 		if s.received.Add(1) == 2 {
 			s.uncount()
 		}
-		if err := s.gate.mayAnswer(s.phase); err != nil {
+		if err := s.gate.settleNow(s.ctx, s.phase); err != nil {
 			s.finish(true)
 			return err
 		}
@@ -164,7 +179,7 @@ func (s *gateStream) RecvMsg(m any) error {
 	}
 	// The status is the last thing that is told: like a unary answer it waits for its mark.
 	trailer := s.ClientStream.Trailer()
-	if werr := s.gate.settle(s.ctx, s.phase, trailer); werr != nil {
+	if werr := s.gate.settle(s.ctx, s.phase, s.method, trailer); werr != nil {
 		s.finish(true)
 		return werr
 	}

@@ -120,7 +120,7 @@ func (t *gateTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 			p.backend.streams.Add(-1)
 			g.stats.end(count, began, false, failed)
 		})
-		resp.Body = keepWriter(resp.Body, end)
+		resp.Body = keepWriter(&settledBody{resp.Body, req.Context(), g, p}, end)
 		return resp, nil
 	}
 	end := sync.OnceFunc(func() {
@@ -144,13 +144,7 @@ func (t *gateTransport) exchange(req *http.Request, p *phase) (*http.Response, e
 	resp.Header.Del(componentv1.HeaderMark)
 	resp.Header.Del(HeaderRetry)
 	resp.Header.Del(HeaderMoved)
-	if mark != "" {
-		err = t.m.gate.awaitMark(req.Context(), p, mark)
-	}
-	if err == nil {
-		err = t.m.gate.mayAnswer(p)
-	}
-	if err != nil {
+	if err := t.m.gate.settleMark(req.Context(), p, httpMethod(req), mark); err != nil {
 		return nil, errors.Join(err, resp.Body.Close())
 	}
 	return resp, nil
@@ -190,6 +184,34 @@ func stripInternal(h http.Header) {
 
 func endless(resp *http.Response) bool {
 	return resp.StatusCode == http.StatusSwitchingProtocols || strings.HasPrefix(resp.Header.Get("Content-Type"), "text/event-stream")
+}
+
+// settledBody holds back what a response without an end gives until what it may depend on is committed: as the messages of a stream.
+type settledBody struct {
+	io.ReadCloser
+	ctx   context.Context //nolint:containedctx // the request's
+	gate  *gate
+	phase *phase
+}
+
+func (b *settledBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if n == 0 {
+		return n, err
+	}
+	if serr := b.gate.settleNow(b.ctx, b.phase); serr != nil {
+		return 0, serr
+	}
+	return n, err
+}
+
+// Write implements io.Writer where the body does: an upgraded connection.
+func (b *settledBody) Write(p []byte) (int, error) {
+	w, ok := b.ReadCloser.(io.Writer)
+	if !ok {
+		return 0, errors.ErrUnsupported
+	}
+	return w.Write(p)
 }
 
 // endBody runs end when the body was read to its end or closed.

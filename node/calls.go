@@ -185,7 +185,7 @@ func (n *Node) inspectInstance(ctx context.Context, in *apiv1.Instance) *apiv1.I
 	out := &apiv1.InspectInstance{
 		Instance: in.GetInstance(), Node: in.GetNode(), State: in.GetState(), Reason: in.GetReason(), Epoch: in.GetEpoch(), UptimeMs: in.GetUptimeMs(), Restarts: in.GetRestarts(),
 		Successors: in.GetSuccessors(), Version: in.GetVersion(), Calls: &apiv1.CallStats{},
-		Checkpoint: &apiv1.CheckpointInfo{Seq: in.GetCheckpointSeq(), Bytes: in.GetCheckpointBytes(), AgeMs: in.CheckpointAgeMs, Replicas: in.GetReplicas()},
+		Checkpoint: &apiv1.CheckpointInfo{Seq: in.GetCheckpointSeq(), Bytes: in.GetCheckpointBytes(), AgeMs: in.CheckpointAgeMs, Replicas: in.GetReplicas(), ReplicasAlive: in.GetReplicasAlive(), CallsSince: in.CallsSinceCheckpoint},
 	}
 	n.inspectHistory(out)
 	reg, ok := n.arbiter.Get(components.InstanceRegister(in.GetInstance()))
@@ -228,6 +228,7 @@ func (n *Node) inspectThere(ctx context.Context, owner string, out *apiv1.Inspec
 	for _, in := range res.GetInstances() {
 		if in.GetInstance() == out.GetInstance() {
 			out.Pid, out.Calls = in.GetPid(), in.GetCalls()
+			out.Checkpoint.CallsSince = in.GetCheckpoint().CallsSince
 		}
 	}
 }

@@ -1,6 +1,10 @@
 package node
 
 import (
+	"fmt"
+	"time"
+
+	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/dht/members"
 )
@@ -15,6 +19,22 @@ func (n *Node) diskLow(low bool) {
 		ev.Type, ev.Message = "disk-ok", n.cfg.Name+" is holder and voter again"
 	}
 	n.events.Publish(ev)
+}
+
+// corruptEvery is how often a corrupt page is told of: a disk that fails has many.
+const corruptEvery = 10 * time.Second
+
+// corruptPage is told of each page that is found wrong here. It is gone already, and being fetched again.
+func (n *Node) corruptPage(e *blobs.CorruptError) {
+	now := n.cfg.BootTime()
+	if last := n.toldCorrupt.Load(); n.events == nil || last != 0 && now-time.Duration(last) < corruptEvery || !n.toldCorrupt.CompareAndSwap(last, int64(max(now, 1))) {
+		return
+	}
+	n.events.Publish(events.Event{
+		Channel: "/nodes/" + n.cfg.Name, Type: "corrupt", Cause: e.Why,
+		Message: fmt.Sprintf("a page on %s was wrong; it is fetched again from another node (%d so far)", n.cfg.Name, n.blobs.Usage().Corrupt),
+		Fields:  map[string]string{"page": e.Hash.String()},
+	})
 }
 
 // votesNoMore is told that the arbiter has stopped here: the others are to let somebody else vote.

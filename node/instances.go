@@ -135,13 +135,20 @@ func (n *Node) instance(app, name string, eff *components.Effective, reports map
 
 // replicas says who holds its checkpoint.
 func (n *Node) replicas(out *apiv1.Instance, holders []peer.ID) {
-	out.Replicas, out.ReplicasAlive = nil, 0
+	out.Replicas, out.ReplicasAlive = nil, uint32(n.living(holders))
 	for _, id := range holders {
 		out.Replicas = append(out.Replicas, n.nameOf(id))
+	}
+}
+
+// living counts those who are alive.
+func (n *Node) living(ids []peer.ID) (count int) {
+	for _, id := range ids {
 		if m, ok := n.members.Member(id); ok && m.State == members.Alive {
-			out.ReplicasAlive++
+			count++
 		}
 	}
+	return count
 }
 
 // told adds what the owner told about the instance.
@@ -166,6 +173,9 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 			}
 		}
 		n.replicas(out, ids)
+	}
+	if out.Durable != "none" && components.State(r.State).Serves() {
+		out.CallsSinceCheckpoint = proto.Uint64(r.Unsaved)
 	}
 	if r.SavedAgeMs >= 0 {
 		out.CheckpointAgeMs = proto.Uint64(uint64(r.SavedAgeMs + r.age.Milliseconds()))

@@ -80,10 +80,11 @@ type Node struct {
 	goes  sync.WaitGroup
 	stops []func()
 
-	behind   atomic.Int64      // boot time at which the view was last seen to be behind; 0: never
-	office   atomic.Int64      // since when this node is coordinator, in Unix nanoseconds; 0: it is not
-	failedMu sync.Mutex        // guards failed
-	failed   map[string]uint64 // by register: the epoch that was told to fail where it is
+	toldCorrupt atomic.Int64      // boot time at which a corrupt page was last told of; 0: never
+	behind      atomic.Int64      // boot time at which the view was last seen to be behind; 0: never
+	office      atomic.Int64      // since when this node is coordinator, in Unix nanoseconds; 0: it is not
+	failedMu    sync.Mutex        // guards failed
+	failed      map[string]uint64 // by register: the epoch that was told to fail where it is
 
 	randMu sync.Mutex // guards rand
 	rand   *rand.Rand
@@ -273,6 +274,7 @@ func (n *Node) openOverlay() (err error) {
 	}
 	if n.blobs, err = blobs.Open(blobs.Config{
 		Self: n.id, DB: n.store.DB(), Peers: p, Low: n.store.Low, Alive: n.isAlive, Holders: n.aliveIDs, Failed: n.store.Fail, Log: n.log,
+		Corrupt: n.corruptPage, Rand: n.nonce,
 	}); err != nil {
 		return err
 	}

@@ -66,6 +66,7 @@ type instanceReport struct {
 	StartedMs  float64  `json:"started_ms"`
 	Durable    string   `json:"durable,omitempty"`
 	Failures   int      `json:"failures,omitempty"` // starts in a row
+	Unsaved    uint64   `json:"unsaved,omitempty"`  // answered since the last acknowledged checkpoint
 
 	age time.Duration // since the reader's record was written
 }
@@ -162,7 +163,7 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 	r := instanceReport{
 		Instance: in.Instance, Node: n.id.String(), State: string(in.State), Reason: in.Reason, Epoch: in.Epoch, Version: in.Version, Artifact: in.Artifact,
 		Digest: in.Digest, Pid: in.Pid, UptimeMs: in.Uptime().Milliseconds(), Restarts: in.Restarts, Seq: in.Saved.Seq, SavedAgeMs: -1, Bytes: in.Saved.Bytes,
-		StartedMs: in.StartedMs, Durable: in.Durable, Failures: in.Failures,
+		StartedMs: in.StartedMs, Durable: in.Durable, Failures: in.Failures, Unsaved: in.Unsaved,
 	}
 	if in.Saved.Seq > 0 && !in.Saved.At.IsZero() {
 		r.SavedAgeMs = time.Since(in.Saved.At).Milliseconds()

@@ -81,6 +81,14 @@ func (n *Node) nodesTable() kb.Table {
 	}
 }
 
+// maybe is NULL where a number is not known.
+func maybe(v *uint64) any {
+	if v == nil {
+		return nil
+	}
+	return int64(*v)
+}
+
 func fact(f map[string]float64, name string) any {
 	if v, ok := f[name]; ok {
 		return v
@@ -213,7 +221,9 @@ func (n *Node) instancesTable() kb.Table {
 		Name: "instances", Doc: "instances as their owners tell of them",
 		Columns: []kb.Column{
 			text("instance", ""), text("component", ""), text("application", ""), text("node", ""), text("state", ""), text("reason", ""), text("version", ""), integer("epoch", ""),
-			integer("uptime_ms", ""), integer("restarts", ""), integer("checkpoint_seq", ""), text("would_restart_on", ""), number("age_ms", ""), text("source", ""),
+			integer("uptime_ms", ""), integer("restarts", ""), integer("checkpoint_seq", ""), text("would_restart_on", ""), integer("checkpoint_age_ms", "of the last acknowledged"),
+			integer("calls_since_checkpoint", "answered since then; 0 with each-call"), integer("replicas_alive", "living nodes that hold it"), text("durable_now", "how it is saved in fact"),
+			number("age_ms", ""), text("source", ""),
 		},
 		List: func(ctx context.Context, f kb.Freshness) (kb.Rows, error) {
 			if err := n.freshen(ctx, f); err != nil {
@@ -229,7 +239,8 @@ func (n *Node) instancesTable() kb.Table {
 				out.MaxAge = max(out.MaxAge, age)
 				out.Rows = append(out.Rows, []any{
 					in.GetInstance(), in.GetComponent(), in.GetApplication(), in.GetNode(), in.GetState(), in.GetReason(), in.GetVersion(), int64(in.GetEpoch()), int64(in.GetUptimeMs()),
-					int64(in.GetRestarts()), int64(in.GetCheckpointSeq()), in.GetWouldRestartOn(), ms(age), source,
+					int64(in.GetRestarts()), int64(in.GetCheckpointSeq()), in.GetWouldRestartOn(), maybe(in.CheckpointAgeMs), maybe(in.CallsSinceCheckpoint),
+					int64(in.GetReplicasAlive()), in.GetDurableNow(), ms(age), source,
 				})
 			}
 			out.Asked = len(n.members.Alive())

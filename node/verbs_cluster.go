@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/coppice-project/coppice/components"
+	"github.com/coppice-project/coppice/components/supervisor"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/dht/keys"
@@ -99,6 +100,7 @@ func (v *verbs) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusResp
 	st := n.arbiter.Status()
 	out := &apiv1.StatusResponse{
 		Cluster: n.state.Cluster, Nodes: &apiv1.NodeCounts{}, Components: &apiv1.ComponentCounts{}, Node: n.cfg.Name, Version: n.cfg.Version, Paused: n.paused(),
+		Pages: n.pageStatus(), Unsaved: &apiv1.UnsavedStatus{},
 		Arbiter: &apiv1.ArbiterStatus{Incarnation: st.Incarnation, Index: st.Index, Format: st.Format},
 	}
 	if st.HasLeader {
@@ -137,6 +139,7 @@ func (v *verbs) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusResp
 		default:
 			out.Components.Other++
 		}
+		n.unsaved(out.Unsaved, in)
 		if why := n.unsafe(in); why != "" {
 			out.Unsafe = append(out.Unsafe, &apiv1.Unsafe{Subject: in.GetInstance(), Why: why})
 		}
@@ -147,6 +150,33 @@ func (v *verbs) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusResp
 	out.Unsafe = append(out.Unsafe, n.zoneRisks()...)
 	out.Warnings = n.warnings(st)
 	return out, nil
+}
+
+// unsaved adds what one instance has answered since its last acknowledged checkpoint.
+func (n *Node) unsaved(sum *apiv1.UnsavedStatus, in *apiv1.Instance) {
+	if k := in.GetCallsSinceCheckpoint(); k > 0 {
+		sum.Calls += k
+		sum.Instances++
+	}
+	holders := 0
+	for _, m := range n.members.Alive() {
+		if holds(m) {
+			holders++
+		}
+	}
+	if in.GetCheckpointSeq() > 0 && in.GetDurable() != "none" && int(in.GetReplicasAlive()) < min(supervisor.Replicas, holders) {
+		sum.FewHolders++
+	}
+}
+
+// pageStatus says what became of the pages that lie here.
+func (n *Node) pageStatus() *apiv1.PageStatus {
+	u := n.blobs.Usage()
+	out := &apiv1.PageStatus{Corrupt: u.Corrupt, Repaired: u.Repaired, ScrubbedBytes: u.Scrub.Bytes}
+	if !u.Scrub.Last.IsZero() {
+		out.LastScrubAgeMs = proto.Uint64(uint64(time.Since(u.Scrub.Last).Milliseconds()))
+	}
+	return out
 }
 
 // unsafeVotes says whose loss would stop decisions now; "": nobody's.
@@ -249,6 +279,7 @@ func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.Doct
 	for _, w := range st.GetWarnings() {
 		add("warning", n.cfg.Name, w, "", "")
 	}
+	pagesFinding(st.GetPages(), n.cfg.Name, add)
 	if lag := n.members.Lag(); lag > 200*time.Millisecond {
 		add("warning", n.cfg.Name, fmt.Sprintf("this node is starved: it runs %s late", lag.Round(time.Millisecond)), "too little CPU for what runs here", "fewer components here, or coppice drain "+n.cfg.Name)
 	}
@@ -258,6 +289,22 @@ func (v *verbs) Doctor(ctx context.Context, _ *apiv1.DoctorRequest) (*apiv1.Doct
 		}
 	}
 	return out, nil
+}
+
+// pagesFinding tells how the pages of a node are.
+func pagesFinding(p *apiv1.PageStatus, node string, add func(severity, subject, finding, cause, fix string)) {
+	checked := "not all of them were read and checked yet since it started"
+	if p.LastScrubAgeMs != nil {
+		checked = "all of them were read and checked " + (time.Duration(p.GetLastScrubAgeMs()) * time.Millisecond).Round(time.Second).String() + " ago"
+	}
+	switch {
+	case p.GetCorrupt() > p.GetRepaired():
+		add("warning", node, fmt.Sprintf("%d pages were corrupt, %d could not be fetched again yet", p.GetCorrupt(), p.GetCorrupt()-p.GetRepaired()), checked, "look at the disk; coppice events /nodes/"+node)
+	case p.GetCorrupt() > 0:
+		add("warning", node, fmt.Sprintf("%d pages were corrupt, all are fetched again", p.GetCorrupt()), checked, "look at the disk; coppice events /nodes/"+node)
+	default:
+		add("ok", node, "no page was found corrupt", checked, "")
+	}
 }
 
 func (v *verbs) Drain(ctx context.Context, r *apiv1.DrainRequest, s *connect.ServerStream[apiv1.DrainUpdate]) error {

@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -86,12 +87,18 @@ var (
 	descLeader    = prometheus.NewDesc("coppice_arbiter_leader", "1 where this node leads the arbiter.", nil, nil)
 	descCalls     = prometheus.NewDesc("coppice_calls_total", "Calls that this node's router carried, by outcome.", []string{"outcome"}, nil)
 	descSeq       = prometheus.NewDesc("coppice_checkpoint_seq", "Sequence of the last acknowledged checkpoint of an instance here.", []string{"instance"}, nil)
+	descAge       = prometheus.NewDesc("coppice_checkpoint_age_seconds", "Age of the last acknowledged checkpoint of an instance here.", []string{"instance"}, nil)
+	descUnsaved   = prometheus.NewDesc("coppice_calls_since_checkpoint", "What an instance here has answered since its last acknowledged checkpoint.", []string{"instance"}, nil)
+	descHolders   = prometheus.NewDesc("coppice_checkpoint_holders_alive", "Living nodes that hold the last acknowledged checkpoint of an instance here.", []string{"instance"}, nil)
+	descCorrupt   = prometheus.NewDesc("coppice_pages_corrupt_total", "Pages found wrong on this node's disk since it started.", nil, nil)
+	descRepaired  = prometheus.NewDesc("coppice_pages_repaired_total", "Of these, fetched again from other nodes.", nil, nil)
+	descScrubbed  = prometheus.NewDesc("coppice_pages_scrubbed_bytes_total", "What the scrubber has read and checked since the node started.", nil, nil)
 	descGate      = prometheus.NewDesc("coppice_gate_calls_total", "Calls that passed an instance's gate here.", []string{"instance", "result"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descMembers, descInstances, descIndex, descLeader, descCalls, descSeq, descGate} {
+	for _, d := range []*prometheus.Desc{descMembers, descInstances, descIndex, descLeader, descCalls, descSeq, descAge, descUnsaved, descHolders, descCorrupt, descRepaired, descScrubbed, descGate} {
 		ch <- d
 	}
 }
@@ -116,6 +123,13 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	for _, in := range n.sup.Infos() {
 		own[string(in.State)]++
 		gauge(descSeq, float64(in.Saved.Seq), in.Instance)
+		if in.Saved.Seq > 0 {
+			if !in.Saved.At.IsZero() {
+				gauge(descAge, time.Since(in.Saved.At).Seconds(), in.Instance)
+			}
+			gauge(descHolders, float64(n.living(in.Saved.Holders)), in.Instance)
+		}
+		gauge(descUnsaved, float64(in.Unsaved), in.Instance)
 		if m := n.router.Local(in.Instance); m != nil {
 			st := m.Stats()
 			count(descGate, float64(st.Calls-st.Errors), in.Instance, "ok")
@@ -125,6 +139,10 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	for s, k := range own {
 		gauge(descInstances, float64(k), s)
 	}
+	pages := n.blobs.Usage()
+	count(descCorrupt, float64(pages.Corrupt))
+	count(descRepaired, float64(pages.Repaired))
+	count(descScrubbed, float64(pages.Scrub.Bytes))
 	st := n.arbiter.Status()
 	gauge(descIndex, float64(st.Index))
 	gauge(descLeader, float64(btoi(st.HasLeader && st.Leader == n.id)))

@@ -63,6 +63,7 @@ func (f *fake) Status(context.Context, *apiv1.StatusRequest) (*apiv1.StatusRespo
 		Arbiter:    &apiv1.ArbiterStatus{Leader: "n1", Voters: []string{"n1", "n2"}, Incarnation: 1, Coordinator: "n1", Index: 42},
 		Components: &apiv1.ComponentCounts{Started: 2, Other: 1},
 		Unsafe:     []*apiv1.Unsafe{{Subject: "shop/web-0", Why: "its last checkpoint is on n1 only"}},
+		Pages:      &apiv1.PageStatus{Corrupt: 2, Repaired: 1, LastScrubAgeMs: proto.Uint64(3_600_000), ScrubbedBytes: 1 << 30}, Unsaved: &apiv1.UnsavedStatus{Calls: 12, Instances: 1, FewHolders: 1},
 	}, nil
 }
 
@@ -168,6 +169,7 @@ func (f *fake) Ps(_ context.Context, r *apiv1.PsRequest) (*apiv1.PsResponse, err
 		{
 			Application: "shop", Component: "shop/store", Instance: "shop/store-0", Node: "n1", Artifact: "kv", Version: "1.2.0", State: "running", Epoch: 3, UptimeMs: 65_000,
 			CheckpointAgeMs: proto.Uint64(0), CheckpointSeq: 17, Replicas: []string{"n1", "n2"}, WouldRestartOn: "n2", PredictedRestartMs: proto.Float64(48.5), Durable: "each-call", Guarantee: "safe",
+			DurableNow: "100ms", CallsSinceCheckpoint: proto.Uint64(12), ReplicasAlive: 1,
 		},
 		{Application: "shop", Component: "shop/web", Instance: "shop/web-1", State: "pending", Reason: "no node is feasible", Epoch: 0},
 	}}, nil
@@ -191,7 +193,7 @@ func (f *fake) Inspect(_ context.Context, r *apiv1.InspectRequest) (*apiv1.Inspe
 		Calls:      &apiv1.CallStats{Total: 1000, Held: 3, P50Ms: proto.Float64(0.25), P99Ms: proto.Float64(1.5), PerSecond: 20.25},
 		Instances: []*apiv1.InspectInstance{{
 			Instance: "shop/store-0", Node: "n1", State: "running", Epoch: 3, Incarnation: 1, Settled: true, Pid: 4711, UptimeMs: 65_000, Restarts: 1, Trigger: "operator", Cause: "swap from 1.1.0",
-			Checkpoint: &apiv1.CheckpointInfo{Seq: 17, Bytes: 1 << 20, AgeMs: proto.Uint64(120), Replicas: []string{"n1", "n2"}}, Successors: []string{"n2"}, PreviousVersion: "1.1.0",
+			Checkpoint: &apiv1.CheckpointInfo{Seq: 17, Bytes: 1 << 20, AgeMs: proto.Uint64(120), Replicas: []string{"n1", "n2"}, ReplicasAlive: 1, CallsSince: proto.Uint64(12)}, Successors: []string{"n2"}, PreviousVersion: "1.1.0",
 		}},
 	}, nil
 }

@@ -87,6 +87,9 @@ func (c *cli) inspectInstance(w io.Writer, i *apiv1.InspectInstance) {
 	t.field("  called by", join(i.Callers))
 	if k := i.Checkpoint; k != nil && k.Seq > 0 {
 		t.field("  checkpoint", fmt.Sprintf("%d, %s, %s ago, on %s", k.Seq, bytesText(k.Bytes), optAge(k.AgeMs), join(k.Replicas)))
+		if k.GetCallsSince() > 0 {
+			t.field("  since then", plural(int(k.GetCallsSince()), "call", "calls")+" answered")
+		}
 	}
 	if i.EarlierCheckpoints > 0 {
 		t.field("  earlier", fmt.Sprintf("%s, the oldest %s old", plural(int(i.EarlierCheckpoints), "checkpoint", "checkpoints"), optAge(i.OldestCheckpointAgeMs)))

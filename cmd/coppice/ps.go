@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -52,6 +53,9 @@ func (c *cli) instancesTable(list []*apiv1.Instance) *table {
 		ckpt := optAge(i.CheckpointAgeMs)
 		if ckpt != "" {
 			ckpt += " ago"
+			if k := i.GetCallsSinceCheckpoint(); k > 0 {
+				ckpt += fmt.Sprintf(", %d calls since", k)
+			}
 		}
 		art := i.Artifact
 		if i.Version != "" {

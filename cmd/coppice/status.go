@@ -31,6 +31,32 @@ func (c *cli) statusCmd() *cobra.Command {
 	})
 }
 
+// unsavedText says what the loss of every node at once would lose.
+func unsavedText(u *apiv1.UnsavedStatus) cell {
+	switch {
+	case u.GetFewHolders() > 0:
+		return cell{fmt.Sprintf("%s since the last checkpoints; %s on too few living nodes", plural(int(u.GetCalls()), "call", "calls"), plural(int(u.GetFewHolders()), "checkpoint", "checkpoints")), yellow}
+	case u.GetCalls() > 0:
+		return cell{fmt.Sprintf("%s of %s since the last checkpoints", plural(int(u.GetCalls()), "call", "calls"), plural(int(u.GetInstances()), "instance", "instances")), ""}
+	}
+	return cell{}
+}
+
+// pagesText says how the pages of the node that answers are.
+func pagesText(p *apiv1.PageStatus) cell {
+	text, color := "", ""
+	if p.GetCorrupt() > 0 {
+		text, color = fmt.Sprintf("%d were corrupt, %d are repaired; ", p.GetCorrupt(), p.GetRepaired()), yellow
+	}
+	if p == nil || p.LastScrubAgeMs == nil && text == "" {
+		return cell{}
+	}
+	if p.LastScrubAgeMs == nil {
+		return cell{text + "not all checked since it started", color}
+	}
+	return cell{text + "all checked " + optAge(p.LastScrubAgeMs) + " ago", color}
+}
+
 func (c *cli) statusText(w io.Writer, s *apiv1.StatusResponse) {
 	n, a, k := s.GetNodes(), s.GetArbiter(), s.GetComponents()
 	t := c.fields()
@@ -71,6 +97,8 @@ func (c *cli) statusText(w io.Writer, s *apiv1.StatusResponse) {
 	if s.Paused {
 		t.field("paused", cell{"yes: the cluster was stopped by `down --all`", yellow})
 	}
+	t.field("unsaved", unsavedText(s.GetUnsaved()))
+	t.field("pages", pagesText(s.GetPages()))
 	t.write(w)
 	if len(s.Unsafe) > 0 {
 		fmt.Fprintln(w, "\n"+c.paint(yellow)("not safe against the loss of one node:"))

@@ -148,6 +148,10 @@ func (s *saver) capture(ctx context.Context, full bool) error {
 	s.mu.Lock()
 	head, saved := s.head, s.saved
 	s.mu.Unlock()
+	var answered uint64
+	if s.cfg.answered != nil {
+		answered = s.cfg.answered()
+	}
 	since := saved.Mark
 	if full || !s.cfg.incremental || head.needsBase() {
 		since = 0
@@ -164,6 +168,9 @@ func (s *saver) capture(ctx context.Context, full bool) error {
 		if err := s.commit(ctx, next); err != nil {
 			return err
 		}
+	}
+	if s.cfg.counted != nil {
+		s.cfg.counted(answered)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -32,8 +32,9 @@ import (
 )
 
 const (
-	// replicas of a checkpoint, this node's own copy included.
-	replicas = 3
+	// Replicas of a checkpoint, the owner's own copy included, where there are so many nodes.
+	Replicas = 3
+	replicas = Replicas
 	// startDeadline bounds the Start call of a component; swaps are stricter, for calls are held meanwhile.
 	startDeadline = 10 * time.Second
 	stopGrace     = 2 * time.Second
@@ -351,11 +352,12 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 		component: g.comp, store: i.sup.cfg.Blobs, ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive, apart: i.sup.apart,
 		committed: g.back.SetCommitted, log: i.sup.cfg.Log, cut: i.sup.cutFor(eff),
 		branched: func(head *chainHead, before Saved) error { return i.branched(g, head, before) }, local: i.sup.branch(i.name, g.token) != nil,
-		history: func(ctx context.Context, s *saver) { i.hist.keep(ctx, s, token) },
-		faulty:  func(why error) { i.faulty(g, why) },
+		history:  func(ctx context.Context, s *saver) { i.hist.keep(ctx, s, token) },
+		answered: g.back.Answered, counted: g.back.CountSaved,
+		faulty: func(why error) { i.faulty(g, why) },
 	}, head, g.saved, have)
 	i.mu.Lock()
-	i.sv = g.saver
+	i.sv, i.back = g.saver, g.back
 	i.mu.Unlock()
 	sv := g.saver
 	if !i.sup.spawn(func() {

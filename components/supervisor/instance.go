@@ -13,6 +13,7 @@ import (
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/events"
+	"github.com/coppice-project/coppice/membrane"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -55,6 +56,7 @@ type instance struct {
 	mu   sync.Mutex // guards the fields below
 	info Info
 	sv   *saver // of the running generation
+	back *membrane.Backend
 	hung *hung
 }
 
@@ -95,6 +97,8 @@ type Info struct {
 	Durable   string  // how it is saved in fact, which may be less than desired (Reason says why)
 	StartedMs float64 // how long its last start took, once its artifact was here: launch, restore, start
 	Failures  int     // starts in a row that failed
+	// Unsaved is how much was answered since the last acknowledged checkpoint: changes, or calls that may have changed something.
+	Unsaved uint64
 }
 
 func newInstance(s *Supervisor, name string) *instance {

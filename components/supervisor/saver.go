@@ -67,6 +67,9 @@ type saverConfig struct {
 	apart func([]peer.ID) bool
 	// committed is told every mark whose effects cannot be lost any more.
 	committed func(mark uint64)
+	// answered counts what was answered without a mark; counted is told what that was when a checkpoint was begun that is acknowledged now. nil: nobody counts.
+	answered func() uint64
+	counted  func(n uint64)
 	// cut says that the arbiter is out of reach and that checkpoints go on without it; nil: they wait for it. branched makes such a one durable.
 	cut      func() bool
 	branched func(head *chainHead, before Saved) error

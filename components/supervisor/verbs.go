@@ -227,6 +227,9 @@ func (i *instance) Info() Info {
 	info := i.info
 	if i.sv != nil {
 		info.Saved, _ = i.sv.Saved()
+		if i.sv.cfg.mode != componentsv1.Durability_DURABILITY_NONE {
+			info.Unsaved = i.back.Unsaved()
+		}
 	}
 	return info
 }

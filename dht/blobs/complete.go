@@ -160,6 +160,10 @@ func (s *Store) discard(bad Hash) error {
 	if err != nil {
 		return err
 	}
+	here, err := s.has(bad)
+	if err != nil {
+		return err
+	}
 	b := s.db.NewBatch()
 	for _, kind := range []byte{headKey, dataKey, completeKey} {
 		if err := b.Delete(s.key(kind, bad), nil); err != nil {
@@ -184,7 +188,9 @@ func (s *Store) discard(bad Hash) error {
 	if err := b.Commit(pebble.Sync); err != nil {
 		return errors.Join(err, b.Close())
 	}
-	s.stats.sub(1, 0)
+	if here {
+		s.stats.sub(1, 0)
+	}
 	return b.Close()
 }
 

@@ -6,7 +6,7 @@
 //   - Put, PutPush and WriteStream return after the fsync; concurrent ones share it.
 //   - A member acknowledges a root to another only when the root and everything below it are present and on its disk.
 //   - What is read is verified. A page that does not match its name is a *CorruptError, is removed, and its ancestors are no longer
-//     complete; the store then fetches it again from another member.
+//     complete; the store then fetches it again from another member. Everything is read once a day, slowly, whether anybody asks for it or not.
 //   - Completeness is kept on disk, so the next node of a chain of any length costs one look at its predecessor.
 //   - The collector removes only what no live root, pin or young node reaches. A have-answer, a Put and an acknowledgement pin for ten
 //     minutes; a restore pins by name for as long as it renews. After a start nothing is collected for ten minutes, as pins are kept
@@ -24,7 +24,7 @@
 //
 // # Goroutines
 //
-// Run: the collector and the repairs, until its context ends. For each stream opened to a peer: one reader. For each stream a peer
+// Run: the collector, the repairs and the scrubber, until its context ends. For each stream opened to a peer: one reader. For each stream a peer
 // opened: one reader and one that answers. For each Push: one per peer, at most MaxInflight for a peer; those of slow peers outlive
 // the call and end with the store. Close ends all of them.
 //

@@ -8,11 +8,12 @@ import (
 // stats are the counters behind Usage.
 type stats struct {
 	nodes, bytes   atomic.Int64 // since the start; what was there before is in base
-	baseMu         sync.Mutex   // guards base*, sweep
+	baseMu         sync.Mutex   // guards base*, last, scrub
 	baseNodes      int64
 	baseBytes      int64
 	baseKnown      bool
 	last           Sweep
+	scrub          Scrub
 	corrupt        atomic.Uint64
 	repaired       atomic.Uint64
 	repairsDropped atomic.Uint64
@@ -50,6 +51,12 @@ func (s *stats) swept(sw Sweep, err error) {
 	s.last = sw
 }
 
+func (s *stats) scrubs(f func(*Scrub)) {
+	s.baseMu.Lock()
+	defer s.baseMu.Unlock()
+	f(&s.scrub)
+}
+
 // Usage is what the store holds and does.
 type Usage struct {
 	// Nodes and Bytes (of encodings) stored; only those of this start until Counted, when the walk at the start is done.
@@ -57,6 +64,7 @@ type Usage struct {
 	Counted      bool
 	Pins         int
 	LastSweep    Sweep
+	Scrub        Scrub
 	// Low: the disk is low, nothing is kept for others.
 	Low bool
 	// Corrupt nodes found, Repaired from others, RepairsDropped because too many were waiting: those are found again when next read.
@@ -87,6 +95,6 @@ func (s *Store) Usage() Usage {
 	defer st.baseMu.Unlock()
 	u.Nodes += st.baseNodes
 	u.Bytes += st.baseBytes
-	u.Counted, u.LastSweep = st.baseKnown, st.last
+	u.Counted, u.LastSweep, u.Scrub = st.baseKnown, st.last, st.scrub
 	return u
 }

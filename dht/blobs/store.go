@@ -32,7 +32,11 @@ type Config struct {
 	// Failed is told once when an fsync of what was applied has failed: the kernel may have dropped the pages, and a later fsync that succeeds
 	// says nothing of them. From then on nothing is acknowledged here; the node should end. It must not block. nil: nobody is told.
 	Failed func(error)
-	Log    *slog.Logger
+	// Corrupt is told each node that is found to be wrong here, or lost: it is removed, and being fetched again. It must not block. nil: nobody is told.
+	Corrupt func(*CorruptError)
+	// Rand says where scrubbing begins. nil: at the beginning.
+	Rand func() uint64
+	Log  *slog.Logger
 
 	// Stall is how long a peer may be silent while an answer is due before its stream is given up: for small pushes as it is, for
 	// bulk and fetches five times that. 1.5 s where 0.
@@ -44,6 +48,9 @@ type Config struct {
 	PinFor time.Duration
 	// SweepEvery is the time between two collections at least; a long one waits fifty times its duration. 2 min where 0.
 	SweepEvery time.Duration
+	// ScrubEvery is the time in which everything that is kept is read once and checked; more where that would take more than a hundredth of a core. A day where 0,
+	// never where negative.
+	ScrubEvery time.Duration
 	// MaxInflight bounds the pushes under way to one peer, those in the background included. 4096 where 0.
 	MaxInflight int
 }
@@ -67,6 +74,13 @@ func (c *Config) fill() error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	if c.Corrupt == nil {
+		c.Corrupt = func(*CorruptError) {}
+	}
+	if c.Rand == nil {
+		c.Rand = func() uint64 { return 0 }
+	}
+	setDefault(&c.ScrubEvery, 24*time.Hour)
 	setDefault(&c.Stall, 1500*time.Millisecond)
 	setDefault(&c.DialTimeout, time.Second)
 	setDefault(&c.PinFor, 10*time.Minute)
@@ -208,20 +222,29 @@ func (s *Store) get(h Hash) (Node, []byte, error) {
 		return Node{}, nil, fmt.Errorf("read node %s: %w", h.Short(), err)
 	}
 	corrupt := &CorruptError{Hash: h, Why: err.Error()}
-	if err := s.discard(h); err != nil {
-		return Node{}, nil, fmt.Errorf("%w; removing it failed: %w", corrupt, err)
-	}
-	s.stats.corrupt.Add(1)
-	s.cfg.Log.Warn("corrupt node", "node", h.String(), "why", corrupt.Why)
-	select {
-	case s.repairs <- h:
-	default:
-		s.stats.repairsDropped.Add(1)
+	if err := s.found(corrupt); err != nil {
+		return Node{}, nil, err
 	}
 	return Node{}, nil, corrupt
 }
 
-// Run collects and repairs until ctx ends. It always returns ctx's error.
+// found deals with a node that is not what it should be: it goes, and is fetched again.
+func (s *Store) found(corrupt *CorruptError) error {
+	if err := s.discard(corrupt.Hash); err != nil {
+		return fmt.Errorf("%w; removing it failed: %w", corrupt, err)
+	}
+	s.stats.corrupt.Add(1)
+	s.cfg.Log.Warn("corrupt node", "node", corrupt.Hash.String(), "why", corrupt.Why)
+	s.cfg.Corrupt(corrupt)
+	select {
+	case s.repairs <- corrupt.Hash:
+	default:
+		s.stats.repairsDropped.Add(1)
+	}
+	return nil
+}
+
+// Run collects, repairs and scrubs until ctx ends. It always returns ctx's error.
 func (s *Store) Run(ctx context.Context) error {
 	if !s.work.enter() {
 		return ErrClosed
@@ -232,6 +255,7 @@ func (s *Store) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.sweepLoop(ctx) })
 	wg.Go(func() { s.repairLoop(ctx) })
+	wg.Go(func() { s.scrubLoop(ctx) })
 	wg.Wait()
 	return ctx.Err()
 }

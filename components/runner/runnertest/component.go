@@ -224,7 +224,10 @@ func (c *component) Heartbeat(ctx context.Context, b *componentv1.Beat) (*compon
 		<-ctx.Done()
 		return nil, ctx.Err()
 	}
-	b.Status = &componentv1.Status{State: componentv1.State_STARTED, Info: map[string]string{componentv1.InfoHTTPSocket: c.http}}
+	c.mu.Lock()
+	mark := c.mark
+	c.mu.Unlock()
+	b.Status = &componentv1.Status{State: componentv1.State_STARTED, Info: map[string]string{componentv1.InfoHTTPSocket: c.http, componentv1.InfoMark: fmt.Sprint(mark)}}
 	return b, nil
 }
 

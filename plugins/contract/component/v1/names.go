@@ -62,7 +62,7 @@ const (
 // Keys of Status.info.
 const (
 	InfoHTTPSocket = "http_socket"
-	InfoMark       = "mark"
+	InfoMark       = "mark" // decimal: the newest mark of the journal; with txn-calls messages of streams wait until it is committed
 )
 
 // ExitLeaseLapsed is the exit status of a component that ended itself because no node granted it its lease.
