@@ -8,7 +8,8 @@ import (
 	"github.com/coppice-project/coppice/dht/members"
 )
 
-// FromMembers shows the node's view of the cluster as the arbiter wants it. A quarantined member runs but may not vote.
+// FromMembers shows the node's view of the cluster as the arbiter wants it. A quarantined member runs but may not vote, nor may this node while it
+// knows that it is one to the others: else a leader that flaps would go on leading.
 func FromMembers(m *members.Members) Members { return membersView{m} }
 
 type membersView struct{ m *members.Members }
@@ -24,6 +25,11 @@ func (v membersView) List() []Member {
 	}
 	if !met {
 		out = append(out, fromMember(self))
+	}
+	if v.m.Flapping() {
+		for i := range out {
+			out[i].NoVoter = out[i].NoVoter || out[i].ID == self.ID
+		}
 	}
 	return out
 }

@@ -222,6 +222,7 @@ func (m *Members) Readmit(ctx context.Context) {
 	info := m.self.info.clone()
 	info.Counter++
 	info.readmitted = info.version()
+	m.ends, m.flapping = nil, time.Time{}
 	m.self.info = &info
 	m.touch(m.self, "readmitted")
 	m.announce(m.id)

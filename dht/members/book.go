@@ -104,6 +104,9 @@ func (m *Members) loadFrom(data []byte) error {
 		info.readmitted = was
 		m.self.info = &info
 	}
+	if m.ends = book.GetEndsUnixMs(); !book.GetLeft() {
+		m.ended()
+	}
 	for _, w := range book.GetEntries() {
 		info, err := infoFromWire(w.GetInfo())
 		if err != nil {
@@ -138,7 +141,7 @@ func (m *Members) save() {
 	}
 	m.mu.Lock()
 	m.unsaved = false
-	book := &wirev1.MemberBook{Format: bookFormat, StartedUnixMs: m.self.info.StartedUnixMs, Readmitted: versionToWire(m.self.info.readmitted)}
+	book := &wirev1.MemberBook{Format: bookFormat, StartedUnixMs: m.self.info.StartedUnixMs, Readmitted: versionToWire(m.self.info.readmitted), EndsUnixMs: m.ends, Left: m.leaving}
 	for _, e := range m.entries {
 		if e != m.self && (e.admitted || e.expelled) {
 			book.Entries = append(book.Entries, &wirev1.MemberBook_Entry{

@@ -78,6 +78,28 @@ func (m *Members) endQuarantines(now time.Time) {
 	}
 }
 
+// Flapping says whether this node has died, or was taken for dead, so often of late that the others hold it quarantined, as far as it can tell. In
+// its own view it is alive all the same: somebody has to be, where it is alone.
+func (m *Members) Flapping() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return time.Now().Before(m.flapping)
+}
+
+// ended counts an end of this node's own life. Locked.
+func (m *Members) ended() {
+	now := time.Now()
+	m.ends = slices.DeleteFunc(append(m.ends, now.UnixMilli()), func(at int64) bool {
+		return at > now.UnixMilli() || now.UnixMilli()-at > flapWindow.Milliseconds()
+	})
+	m.ends = m.ends[max(0, len(m.ends)-maxEnds):]
+	if m.cfg.FlapDeaths > 0 && len(m.ends) > m.cfg.FlapDeaths {
+		m.flapping = now.Add(flapBackoff)
+		m.log.Warn("this node dies too often: the others do not use it for a while", "ends", len(m.ends), "until", m.flapping)
+	}
+	m.unsaved = true
+}
+
 // freeAt notes that a quarantine ends then. Locked.
 func (m *Members) freeAt(at time.Time) {
 	if m.nextFree.IsZero() || at.Before(m.nextFree) {

@@ -37,6 +37,7 @@ const (
 	flapDeaths  = 3 // more deaths than this in flapWindow quarantine a node
 	flapBackoff = 30 * time.Second
 	flapMost    = 10 * time.Minute
+	maxEnds     = 64               // of its own lives that a node remembers
 	flapForget  = 30 * time.Minute // without a death; then the back-off begins from the start
 
 	// A verdict reaches so many counters ahead of what its author knew, lest an update sent just before a death undo it.

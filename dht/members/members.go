@@ -89,6 +89,8 @@ type Members struct {
 	stopped   bool
 	lastHeal  time.Time
 	outranked time.Time // last refutation of another life of this node
+	ends      []int64   // of this node's own lives within flapWindow, as its book has them
+	flapping  time.Time // the others hold this node quarantined until then, as far as it can tell
 	nextMeet  time.Time // exchange
 	nextSave  time.Time
 	nextLook  time.Time // at redials and the like

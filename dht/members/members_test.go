@@ -385,6 +385,53 @@ func TestAReadmissionIsToldToAllAndCountsOnce(t *testing.T) {
 	})
 }
 
+// A node that flaps can tell: it counts its deaths as the others do, and false ones too. One that is put down and started is no such node.
+func TestAFlappingNodeKnowsThatItIs(t *testing.T) {
+	tune := func(cfg *Config) { cfg.FlapDeaths = 3 }
+	simulateWith(t, seedOf(t, 23), 3, tune, func(c *cluster) {
+		c.flap("n2")
+		if !c.nodes["n2"].Flapping() || c.nodes["n1"].Flapping() || c.nodes["n2"].Self().State != Alive {
+			t.Errorf("n2 knows that it flaps: %v, n1: %v, n2 holds itself to be %v", c.nodes["n2"].Flapping(), c.nodes["n1"].Flapping(), c.nodes["n2"].Self().State)
+		}
+		c.readmit("n2")
+		if c.nodes["n2"].Flapping() {
+			t.Error("readmitted, it believes that it is quarantined")
+		}
+		c.flap("n2")
+		c.eventually(flapBackoff+time.Second, "its quarantine ends", func() error {
+			if c.nodes["n2"].Flapping() {
+				return fmt.Errorf("it does not know")
+			}
+			return c.agree(c.ids)
+		})
+	})
+	simulateWith(t, seedOf(t, 24), 3, tune, func(c *cluster) {
+		for range 5 {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			c.nodes["n2"].Goodbye(ctx)
+			cancel()
+			c.nodes["n2"].stop()
+			c.kill("n2")
+			c.start("n2")
+			c.eventually(time.Second, "it returns", func() error { return c.agree(c.ids) })
+		}
+		if c.nodes["n2"].Flapping() {
+			t.Error("put down in order five times, it believes that it flaps")
+		}
+	})
+	simulateWith(t, seedOf(t, 25), 3, tune, func(c *cluster) {
+		for range 4 {
+			c.net.Isolate("n2")
+			time.Sleep(10 * time.Second)
+			c.net.Heal()
+			time.Sleep(10 * time.Second)
+		}
+		if err := c.holds("n2", Quarantined); err != nil || !c.nodes["n2"].Flapping() {
+			t.Errorf("cut off four times it knows that it flaps: %v; %v", c.nodes["n2"].Flapping(), err)
+		}
+	})
+}
+
 // Who is cut off while a node is readmitted hears of it when the cut is over, also when that node was restarted meanwhile.
 func TestAReadmissionIsHeardByWhoWasAway(t *testing.T) {
 	for _, restart := range []bool{false, true} {

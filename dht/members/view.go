@@ -406,6 +406,7 @@ func (m *Members) refute(at version, evidence string) {
 	info := m.self.info.clone()
 	if at.sameBoot(mine) {
 		info.Counter = at.counter + 1
+		m.ended()
 	} else {
 		info.StartedUnixMs = at.started + 1
 		info.Counter++

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/coppice-project/coppice/internal/cluster"
 )
@@ -64,12 +65,14 @@ func TestAFlappingVoterLosesItsVote(t *testing.T) {
 	if !quarantined {
 		t.Fatalf("%s died again and again and is not quarantined", flapping.Name)
 	}
+	began := time.Now()
 	g.wait("its vote to be given to another node", func(context.Context) error {
 		if v, n := voters(other); slices.Contains(v, flapping.Name) || len(v) != 3 || n != 1 {
 			return fmt.Errorf("the voters are %v, %d nodes are quarantined", v, n)
 		}
 		return nil
 	})
+	t.Logf("its vote was given to another node after %s", time.Since(began).Round(time.Millisecond))
 	// Any node takes it back for all: here one that neither leads nor places.
 	st, err := g.status(t.Context(), other)
 	must(t, err)
@@ -87,6 +90,7 @@ func TestAFlappingVoterLosesItsVote(t *testing.T) {
 	// It may vote for all again: when another voter is drained its vote is the only one that can take the place.
 	voting, _ := voters(via)
 	leaves := voting[slices.IndexFunc(voting, func(v string) bool { return v != flapping.Name && v != via.Name })]
+	began = time.Now()
 	g.do(via, "drain", leaves)
 	g.wait("its vote to come back", func(context.Context) error {
 		if v, _ := voters(via); !slices.Contains(v, flapping.Name) || slices.Contains(v, leaves) || len(v) != 3 {
@@ -94,4 +98,5 @@ func TestAFlappingVoterLosesItsVote(t *testing.T) {
 		}
 		return nil
 	})
+	t.Logf("it voted in place of %s after %s", leaves, time.Since(began).Round(time.Millisecond))
 }

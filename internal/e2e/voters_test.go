@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/coppice-project/coppice/internal/cluster"
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
 )
 
 // Seven nodes of which seven may vote: all do, and the deaths of any three at once stop nothing. With the default five would, and three could be
@@ -23,6 +24,20 @@ func TestSevenVoters(t *testing.T) {
 		}
 		return nil
 	})
+	for _, n := range g.Nodes { // each watches some of the others; to the rest the round trip is measured
+		g.wait(n.Name+" to know how far the others are", func(ctx context.Context) error {
+			res, err := g.api(n).Nodes(ctx, &apiv1.NodesRequest{})
+			if err != nil {
+				return err
+			}
+			for _, m := range res.GetNodes() {
+				if m.RttMs == nil {
+					return fmt.Errorf("%s is %s, connected: %s", m.GetName(), m.GetState(), m.GetConnection())
+				}
+			}
+			return nil
+		})
+	}
 	victims := append([]*cluster.Node{leader}, g.others(leader)[:2]...)
 	must(t, cluster.Each(victims, func(n *cluster.Node) error { _, err := n.Kill(); return err }))
 	at := g.Alive()[0]

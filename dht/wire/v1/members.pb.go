@@ -1207,7 +1207,9 @@ type MemberBook struct {
 	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"` // 1
 	StartedUnixMs int64                  `protobuf:"varint,2,opt,name=started_unix_ms,json=startedUnixMs,proto3" json:"started_unix_ms,omitempty"`
 	Entries       []*MemberBook_Entry    `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"`
-	Readmitted    *MemberVersion         `protobuf:"bytes,4,opt,name=readmitted,proto3" json:"readmitted,omitempty"` // as this node said it last
+	Readmitted    *MemberVersion         `protobuf:"bytes,4,opt,name=readmitted,proto3" json:"readmitted,omitempty"`                             // as this node said it last
+	EndsUnixMs    []int64                `protobuf:"varint,5,rep,packed,name=ends_unix_ms,json=endsUnixMs,proto3" json:"ends_unix_ms,omitempty"` // of lives of this node of late, by its clock: its starts after one, and its refutations
+	Left          bool                   `protobuf:"varint,6,opt,name=left,proto3" json:"left,omitempty"`                                        // this life ended with a goodbye
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1268,6 +1270,20 @@ func (x *MemberBook) GetReadmitted() *MemberVersion {
 		return x.Readmitted
 	}
 	return nil
+}
+
+func (x *MemberBook) GetEndsUnixMs() []int64 {
+	if x != nil {
+		return x.EndsUnixMs
+	}
+	return nil
+}
+
+func (x *MemberBook) GetLeft() bool {
+	if x != nil {
+		return x.Left
+	}
+	return false
 }
 
 type ViewSummary_Item struct {
@@ -1498,7 +1514,7 @@ const file_dht_wire_v1_members_proto_rawDesc = "" +
 	"\n" +
 	"\x06SILENT\x10\x01\x12\v\n" +
 	"\aREACHED\x10\x02\x12\v\n" +
-	"\aREFUSED\x10\x03\"\xdb\x02\n" +
+	"\aREFUSED\x10\x03\"\x91\x03\n" +
 	"\n" +
 	"MemberBook\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12&\n" +
@@ -1506,7 +1522,10 @@ const file_dht_wire_v1_members_proto_rawDesc = "" +
 	"\aentries\x18\x03 \x03(\v2 .coppice.dht.v1.MemberBook.EntryR\aentries\x12=\n" +
 	"\n" +
 	"readmitted\x18\x04 \x01(\v2\x1d.coppice.dht.v1.MemberVersionR\n" +
-	"readmitted\x1a\x91\x01\n" +
+	"readmitted\x12 \n" +
+	"\fends_unix_ms\x18\x05 \x03(\x03R\n" +
+	"endsUnixMs\x12\x12\n" +
+	"\x04left\x18\x06 \x01(\bR\x04left\x1a\x91\x01\n" +
 	"\x05Entry\x12.\n" +
 	"\x04info\x18\x01 \x01(\v2\x1a.coppice.dht.v1.MemberInfoR\x04info\x12\x1a\n" +
 	"\badmitted\x18\x02 \x01(\bR\badmitted\x12\x1a\n" +

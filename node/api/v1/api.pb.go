@@ -702,7 +702,7 @@ type Node struct {
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
 	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"` // alive | suspect | dead | left | quarantined
 	Addrs         []string               `protobuf:"bytes,4,rep,name=addrs,proto3" json:"addrs,omitempty"`
-	RttMs         *float64               `protobuf:"fixed64,5,opt,name=rtt_ms,json=rttMs,proto3,oneof" json:"rtt_ms,omitempty"` // from the node that answers; 0 for itself
+	RttMs         *float64               `protobuf:"fixed64,5,opt,name=rtt_ms,json=rttMs,proto3,oneof" json:"rtt_ms,omitempty"` // from the node that answers; 0 for itself; measured for this where no heartbeats pass; unset: there is no connection
 	Connection    string                 `protobuf:"bytes,6,opt,name=connection,proto3" json:"connection,omitempty"`            // self | direct | relayed | none
 	Labels        map[string]string      `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Version       string                 `protobuf:"bytes,8,opt,name=version,proto3" json:"version,omitempty"`
