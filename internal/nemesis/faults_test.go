@@ -132,12 +132,16 @@ func killWatchers(ctx context.Context, b *bed) (string, error) {
 	n := b.any()
 	var watchers []*cluster.Node
 	if err := cluster.WaitFor(ctx, back, n.Name+" to be watched", func(ctx context.Context) (bool, error) {
-		var list []*apiv1.Node
-		if err := b.c.Coppice(ctx, n, &list, "nodes", n.Name); err != nil {
+		c, err := n.Client()
+		if err != nil {
+			return false, err
+		}
+		res, err := c.Nodes(ctx, &apiv1.NodesRequest{Node: n.Name}) // coppice nodes NODE
+		if err != nil {
 			return false, err
 		}
 		watchers = nil
-		for _, it := range list {
+		for _, it := range res.GetNodes() {
 			for _, name := range it.GetWatchers() {
 				if w := b.c.Node(name); w != nil && it.GetState() == "alive" {
 					watchers = append(watchers, w)

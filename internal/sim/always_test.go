@@ -129,6 +129,7 @@ func (w *whole) answered(name string, a added) {
 
 // decided waits until no branch is open and each has been decided about, and asserts that.
 func (w *whole) decided() {
+	time.Sleep(3 * time.Second) // who was started last reads what he has
 	why := ""
 	if _, ok := w.eventually(decidedWithin, func() bool { why = w.undecided(); return why == "" && w.served() }); !ok {
 		w.failf("%s after healing, and %s after all instances are served: %s", ownedWithin, decidedWithin, why)

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"testing"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -318,9 +319,23 @@ func (n *node) folder() string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.dir == "" {
-		n.dir = n.w.t.TempDir()
+		n.dir = memoryDir(n.w.t)
 	}
 	return n.dir
+}
+
+// memoryDir is a folder that ends with the test, in memory where there is such a place: what is synced there costs no time of a disk.
+func memoryDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("/dev/shm", "coppice-sim-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
 }
 
 // kill ends the node's process at once. Its disk keeps what was synced.
