@@ -161,7 +161,7 @@ func (d *draining) run(ctx context.Context) error {
 		return api.Fail(connect.CodeDeadlineExceeded, d.what, fmt.Sprintf("nothing runs here any more, but after %s it still %s: %s", d.timeout, d.n.duty(), d.n.voteStuck()), "coppice status")
 	}
 	done := &apiv1.DrainUpdate{Node: d.n.cfg.Name, State: "done", Moved: d.moved, Done: true, TookMs: ms(time.Since(d.begin))}
-	if d.n.votes() {
+	if d.n.votes() && !d.n.othersMayVote() {
 		done.Reason = lastVoter
 	}
 	return d.send(done)
