@@ -15,9 +15,15 @@ import (
 
 // configuration returns the group as this node's raft has it.
 func (a *Arbiter) configuration(r *raft.Raft) (voters, learners []peer.ID) {
+	voters, learners, _ = a.configurationAt(r)
+	return voters, learners
+}
+
+// configurationAt returns the index of the entry, too, which a change can be made to depend on.
+func (a *Arbiter) configurationAt(r *raft.Raft) (voters, learners []peer.ID, index uint64) {
 	f := r.GetConfiguration()
 	if f.Error() != nil {
-		return nil, nil
+		return nil, nil, 0
 	}
 	for _, s := range f.Configuration().Servers {
 		id, ok := a.ids.decode(string(s.ID))
@@ -30,7 +36,7 @@ func (a *Arbiter) configuration(r *raft.Raft) (voters, learners []peer.ID) {
 			learners = append(learners, id)
 		}
 	}
-	return voters, learners
+	return voters, learners, f.Index()
 }
 
 // leaderOf returns the leader as this node's raft has it; "" when it has none.

@@ -499,6 +499,24 @@ func TestAnExpelledVoterIsReplacedAtOnce(t *testing.T) {
 	})
 }
 
+// A step that was decided on for another group than the present one is not taken: meanwhile another node may have led, and have taken out the learner that is to
+// vote now.
+func TestAStepForAnotherGroupIsNotTaken(t *testing.T) {
+	inCluster(t, 12, 4, func(c *cluster) {
+		a := c.leader().arb()
+		r := a.raft.Load()
+		voters, learners, index := a.configurationAt(r)
+		for _, st := range []step{{kind: stepVoter, id: testID(99)}, {kind: stepLearner, id: testID(99)}, {kind: stepRemove, id: voters[0]}, {kind: stepDemote, id: voters[0]}} {
+			if err := a.keeper.do(t.Context(), r, st, index-1); err == nil {
+				t.Errorf("%s was done", st.kind)
+			}
+		}
+		if v, l, at := a.configurationAt(r); !slices.Equal(v, voters) || !slices.Equal(l, learners) || at != index {
+			t.Errorf("the group was %v and %v at %d, and is %v and %v at %d", voters, learners, index, v, l, at)
+		}
+	})
+}
+
 func TestOnlyVoterCannotStepDown(t *testing.T) {
 	inCluster(t, 10, 1, func(c *cluster) {
 		ctx, done := within(3 * time.Second)

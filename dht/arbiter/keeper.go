@@ -133,7 +133,7 @@ func (k *keeper) look(ctx context.Context, r *raft.Raft) time.Duration {
 	case stepWait:
 		return min(k.a.t.Keeper, 50*time.Millisecond)
 	}
-	err := k.do(ctx, r, st)
+	err := k.do(ctx, r, st, s.index)
 	word := fmt.Sprintf("%s %s: %s", st.kind, st.id, st.why)
 	if err != nil {
 		word += fmt.Sprintf(" (failed: %v)", err)
@@ -150,7 +150,7 @@ func (k *keeper) look(ctx context.Context, r *raft.Raft) time.Duration {
 func (k *keeper) situation(ctx context.Context, r *raft.Raft) *situation {
 	a := k.a
 	s := &situation{self: a.cfg.Self, max: a.cfg.MaxVoters, members: map[peer.ID]standing{}}
-	s.voters, s.learners = a.configuration(r)
+	s.voters, s.learners, s.index = a.configurationAt(r)
 	if st := a.fsm.shown.Load(); st != nil {
 		s.coordinator = st.meta.Coordinator
 		s.format = st.meta.Format
@@ -314,8 +314,9 @@ func (k *keeper) reachedBy(ctx context.Context, id peer.ID, ask []peer.ID) bool 
 	return unknown && !no
 }
 
-// do carries a step out. It returns when the change is committed, or can no longer be by this leader.
-func (k *keeper) do(ctx context.Context, r *raft.Raft, st step) error {
+// do carries a step out, if the group is still that of the entry at index: another node may have led meanwhile, and who learned then may do so no more. It
+// returns when the change is committed, or can no longer be by this leader.
+func (k *keeper) do(ctx context.Context, r *raft.Raft, st step, index uint64) error {
 	if !k.a.serving.enter() {
 		return ErrClosed
 	}
@@ -323,17 +324,17 @@ func (k *keeper) do(ctx context.Context, r *raft.Raft, st step) error {
 	id, addr := raft.ServerID(st.id.String()), raft.ServerAddress(st.id.String())
 	switch st.kind {
 	case stepLearner:
-		return r.AddNonvoter(id, addr, 0, enqueueTime).Error()
+		return r.AddNonvoter(id, addr, index, enqueueTime).Error()
 	case stepVoter:
-		err := r.AddVoter(id, addr, 0, enqueueTime).Error()
+		err := r.AddVoter(id, addr, index, enqueueTime).Error()
 		if err == nil {
 			k.swapped = time.Now()
 		}
 		return err
 	case stepDemote:
-		return r.DemoteVoter(id, 0, enqueueTime).Error()
+		return r.DemoteVoter(id, index, enqueueTime).Error()
 	case stepRemove:
-		return r.RemoveServer(id, 0, enqueueTime).Error()
+		return r.RemoveServer(id, index, enqueueTime).Error()
 	case stepHand:
 		return r.LeadershipTransferToServer(id, addr).Error()
 	case stepName:

@@ -43,6 +43,7 @@ type situation struct {
 	self        peer.ID
 	voters      []peer.ID
 	learners    []peer.ID
+	index       uint64 // of the entry that made the group
 	members     map[peer.ID]standing
 	coordinator peer.ID
 	primary     peer.ID            // of the rule of two nodes; "": it does not hold
