@@ -64,6 +64,7 @@ var bugs = []bug{
 	{"lease-new-leader", "leases", 100, "a new leader does not wait for the leases that its predecessors acknowledged"},
 	{"lease-lost-on-boot", "leases", 200, "a leader that was started anew does not wait for the leases that were acknowledged before"},
 	{"lease-from-answer", "leases", 400, "an owner counts its lease from the answer, not from its question"},
+	{"branch-elsewhere", "always", 20, "what goes on without the arbiter goes on at nodes that do not own it"},
 	{"reply-before-commit", "whole", 100, "an answer is given before its effects are committed"},
 }
 
