@@ -23,8 +23,8 @@ func TestJSONShape(t *testing.T) {
 		want string
 	}{
 		{&apiv1.TokenResponse{Token: "a<b", Expires: timestamppb.New(time.Unix(1, 500e6))}, `{"token":"a<b","expires":"1970-01-01T00:00:01.5Z","uses":0}`},
-		{&apiv1.StatusResponse{Nodes: &apiv1.NodeCounts{Alive: 3}}, `{"cluster":"","nodes":{"alive":3,"suspect":0,"dead":0,"left":0,"quarantined":0},"arbiter":null,"components":null,"unsafe":[],"node":"","version":"","paused":false,"warnings":[]}`},
-		{&apiv1.CheckpointInfo{Seq: math.MaxUint64, AgeMs: proto.Uint64(0)}, `{"seq":18446744073709551615,"bytes":0,"age_ms":0,"replicas":[],"w":0,"root":""}`},
+		{&apiv1.StatusResponse{Nodes: &apiv1.NodeCounts{Alive: 3}}, `{"cluster":"","nodes":{"alive":3,"suspect":0,"dead":0,"left":0,"quarantined":0},"arbiter":null,"components":null,"unsafe":[],"node":"","version":"","paused":false,"warnings":[],"pages":null,"unsaved":null}`},
+		{&apiv1.CheckpointInfo{Seq: math.MaxUint64, AgeMs: proto.Uint64(0)}, `{"seq":18446744073709551615,"bytes":0,"age_ms":0,"replicas":[],"w":0,"root":"","replicas_alive":0,"calls_since":null}`},
 		{&apiv1.CallStats{P50Ms: proto.Float64(1.25), PerSecond: math.Inf(1)}, `{"total":0,"failed":0,"retried":0,"held":0,"in_flight":0,"p50_ms":1.25,"p99_ms":null,"per_second":null}`},
 		{&apiv1.Row{Values: []*apiv1.Value{{}, {Kind: &apiv1.Value_Integer{Integer: -1 << 62}}, {Kind: &apiv1.Value_Blob{Blob: []byte{255}}}}}, `{"values":[{},{"integer":-4611686018427387904},{"blob":"/w=="}]}`},
 		{&apiv1.Overlay{Nodes: map[string]string{"b": "2", "a": "1"}}, `{"version":"","digest":"","nodes":{"a":"1","b":"2"},"stopped":false,"frozen":false,"attributes":{},"bindings":{}}`},
