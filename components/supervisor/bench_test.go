@@ -408,12 +408,7 @@ func (b *bench) restored(i int, root blobs.Hash) uint64 {
 
 func (b *bench) eventually(what string, cond func() bool) {
 	b.t.Helper()
-	b.eventuallyIn(30*time.Second, what, cond)
-}
-
-func (b *bench) eventuallyIn(d time.Duration, what string, cond func() bool) {
-	b.t.Helper()
-	for end := time.Now().Add(d); !cond(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); !cond(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			_, err := b.s.Saved()
 			b.t.Fatalf("waited in vain: %s (committed %d of %d; %v)", what, b.marks(), b.tape.mark, err)

@@ -9,7 +9,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 )
 
-// What rots on the disk is found although nobody asks for it, told once, and repaired from another node: within two days at most, wherever it lies in the order.
+// What rots on the disk is found although nobody asks for it, told once, and repaired from another node: within two passes at most, wherever it lies in the order.
 func TestScrubbingFindsWhatNobodyReads(t *testing.T) {
 	for _, seed := range []uint64{0, 2} {
 		var mu sync.Mutex // guards told
@@ -38,16 +38,17 @@ func TestScrubbingFindsWhatNobodyReads(t *testing.T) {
 			if !bad.Complete(tip.Hash) {
 				t.Fatal("it knows already")
 			}
-			slowly(t, 49*time.Hour, "both are found", func() bool { return bad.Usage().Corrupt == 2 })
+			slowly(t, 5*time.Hour, "both are found", func() bool { return bad.Usage().Corrupt == 2 })
 			slowly(t, time.Hour, "and repaired", func() bool { return bad.Usage().Repaired == 2 && bad.Complete(tip.Hash) })
 			mu.Lock()
 			if !slices.Contains(told, rotten) || !slices.Contains(told, lost) || len(told) != 2 {
 				t.Errorf("told of %v, want %s and %s", told, rotten, lost)
 			}
 			mu.Unlock()
-			slowly(t, 25*time.Hour, "a pass is complete", func() bool { return bad.Usage().Scrub.Passes > 0 && !bad.Usage().Scrub.Last.IsZero() })
+			slowly(t, 5*time.Hour, "a pass is complete", func() bool { return bad.Usage().Scrub.Passes > 0 && !bad.Usage().Scrub.Last.IsZero() })
 			bad.mustRead(base.Hash, state)
 		}, func(c *Config) {
+			c.ScrubEvery = 2 * time.Hour
 			if c.Self == simID(1) {
 				c.Rand = func() uint64 { return seed << 62 }
 				c.Corrupt = func(e *CorruptError) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -35,20 +36,20 @@ func (g *grove) shows(via *cluster.Node, n int) {
 	})
 }
 
-// The whole cluster is put down and started again: each component is where it was, with its state.
+// The whole cluster is put down and started again: each component is where it was, with its state, however seldom that is saved otherwise.
 func TestDownAllAndUpAgain(t *testing.T) {
 	t.Parallel() // it waits most of the time
-	downAndUp(t, 3)
+	downAndUp(t, 3, "1h")
 }
 
 // TestTwoNodesDownAllAndUpAgain is the same with two, of which the one that goes down last may have gone on alone for a moment.
-func TestTwoNodesDownAllAndUpAgain(t *testing.T) { downAndUp(t, 2) }
+func TestTwoNodesDownAllAndUpAgain(t *testing.T) { downAndUp(t, 2, "each-call") }
 
-func downAndUp(t *testing.T, nodes int) {
+func downAndUp(t *testing.T, nodes int, durable string) {
 	g := plant(t, nodes)
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "counter", "1.0.0"))
-	g.deploy(n1, counterApp)
+	g.deploy(n1, strings.Replace(counterApp, "durable: each-call", "durable: "+durable, 1))
 	in := g.running(n1, "tally/counter-0", protected(nodes))
 	g.counted(g.Nodes[nodes-1], 7)
 

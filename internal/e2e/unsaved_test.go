@@ -88,7 +88,7 @@ func (g *grove) unsaved(owner *cluster.Node, want uint64) {
 }
 
 func metrics(ctx context.Context, n *cluster.Node) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+n.HTTP+"/metrics", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, n.HTTP+"/metrics", nil)
 	if err != nil {
 		return "", err
 	}
