@@ -133,7 +133,7 @@ func TestLeaseLostWithholdsAnswers(t *testing.T) {
 	m := w.serve(Config{Serving: func() bool { mu.Lock(); defer mu.Unlock(); return serving }})
 	done := make(chan error, 1)
 	go func() {
-		_, err := addVia(with(within(t, 400*time.Millisecond), "test-delay", "100ms"), w.r, 1)
+		_, err := addVia(with(within(t, 2*time.Second), "test-delay", "100ms"), w.r, 1)
 		done <- err
 	}()
 	eventually(t, "the call is inside", func() bool { return m.Stats().InFlight == 1 })
