@@ -312,7 +312,7 @@ func (b *beginning) commit(ctx context.Context) (peer.ID, error) {
 		return "", err
 	}
 	cctx, cancel := context.WithTimeout(ctx, forkCopy)
-	_, err = n.blobs.Push(cctx, b.root, []peer.ID{m.ID}, 1)
+	kept, err := n.blobs.Push(cctx, b.root, []peer.ID{m.ID}, 1)
 	cancel()
 	if err != nil {
 		return "", fail(b.what, fmt.Errorf("copy the state to %s: %w", m.Name, err))
@@ -336,7 +336,7 @@ func (b *beginning) commit(ctx context.Context) (peer.ID, error) {
 		Nonce:    n.nonce(),
 		Compares: append([]arbiter.Compare{{Key: key, Field: "revision", Equal: b.revision}, {Key: inst, Field: "exists", Equal: 0}}, b.compares...),
 		Then: append([]arbiter.Op{
-			{Claim: &arbiter.ClaimRequest{Key: inst, Nonce: n.nonce(), Owner: m.ID, Boot: m.Boot, Body: body, SetRoot: true, Root: b.root[:]}},
+			{Claim: &arbiter.ClaimRequest{Key: inst, Nonce: n.nonce(), Owner: m.ID, Boot: m.Boot, Body: body, SetRoot: true, Root: b.root[:], Holders: kept}},
 			{Put: &arbiter.PutOp{Key: key, Body: app}},
 		}, b.ops...),
 	})

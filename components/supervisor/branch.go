@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -349,16 +348,13 @@ func (i *instance) tryRejoin(ctx context.Context, reg arbiter.Register, body *co
 	if err != nil {
 		return fmt.Errorf("copy the branch of %s to its holders: %w", i.name, err)
 	}
-	if err := i.sup.narrow(ctx, reg, kept); err != nil {
-		return err
-	}
 	next := proto.CloneOf(body)
 	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", "the arbiter is in touch again: its branch goes on", i.sup.date()
 	data, err := proto.Marshal(next)
 	if err != nil {
 		return err
 	}
-	claimed, err := i.sup.claimOver(ctx, reg, arbiter.ClaimRequest{Body: data, SetRoot: true, Root: root[:]})
+	claimed, err := i.sup.claimOver(ctx, reg, arbiter.ClaimRequest{Body: data, SetRoot: true, Root: root[:], Holders: kept})
 	if err != nil {
 		if refused, ok := errors.AsType[*arbiter.RefusedError](err); ok {
 			i.sup.adopt(refused.Current)
@@ -378,32 +374,6 @@ func (i *instance) tryRejoin(ctx context.Context, reg arbiter.Register, body *co
 	return i.continueIn(ctx, claimed, eff, kept)
 }
 
-// narrow has the log name, as holders of an instance's checkpoint, only those that have the next root as well: a claim that sets a root leaves the holders
-// as they are, and who is named is taken for one who has it. The saver adds the others afterwards. The log is asked: the view lags behind with checkpoints.
-func (s *Supervisor) narrow(ctx context.Context, known arbiter.Register, kept []peer.ID) error {
-	reg, there, err := s.cfg.Arbiter.Read(ctx, known.Key)
-	if err != nil {
-		return err
-	}
-	if !there || reg.Revision != known.Revision {
-		return fmt.Errorf("%s has changed meanwhile", instanceOf(known.Key))
-	}
-	both := slices.DeleteFunc(slices.Clone(reg.Holders), func(id peer.ID) bool { return !slices.Contains(kept, id) })
-	if len(both) == len(reg.Holders) {
-		return nil
-	}
-	if len(both) == 0 && s.cfg.Blobs.Complete(hashFrom(reg.Root)) && slices.Contains(kept, s.cfg.Self) {
-		both = []peer.ID{s.cfg.Self}
-	}
-	if len(both) == 0 {
-		return nil // nobody could be named: the saver does it
-	}
-	if _, err := s.cfg.Arbiter.SetHolders(ctx, reg.Key, reg.Seq, both); err != nil {
-		return fmt.Errorf("name those who hold both states of %s: %w", instanceOf(reg.Key), err)
-	}
-	return nil
-}
-
 // continueIn takes the process of a branch, which is at rest, into the epoch that its branch was committed in.
 func (i *instance) continueIn(ctx context.Context, claimed arbiter.Register, eff *components.Effective, kept []peer.ID) error {
 	g := i.gen
@@ -417,7 +387,7 @@ func (i *instance) continueIn(ctx context.Context, claimed arbiter.Register, eff
 		i.relaunch("its branch was committed, and its process has another state")
 		return nil
 	}
-	saved.Seq, saved.Holders, saved.At = claimed.Seq, claimed.Holders, time.Now() // the copies in kept are noted by the saver
+	saved.Seq, saved.Holders, saved.At = claimed.Seq, claimed.Holders, time.Now()
 	g.head, g.saved = g.lastHead(), saved
 	g.own(ctx, tokenIn(claimed))
 	i.save(g, claimed, eff, kept)

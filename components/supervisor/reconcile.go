@@ -146,14 +146,15 @@ func (s *Supervisor) storeBranch(ctx context.Context, b *componentsv1.Branch) (s
 			continue
 		}
 		to, w := s.holdersOf(components.InstanceRegister(b.GetInstance()))
-		if _, err := s.cfg.Blobs.Push(ctx, root, to, w); err != nil {
+		kept, err := s.cfg.Blobs.Push(ctx, root, to, w)
+		if err != nil {
 			return "", fmt.Errorf("copy the branch of %s to its holders: %w", b.GetInstance(), err)
 		}
 		stored := proto.CloneOf(b)
 		if s.rule(b) == components.KeepMajority {
 			stored.Outcome, stored.Reason = outcomeKept, "reconcile: keep_majority"
 		}
-		ops, gone, err := s.storeOps(key, stored, s.cfg.Self, s.cfg.Boot)
+		ops, gone, err := s.storeOps(key, stored, kept)
 		if err != nil {
 			return "", err
 		}
@@ -175,14 +176,16 @@ func (s *Supervisor) storeBranch(ctx context.Context, b *componentsv1.Branch) (s
 	}
 }
 
-// storeOps make the register of a branch, and take away the oldest of the instance's, gone, when there are too many.
-func (s *Supervisor) storeOps(key string, b *componentsv1.Branch, owner peer.ID, boot uint64) (ops []arbiter.Op, gone []storedBranch, err error) {
+// storeOps make the register of a branch, which kept have (empty: nobody is named yet, repairBranch looks after that), and take away the oldest of the instance's, gone, when there are too many.
+func (s *Supervisor) storeOps(key string, b *componentsv1.Branch, kept []peer.ID) (ops []arbiter.Op, gone []storedBranch, err error) {
 	b.StoredUnixMs = s.date()
 	data, err := proto.Marshal(b)
 	if err != nil {
 		return nil, nil, err
 	}
-	ops = []arbiter.Op{{Claim: &arbiter.ClaimRequest{Key: key, Nonce: s.nonce(), Owner: owner, Boot: boot, Body: data, SetRoot: true, Root: b.GetRoot()}}}
+	ops = []arbiter.Op{{Claim: &arbiter.ClaimRequest{
+		Key: key, Nonce: s.nonce(), Owner: s.cfg.Self, Boot: s.cfg.Boot, Body: data, SetRoot: true, Root: b.GetRoot(), Holders: kept,
+	}}}
 	have := storedBranches(s.cfg.Arbiter, b.GetInstance())
 	gone = have[:max(0, len(have)-maxBranches+1)]
 	for _, old := range gone {
@@ -443,9 +446,6 @@ func (r *reconciling) take(ctx context.Context, root blobs.Hash, outcome, why st
 	if err != nil {
 		return fmt.Errorf("copy the reconciled state of %s to its holders: %w", i.name, err)
 	}
-	if err := i.sup.narrow(ctx, r.reg, kept); err != nil {
-		return err
-	}
 	next := proto.CloneOf(r.body)
 	next.Trigger, next.Cause, next.ClaimedUnixMs = "neighbour", fmt.Sprintf("the branch of %s: %s", r.branch.GetNodeName(), outcome), r.i.sup.date()
 	next.Settled, next.Fallback = false, nil
@@ -460,11 +460,12 @@ func (r *reconciling) take(ctx context.Context, root blobs.Hash, outcome, why st
 	ops := []arbiter.Op{
 		{Claim: &arbiter.ClaimRequest{
 			Key: i.key, Expect: r.reg.Epoch, Nonce: i.sup.nonce(), Owner: i.sup.cfg.Self, Boot: i.sup.cfg.Boot, Body: body, SetRoot: true, Root: root[:],
+			Holders: kept,
 		}},
 		{Put: &arbiter.PutOp{Key: r.stored.Key, Body: decided}},
 	}
 	if ours != nil {
-		more, _, err := i.sup.storeOps(components.BranchRegister(ours.GetInstance(), ours.GetNodeName(), ours.GetNumber()), ours, i.sup.cfg.Self, i.sup.cfg.Boot)
+		more, _, err := i.sup.storeOps(components.BranchRegister(ours.GetInstance(), ours.GetNodeName(), ours.GetNumber()), ours, nil)
 		if err != nil {
 			return err
 		}

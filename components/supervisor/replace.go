@@ -67,6 +67,7 @@ type swapPlan struct {
 	undo bool
 	// root, when set, is the state to go back to (restore, and undo where the versions' schemas differ); else the running state is carried over.
 	root blobs.Hash
+	kept []peer.ID // who has root by the time of the claim
 	// back: the state is left, not the version: an undo returns to it.
 	back bool
 	// why what is left is kept in the history, and the change of that, while the claim is made.
@@ -94,6 +95,7 @@ func (i *instance) swap(ctx context.Context, reg arbiter.Register, body *compone
 		i.sup.end(i.shell, next, 0)
 		return out, err
 	}
+	p.kept = carried.keepers
 	if p.keep, err = i.hist.open(ctx, p); err != nil {
 		i.sup.end(i.shell, next, 0)
 		return out, fmt.Errorf("swap %s to %s: %w", i.name, next.version, err)
@@ -323,7 +325,7 @@ func (i *instance) claimSwap(ctx context.Context, reg arbiter.Register, body *co
 	}
 	claim := &arbiter.ClaimRequest{Key: i.key, Expect: reg.Epoch, Nonce: i.sup.nonce(), Owner: i.sup.cfg.Self, Boot: i.sup.cfg.Boot, Body: data}
 	if !p.root.IsZero() {
-		claim.SetRoot, claim.Root = true, p.root[:]
+		claim.SetRoot, claim.Root, claim.Holders = true, p.root[:], p.kept
 	}
 	// From here on the caller's patience does not count: a claim that was sent has to be followed up.
 	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), swapClaim)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
@@ -180,13 +181,13 @@ func (i *instance) goTo(ctx context.Context, reg arbiter.Register, body *compone
 }
 
 // atRest gives an instance that does not run another version or state to start with.
-func (i *instance) atRest(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, p swapPlan) (Replaced, error) {
+func (i *instance) atRest(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, p swapPlan) (out Replaced, err error) {
 	begin := time.Now()
-	out := Replaced{From: body.GetVersion(), To: p.version}
+	out = Replaced{From: body.GetVersion(), To: p.version}
 	if i.openBranch() != nil {
 		return out, fmt.Errorf("%s has gone on without the arbiter, and that is not brought together yet; try again", i.name)
 	}
-	if err := i.bringHere(ctx, p.root); err != nil {
+	if p.kept, err = i.bringHere(ctx, p.root); err != nil {
 		return out, err
 	}
 	now, err := i.settled(ctx, reg)
@@ -214,19 +215,20 @@ func (i *instance) atRest(ctx context.Context, reg arbiter.Register, body *compo
 	return out, nil
 }
 
-// bringHere makes a root complete here and on its holders.
-func (i *instance) bringHere(ctx context.Context, root blobs.Hash) error {
+// bringHere makes a root complete here and on its holders, and says who has it.
+func (i *instance) bringHere(ctx context.Context, root blobs.Hash) ([]peer.ID, error) {
 	if root.IsZero() {
-		return nil
+		return nil, nil
 	}
 	if err := i.sup.fetch(ctx, root, i.key, nil); err != nil {
-		return err
+		return nil, err
 	}
 	to, w := i.holders()
-	if _, err := i.sup.cfg.Blobs.Push(ctx, root, to, w); err != nil {
-		return fmt.Errorf("copy the state of %s to its holders: %w", i.name, err)
+	kept, err := i.sup.cfg.Blobs.Push(ctx, root, to, w)
+	if err != nil {
+		return nil, fmt.Errorf("copy the state of %s to its holders: %w", i.name, err)
 	}
-	return nil
+	return kept, nil
 }
 
 // leftAt is the last acknowledged checkpoint of an instance that does not run. What it says about itself may not be had; then its register has to do.
@@ -267,7 +269,7 @@ func (i *instance) claimAtRest(ctx context.Context, now arbiter.Register, body *
 	}
 	claim := &arbiter.ClaimRequest{Key: i.key, Expect: now.Epoch, Nonce: i.sup.nonce(), Owner: i.sup.cfg.Self, Boot: i.sup.cfg.Boot, Body: data}
 	if !p.root.IsZero() {
-		claim.SetRoot, claim.Root = true, p.root[:]
+		claim.SetRoot, claim.Root, claim.Holders = true, p.root[:], p.kept
 	}
 	p.rest = &arbiter.Compare{Key: i.key, Field: "seq", Equal: now.Seq}
 	claimed, err := i.claimBoth(ctx, claim, left, tokenIn(now), p)

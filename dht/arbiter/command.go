@@ -126,12 +126,15 @@ func checkCommand(c *wirev1.ArbiterCommand) error {
 }
 
 func checkClaim(c *wirev1.ArbiterClaim) error {
-	err := errors.Join(checkKey(c.GetKey()), checkBody(c.GetBody()), checkRoot(c.GetRoot()))
+	err := errors.Join(checkKey(c.GetKey()), checkBody(c.GetBody()), checkRoot(c.GetRoot()), checkHolders(c.GetHolders()))
 	if c.GetNonce() == 0 {
 		err = errors.Join(err, fmt.Errorf("%w: claim of %q without a nonce", errInvalid, c.GetKey()))
 	}
 	if len(c.GetOwner()) == 0 {
 		err = errors.Join(err, fmt.Errorf("%w: claim of %q without an owner", errInvalid, c.GetKey()))
+	}
+	if len(c.GetHolders()) > 0 && !c.GetSetRoot() {
+		err = errors.Join(err, fmt.Errorf("%w: claim of %q that names holders of no root", errInvalid, c.GetKey()))
 	}
 	return err
 }
@@ -200,6 +203,7 @@ func checkHolders(ids [][]byte) error {
 func claimCommand(r *ClaimRequest) *wirev1.ArbiterClaim {
 	return &wirev1.ArbiterClaim{
 		Key: r.Key, Expect: r.Expect, Nonce: r.Nonce, Owner: []byte(r.Owner), Boot: r.Boot, Body: optional(r.Body), SetRoot: r.SetRoot, Root: r.Root,
+		Holders: idsToWire(r.Holders),
 	}
 }
 

@@ -340,6 +340,9 @@ func (s *scratch) claim(c *wirev1.ArbiterClaim) *wirev1.ArbiterResult {
 	if c.GetSetRoot() {
 		n.Seq++
 		n.Root = c.GetRoot()
+		if len(c.GetHolders()) > 0 { // in the same step: who is named is taken for one who has it
+			n.Holders = idsFromWire(c.GetHolders())
+		}
 	}
 	return ok(n)
 }

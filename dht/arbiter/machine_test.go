@@ -148,8 +148,20 @@ func TestMachineClaimAndCommit(t *testing.T) {
 	u := claimOf("a", 3, 40)
 	u.SetRoot, u.Root = true, []byte("r1")
 	r = l.one(cClaim(u))
-	if g := r.GetRegister(); g.GetSeq() != 4 || string(g.GetRoot()) != "r1" || g.GetEpoch() != 4 {
+	before := treeGet(l.m.tree, "a").Holders
+	if g := r.GetRegister(); g.GetSeq() != 4 || string(g.GetRoot()) != "r1" || g.GetEpoch() != 4 || len(before) == 0 {
 		t.Fatalf("undo: %v", g)
+	}
+	// Where it says who has that root, they and nobody else are its holders.
+	u = claimOf("a", 4, 50)
+	u.SetRoot, u.Root, u.Holders = true, []byte("r0"), [][]byte{[]byte("n7")}
+	l.want("claim of a root with its holders", l.one(cClaim(u)), isOK)
+	if g := treeGet(l.m.tree, "a"); g.Seq != 5 || len(g.Holders) != 1 || g.Holders[0] != "n7" {
+		t.Fatalf("%+v", g)
+	}
+	u.SetRoot = false
+	if err := checkCommand(cClaim(u)); err == nil {
+		t.Fatal("a claim that names holders of no root was accepted")
 	}
 }
 

@@ -49,6 +49,7 @@ type ClaimRequest struct {
 	Body    []byte // nil: keep
 	SetRoot bool   // also go to Root, as the next seq (undo)
 	Root    []byte
+	Holders []peer.ID // with SetRoot: who has Root; empty: those that the register names stay
 }
 
 // CommitRequest acknowledges a checkpoint in the current epoch. It is admitted with Seq = last + 1 and at least W distinct holders.

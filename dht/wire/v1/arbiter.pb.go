@@ -732,6 +732,7 @@ type ArbiterClaim struct {
 	Body          []byte                 `protobuf:"bytes,6,opt,name=body,proto3,oneof" json:"body,omitempty"`                 // absent: keep
 	SetRoot       bool                   `protobuf:"varint,7,opt,name=set_root,json=setRoot,proto3" json:"set_root,omitempty"` // also go to root, as seq + 1
 	Root          []byte                 `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
+	Holders       [][]byte               `protobuf:"bytes,9,rep,name=holders,proto3" json:"holders,omitempty"` // with set_root: who has root; none: those that are named already
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -818,6 +819,13 @@ func (x *ArbiterClaim) GetSetRoot() bool {
 func (x *ArbiterClaim) GetRoot() []byte {
 	if x != nil {
 		return x.Root
+	}
+	return nil
+}
+
+func (x *ArbiterClaim) GetHolders() [][]byte {
+	if x != nil {
+		return x.Holders
 	}
 	return nil
 }
@@ -2983,7 +2991,7 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\arelease\x18\x04 \x01(\v2\x1e.coppice.dht.v1.ArbiterReleaseH\x00R\arelease\x12.\n" +
 	"\x03txn\x18\x05 \x01(\v2\x1a.coppice.dht.v1.ArbiterTxnH\x00R\x03txn\x12;\n" +
 	"\bset_meta\x18\x06 \x01(\v2\x1e.coppice.dht.v1.ArbiterSetMetaH\x00R\asetMetaB\x06\n" +
-	"\x04kind\"\xc9\x01\n" +
+	"\x04kind\"\xe3\x01\n" +
 	"\fArbiterClaim\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12\x14\n" +
@@ -2992,7 +3000,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x04boot\x18\x05 \x01(\x04R\x04boot\x12\x17\n" +
 	"\x04body\x18\x06 \x01(\fH\x00R\x04body\x88\x01\x01\x12\x19\n" +
 	"\bset_root\x18\a \x01(\bR\asetRoot\x12\x12\n" +
-	"\x04root\x18\b \x01(\fR\x04rootB\a\n" +
+	"\x04root\x18\b \x01(\fR\x04root\x12\x18\n" +
+	"\aholders\x18\t \x03(\fR\aholdersB\a\n" +
 	"\x05_body\"\xbd\x01\n" +
 	"\rArbiterCommit\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
