@@ -51,6 +51,7 @@ type NodeSocket struct {
 	m        *Membrane
 	cfg      NodeSocketConfig
 	server   *grpc.Server
+	file     os.FileInfo // of the socket that it made
 	withheld atomic.Bool
 	draining atomic.Bool
 
@@ -69,14 +70,17 @@ func (r *Router) ServeNode(m *Membrane, cfg NodeSocketConfig) (*NodeSocket, erro
 	if err := os.Remove(cfg.Path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("node socket of %s: %w", m.Instance(), err)
 	}
-	l, err := net.Listen("unix", cfg.Path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: cfg.Path, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("node socket of %s: %w", m.Instance(), err)
 	}
-	if err := os.Chmod(cfg.Path, 0o600); err != nil {
-		return nil, fmt.Errorf("node socket of %s: %w", m.Instance(), errors.Join(err, l.Close()))
+	l.SetUnlinkOnClose(false) // the path may be another one's by then
+	err = os.Chmod(cfg.Path, 0o600)
+	file, serr := os.Stat(cfg.Path)
+	if err = errors.Join(err, serr); err != nil {
+		return nil, fmt.Errorf("node socket of %s: %w", m.Instance(), errors.Join(err, l.Close(), os.Remove(cfg.Path)))
 	}
-	s := &NodeSocket{m: m, cfg: cfg, credentials: map[string]chan struct{}{}}
+	s := &NodeSocket{m: m, cfg: cfg, file: file, credentials: map[string]chan struct{}{}}
 	s.server = NewServer(r.bindingHandler(m), grpc.ChainUnaryInterceptor(s.checkUnary), grpc.ChainStreamInterceptor(s.checkStream))
 	componentv1.RegisterNodeServer(s.server, s)
 	go func() {
@@ -115,7 +119,11 @@ func (s *NodeSocket) SetDrain(drain bool) { s.draining.Store(drain) }
 // Close stops serving and removes the socket.
 func (s *NodeSocket) Close() error {
 	s.server.Stop()
-	if err := os.Remove(s.cfg.Path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	now, err := os.Stat(s.cfg.Path)
+	if err == nil && os.SameFile(now, s.file) {
+		err = os.Remove(s.cfg.Path)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("node socket of %s: %w", s.m.Instance(), err)
 	}
 	return nil

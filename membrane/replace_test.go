@@ -453,7 +453,7 @@ func TestAdoptedProcessServes(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.unwatch()
-	w.r.Remove(instance)
+	w.r.Remove(m)
 	id := m.Backend().Process().Ident()
 	p, err := w.run.Adopt(t.Context(), id, runner.Spec{LogDir: w.dir})
 	if err != nil {

@@ -101,9 +101,13 @@ func (r *Router) Add(m *Membrane) {
 	r.edit(func(local map[string]*Membrane) { local[m.Instance()] = m })
 }
 
-// Remove takes it out again. Its gate should be closed first, so that calls in it know.
-func (r *Router) Remove(instance string) {
-	r.edit(func(local map[string]*Membrane) { delete(local, instance) })
+// Remove takes it out again; another one that was added under its name stays. Its gate should be closed first, so that calls in it know.
+func (r *Router) Remove(m *Membrane) {
+	r.edit(func(local map[string]*Membrane) {
+		if local[m.Instance()] == m {
+			delete(local, m.Instance())
+		}
+	})
 }
 
 func (r *Router) edit(f func(map[string]*Membrane)) {

@@ -297,8 +297,8 @@ func codeOf(err error) connect.Code {
 		return connect.CodeDeadlineExceeded
 	case isUnavailable(err):
 		return connect.CodeUnavailable
-	case errors.Is(err, supervisor.ErrNotHere):
-		return connect.CodeAborted // it changed its owner meanwhile
+	case errors.Is(err, supervisor.ErrNotHere), errors.Is(err, supervisor.ErrBranch):
+		return connect.CodeAborted // it changed its owner meanwhile, or is about to commit what it did alone
 	}
 	return connect.CodeFailedPrecondition
 }

@@ -138,7 +138,7 @@ func (n *Node) targets(ctx context.Context, eff *components.Effective) (map[stri
 }
 
 func (s *shell) Close() {
-	s.n.router.Remove(s.m.Instance())
+	s.n.router.Remove(s.m)
 	if err := s.socket.Close(); err != nil {
 		s.n.log.Warn("node socket", "instance", s.m.Instance(), "error", err)
 	}

@@ -171,6 +171,15 @@ func (i *instance) openBranch() *componentsv1.Branch {
 	return nil
 }
 
+// together fails while the instance has an open branch: a process that has more than the log knows must not be taken into the next epoch by anything but
+// rejoin, for the branch would come on top of what it has.
+func (i *instance) together() error {
+	if i.openBranch() != nil {
+		return fmt.Errorf("%s: %w", i.name, ErrBranch)
+	}
+	return nil
+}
+
 // branched makes a checkpoint durable that the arbiter cannot be told of: it is the branch's newest. before is what was acknowledged last.
 func (i *instance) branched(g *generation, head *chainHead, before Saved) error {
 	t, now := g.token, i.sup.date()

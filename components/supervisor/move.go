@@ -43,6 +43,8 @@ type prepared struct {
 	finish  bool // the source is frozen and waits for the claim
 	claimed *arbiter.Register
 	timer   *time.Timer
+	ending  bool          // it is being ended; until that is done the instance gets no other membrane here
+	over    chan struct{} // closed when it is ended
 }
 
 // move hands the running instance to another node with its state. Until the target's claim any failure leaves this process serving.
@@ -99,6 +101,9 @@ func (i *instance) handOver(ctx context.Context, reg arbiter.Register, body *com
 		return 0, err
 	}
 	if err := i.flush(pctx); err != nil {
+		return 0, err
+	}
+	if err := i.together(); err != nil {
 		return 0, err
 	}
 	saved, _ := i.gen.saver.Saved()
@@ -191,7 +196,7 @@ func (s *Supervisor) prepareMove(ctx context.Context, from peer.ID, req *compone
 	if err := s.cleared(ctx, name); err != nil {
 		return nil, err
 	}
-	p := &prepared{move: req.GetMove(), from: from, epoch: req.GetEpoch(), root: hashFrom(req.GetRoot())}
+	p := &prepared{move: req.GetMove(), from: from, epoch: req.GetEpoch(), root: hashFrom(req.GetRoot()), over: make(chan struct{})}
 	if p.shell, err = s.cfg.Shell(name, eff, s.hooks(name, eff)); err != nil {
 		return nil, err
 	}
@@ -218,11 +223,10 @@ func (s *Supervisor) prepareMove(ctx context.Context, from peer.ID, req *compone
 func (s *Supervisor) cleared(ctx context.Context, name string) error {
 	s.mu.Lock()
 	old := s.moves[name]
-	delete(s.moves, name)
 	a := s.actors[name]
 	s.mu.Unlock()
 	if old != nil {
-		s.discard(old)
+		s.dispose(name, old)
 	}
 	if a == nil {
 		return nil
@@ -247,7 +251,7 @@ func (s *Supervisor) keepPrepared(name string, p *prepared) bool {
 	closed := s.closed
 	s.mu.Unlock()
 	if old != nil && !closed {
-		s.discard(old)
+		s.dispose(name, old)
 	}
 	return !closed
 }
@@ -272,7 +276,7 @@ func (s *Supervisor) finishMove(ctx context.Context, from peer.ID, req *componen
 	name := req.GetInstance()
 	s.mu.Lock()
 	p := s.moves[name]
-	if p == nil || p.move != req.GetMove() || p.from != from {
+	if p == nil || p.move != req.GetMove() || p.from != from || p.ending {
 		s.mu.Unlock()
 		return &componentsv1.FinishMoveReply{Refused: "nothing is prepared here for this move"}, nil
 	}
@@ -355,55 +359,51 @@ func (s *Supervisor) abortMove(_ context.Context, from peer.ID, req *componentsv
 	return &componentsv1.AbortMoveReply{}, nil
 }
 
-// finishing says that a move to this node is at the point where only its own process may serve the instance.
+// finishing says that a move to this node is at the point where only its own process may serve the instance, or that what was prepared for one is being
+// ended: its membrane has the instance's name and socket.
 func (s *Supervisor) finishing(name string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := s.moves[name]
-	return p != nil && p.finish && p.claimed == nil
+	return p != nil && (p.ending || p.finish && p.claimed == nil)
 }
 
 // takePrepared hands the process of a finished move to the instance's actor.
 func (s *Supervisor) takePrepared(name string, epoch uint64) *prepared {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	p := s.moves[name]
 	if p == nil || p.claimed == nil {
+		s.mu.Unlock()
 		return nil
 	}
-	delete(s.moves, name)
-	if p.claimed.Epoch != epoch {
-		s.goes.Go(func() { s.discard(p) })
-		return nil
+	if p.claimed.Epoch == epoch && !p.ending {
+		delete(s.moves, name)
+		s.mu.Unlock()
+		return p
 	}
-	return p
+	s.mu.Unlock()
+	s.dispose(name, p)
+	return nil
 }
 
 // dropClaimed ends a process whose move was finished and that nobody took: the epoch it was for is over.
 func (s *Supervisor) dropClaimed(name string) {
 	s.mu.Lock()
 	p := s.moves[name]
-	if p == nil || p.claimed == nil {
-		s.mu.Unlock()
-		return
-	}
-	delete(s.moves, name)
 	s.mu.Unlock()
-	s.discard(p)
+	if p != nil && p.claimed != nil {
+		s.dispose(name, p)
+	}
 }
 
 // forgetMove ends what was prepared for a move; unless it is asked to in any case, not while the move is being finished.
 func (s *Supervisor) forgetMove(name string, p *prepared, always bool) {
 	s.mu.Lock()
-	if p.finish && !always {
-		s.mu.Unlock()
-		return
-	}
-	if s.moves[name] == p {
-		delete(s.moves, name)
-	}
+	late := p.finish && !always
 	s.mu.Unlock()
-	s.discard(p)
+	if !late {
+		s.dispose(name, p)
+	}
 }
 
 // overtaken ends what was prepared for a move when another node has claimed the instance meanwhile: the source may never say so.
@@ -415,9 +415,31 @@ func (s *Supervisor) overtaken(reg arbiter.Register) {
 		s.mu.Unlock()
 		return
 	}
-	delete(s.moves, name)
-	s.goes.Go(func() { s.discard(p) })
+	s.goes.Go(func() { s.dispose(name, p) })
 	s.mu.Unlock()
+}
+
+// dispose ends what was prepared, once, and returns when that is done. Until then it stays where finishing sees it: a membrane that was opened meanwhile
+// would lose its place in the router, and its socket, to the end of this one.
+func (s *Supervisor) dispose(name string, p *prepared) {
+	s.mu.Lock()
+	if p.ending {
+		s.mu.Unlock()
+		<-p.over
+		return
+	}
+	p.ending = true
+	s.mu.Unlock()
+	s.discard(p)
+	s.mu.Lock()
+	if s.moves[name] == p {
+		delete(s.moves, name)
+	}
+	s.mu.Unlock()
+	close(p.over)
+	if a, err := s.get(name); err == nil {
+		a.poke()
+	}
 }
 
 func (s *Supervisor) discard(p *prepared) {

@@ -333,7 +333,7 @@ func (r *reconciling) merge(ctx context.Context) error {
 	if err := i.quiesce(ctx, reasonFreeze); err != nil {
 		return i.goOn(ctx, err)
 	}
-	if err := i.flush(ctx); err != nil {
+	if err := errors.Join(i.flush(ctx), i.together()); err != nil {
 		return i.goOn(ctx, err)
 	}
 	saved, _ := i.gen.saver.Saved()
@@ -362,7 +362,7 @@ func (r *reconciling) newest(ctx context.Context, rule string) error {
 	if err := i.quiesce(ctx, reasonFreeze); err != nil {
 		return i.goOn(ctx, err)
 	}
-	if err := i.flush(ctx); err != nil {
+	if err := errors.Join(i.flush(ctx), i.together()); err != nil {
 		return i.goOn(ctx, err)
 	}
 	saved, _ := i.gen.saver.Saved()

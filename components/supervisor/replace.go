@@ -275,6 +275,9 @@ func (i *instance) cutOver(ctx context.Context, reg arbiter.Register, body *comp
 	if err := i.flush(pctx); err != nil {
 		return arbiter.Register{}, 0, err
 	}
+	if err := i.together(); err != nil {
+		return arbiter.Register{}, 0, err
+	}
 	saved, _ := old.saver.Saved()
 	var tail uint64
 	if old.stateful() && next.stateful() && p.root.IsZero() {

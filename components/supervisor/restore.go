@@ -184,9 +184,6 @@ func (i *instance) goTo(ctx context.Context, reg arbiter.Register, body *compone
 func (i *instance) atRest(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, p swapPlan) (out Replaced, err error) {
 	begin := time.Now()
 	out = Replaced{From: body.GetVersion(), To: p.version}
-	if i.openBranch() != nil {
-		return out, fmt.Errorf("%s has gone on without the arbiter, and that is not brought together yet; try again", i.name)
-	}
 	if p.kept, err = i.bringHere(ctx, p.root); err != nil {
 		return out, err
 	}

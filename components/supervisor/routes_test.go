@@ -39,7 +39,7 @@ func (n *simNode) newShell(instance string, _ *components.Effective, hooks Hooks
 func (s *testShell) Membrane() *membrane.Membrane         { return s.m }
 func (s *testShell) NodeSocket() string                   { return "" }
 func (s *testShell) Bind(eff *components.Effective) error { return s.bind(eff) }
-func (s *testShell) Close()                               { s.router.Remove(s.m.Instance()) }
+func (s *testShell) Close()                               { s.router.Remove(s.m) }
 
 func (s *testShell) Credential() string {
 	s.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -209,11 +210,10 @@ func (s *Supervisor) shutDown() {
 	s.cancel()
 	s.mu.Lock()
 	s.closed = true
-	moves := s.moves
-	s.moves = map[string]*prepared{}
+	moves := maps.Clone(s.moves)
 	s.mu.Unlock()
-	for _, p := range moves {
-		s.discard(p)
+	for name, p := range moves {
+		s.dispose(name, p)
 	}
 	s.goes.Wait()
 }
@@ -472,6 +472,9 @@ func instanceOf(key string) string { return components.InstanceOfKey(key) }
 
 // ErrNotHere says that this node does not run the instance: another one owns it, or nobody. Nothing was done.
 var ErrNotHere = errors.New("not on this node")
+
+// ErrBranch says that what an instance did without the arbiter is not committed yet: only then may its version, state or node change. Nothing was done.
+var ErrBranch = errors.New("it has gone on without the arbiter, and that is not brought together yet")
 
 func (s *Supervisor) get(name string) (*instance, error) {
 	s.mu.Lock()

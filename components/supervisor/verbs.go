@@ -99,6 +99,10 @@ func (s *Supervisor) onInstance(ctx context.Context, name string, f replacing) (
 			ferr = fmt.Errorf("%s: %w", name, ErrNotHere)
 			return
 		}
+		if ferr = i.together(); ferr != nil {
+			i.poke()
+			return
+		}
 		var body componentsv1.InstanceBody
 		if ferr = proto.Unmarshal(reg.Body, &body); ferr != nil {
 			return

@@ -115,7 +115,7 @@ func (p *part) withArbiter(l *life) error {
 	cfg := supervisor.Config{
 		Self: n.id, Name: n.name, Boot: l.boot, Arbiter: l.arb, Members: p.members, Blobs: p.blobs, Artifacts: w.shelf, Runner: p.procs, Peers: l.end,
 		Caller: p.caller, Events: eventLog{w.world, n}, Shell: p.newShell, RunDir: "/nowhere", LogDir: "/nowhere", DataDir: "/nowhere", Log: l.log,
-		Rand: rand.New(rand.NewPCG(l.boot, 5)), BootTime: l.clock.now, Touch: l.arb.HeardLeader, Settle: 500 * time.Millisecond,
+		Rand: rand.New(rand.NewPCG(l.rand.Uint64(), 5)), BootTime: l.clock.now, Touch: l.arb.HeardLeader, Settle: 500 * time.Millisecond,
 		Adopted: func(arbiter.Register) { p.direct.tell() },
 	}
 	if w.keeps() {
@@ -240,7 +240,7 @@ func (s *shell) NodeSocket() string { return "" }
 func (s *shell) Bind(*components.Effective) error { return nil }
 
 // Close implements supervisor.Shell.
-func (s *shell) Close() { s.p.router.Remove(s.m.Instance()) }
+func (s *shell) Close() { s.p.router.Remove(s.m) }
 
 // Credential implements supervisor.Shell.
 func (s *shell) Credential() string { return fmt.Sprint(s.creds.Add(1)) }
