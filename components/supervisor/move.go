@@ -406,7 +406,8 @@ func (s *Supervisor) forgetMove(name string, p *prepared, always bool) {
 	}
 }
 
-// overtaken ends what was prepared for a move when another node has claimed the instance meanwhile: the source may never say so.
+// overtaken ends what was prepared for a move when the instance was claimed meanwhile, by another node or, after the source's death, by this one: the source
+// may never say so.
 func (s *Supervisor) overtaken(reg arbiter.Register) {
 	name := instanceOf(reg.Key)
 	s.mu.Lock()

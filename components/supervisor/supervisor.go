@@ -262,11 +262,11 @@ func (s *Supervisor) sweep() {
 	list := s.registers()
 	s.sight(list)
 	for _, reg := range list {
+		s.overtaken(reg)
 		if s.owns(reg) {
 			s.actor(instanceOf(reg.Key))
 			continue
 		}
-		s.overtaken(reg)
 		s.succeed(reg)
 		s.warm(reg)
 	}

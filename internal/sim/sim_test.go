@@ -109,9 +109,6 @@ func TestSim(t *testing.T) {
 		if only := os.Getenv("COPPICE_SIM_KIND"); only != "" && only != k.name {
 			continue
 		}
-		if k.name == "always" && os.Getenv("COPPICE_SIM_KIND") == "" {
-			continue // it still finds faults that are not mended (docs/testing.md): it is played when it is named
-		}
 		runAll(t, k, uint64(number(t, "COPPICE_SIM_FIRST", 1)), total*shares[k.name]/100, time.Time{})
 	}
 }
