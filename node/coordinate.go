@@ -21,6 +21,7 @@ import (
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/unison"
 	"github.com/coppice-project/coppice/placement"
 	placementv1 "github.com/coppice-project/coppice/plugins/contract/placement/v1"
 )
@@ -313,7 +314,7 @@ func (n *Node) inOffice() time.Time {
 
 // followOffice wakes the placement loop when this node becomes coordinator or ceases to be.
 func (n *Node) followOffice(ctx context.Context) error {
-	tick := time.NewTicker(officeEvery)
+	tick := unison.New(officeEvery, string(n.id))
 	defer tick.Stop()
 	was := false
 	for {
@@ -331,6 +332,7 @@ func (n *Node) followOffice(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-tick.C:
+			tick.Next()
 		}
 	}
 }

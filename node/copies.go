@@ -21,6 +21,7 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/records"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 // The DHT keeps a copy of each register that outlives the voters, as it is: of instances within the mirror under /kb/own/, of all others
@@ -194,7 +195,7 @@ func (u *unmirrored) take() []arbiter.Register {
 // keepMirrors makes the DHT's copies whole, at the leader: all of them once, for the one before may not have come to it, and what did not
 // get its acknowledgements again.
 func (n *Node) keepMirrors(ctx context.Context) error {
-	tick := time.NewTicker(mirrorEvery)
+	tick := unison.New(mirrorEvery, string(n.id))
 	defer tick.Stop()
 	swept := false
 	for {
@@ -202,6 +203,7 @@ func (n *Node) keepMirrors(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-tick.C:
+			tick.Next()
 		}
 		if n.arbiter.Status().Role != "leader" {
 			swept = false

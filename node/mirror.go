@@ -14,6 +14,7 @@ import (
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/records"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 // Committed ownership and desired state are mirrored into the DHT as signed records, ordered by (incarnation, index): a reader without a
@@ -174,7 +175,7 @@ const indexEvery = time.Second
 
 // indexCheckpoints tells the DHT, at most once a second for each instance of this node, where its last checkpoint lies.
 func (n *Node) indexCheckpoints(ctx context.Context) error {
-	tick := time.NewTicker(indexEvery)
+	tick := unison.New(indexEvery, string(n.id))
 	defer tick.Stop()
 	told := map[string]string{}
 	for {
@@ -182,6 +183,7 @@ func (n *Node) indexCheckpoints(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-tick.C:
+			tick.Next()
 		}
 		var entries []records.Entry
 		for _, in := range n.sup.Infos() {

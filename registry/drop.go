@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 const (
@@ -55,7 +57,7 @@ func (r *Registry) Drops() []Dropped {
 
 // Run takes in what is dropped until ctx ends. It fails only when the drop folder cannot be read for good.
 func (r *Registry) Run(ctx context.Context) error {
-	tick := time.NewTicker(dropEvery)
+	tick := unison.New(dropEvery, string(r.cfg.Self))
 	defer tick.Stop()
 	var last error
 	for {
@@ -69,6 +71,7 @@ func (r *Registry) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-tick.C:
+			tick.Next()
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/internal/planted"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 // readWithin bounds the asking of the log how a commit came out; it is asked again.
@@ -262,13 +263,14 @@ func (s *saver) Acked(root blobs.Hash, id peer.ID) {
 
 // keepCopies looks after the copies of the committed checkpoint.
 func (s *saver) keepCopies(ctx context.Context) {
-	tick := time.NewTicker(copiesEvery)
+	tick := unison.New(copiesEvery, string(s.cfg.self))
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+			tick.Next()
 		}
 		err := s.repair(ctx)
 		if ctx.Err() != nil {

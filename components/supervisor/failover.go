@@ -208,7 +208,7 @@ func (s *Supervisor) takeOver(ctx context.Context, key string, d death) error {
 			continue
 		}
 		if w, ok := errors.AsType[*arbiter.WaitError](err); ok { // it may still hold its lease
-			if err := pause(ctx, w.For); err != nil {
+			if err := pause(ctx, w.For+time.Duration(rank)*rankDelay); err != nil { // whose turn it is does not change
 				return err
 			}
 			continue

@@ -13,6 +13,7 @@ import (
 	"github.com/coppice-project/coppice/components"
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/dht/blobs"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 const (
@@ -45,7 +46,7 @@ func newCustodian(h *historian, t components.Token) *custodian {
 func (h *historian) keep(ctx context.Context, s *saver, t components.Token) {
 	c := newCustodian(h, t)
 	c.s = s
-	tick := time.NewTicker(historyLook)
+	tick := unison.New(historyLook, string(s.cfg.self))
 	defer tick.Stop()
 	told := false
 	for {
@@ -53,6 +54,7 @@ func (h *historian) keep(ctx context.Context, s *saver, t components.Token) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+			tick.Next()
 		}
 		if s.alone() {
 			continue // what is done without the arbiter is a branch

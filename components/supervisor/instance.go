@@ -218,7 +218,7 @@ func (i *instance) step(ctx context.Context) time.Duration {
 	if reg.Boot != i.sup.cfg.Boot {
 		return i.reclaim(ctx, reg, &body)
 	}
-	i.grade(body.GetLeased())
+	i.grade(body.GetLeased(), false)
 	eff, revision, err := i.sup.desired(body.GetComponent())
 	if err != nil {
 		i.show(components.Failed, err.Error())

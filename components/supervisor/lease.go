@@ -8,6 +8,7 @@ import (
 
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/internal/planted"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 const (
@@ -52,6 +53,7 @@ func patienceOf(profile string) patience {
 // It is asked on each call, on the way in and on the way out, so it costs two atomic reads and a look at CLOCK_BOOTTIME. It is lost at once when the process was suspended, after outOfTouch without the arbiter, and when
 // others have called this node dead; it comes back when the registers have been read through the log.
 type lease struct {
+	key    string // of its ticks: this node
 	boot   func() time.Duration
 	touch  func() time.Duration
 	sync   func(ctx context.Context) error
@@ -66,7 +68,7 @@ type lease struct {
 }
 
 func newLease(cfg Config) *lease {
-	l := &lease{boot: cfg.BootTime, touch: cfg.Touch, sync: cfg.Arbiter.Sync, log: cfg.Log, bears: patienceOf(cfg.Profile)}
+	l := &lease{key: string(cfg.Self), boot: cfg.BootTime, touch: cfg.Touch, sync: cfg.Arbiter.Sync, log: cfg.Log, bears: patienceOf(cfg.Profile)}
 	if l.boot == nil {
 		start := time.Now()
 		l.boot = func() time.Duration { return time.Since(start) }
@@ -107,7 +109,7 @@ func (l *lease) doubt() { l.lost.Add(1) }
 // run keeps the lease. When it was lost and the log has been read, judge marks what is not this node's any more, before anything is
 // served again; wake has the rest follow.
 func (l *lease) run(ctx context.Context, judge, wake func()) {
-	tick := time.NewTicker(leaseTick)
+	tick := unison.New(leaseTick, l.key)
 	defer tick.Stop()
 	for {
 		l.look(wake)
@@ -118,6 +120,7 @@ func (l *lease) run(ctx context.Context, judge, wake func()) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+			tick.Next()
 		}
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
 	"github.com/coppice-project/coppice/internal/planted"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 // What becomes of a branch (notes: consistency §6). It is stored in the cluster first, whatever the policy: its pages on the instance's holders, and a
@@ -61,7 +62,7 @@ func (s *Supervisor) reconcileSoon() {
 
 // keepReconciling looks after the branches of this node.
 func (s *Supervisor) keepReconciling(ctx context.Context) {
-	tick := time.NewTicker(reconcileEvery)
+	tick := unison.New(reconcileEvery, string(s.cfg.Self))
 	defer tick.Stop()
 	for {
 		select {
@@ -69,6 +70,7 @@ func (s *Supervisor) keepReconciling(ctx context.Context) {
 			return
 		case <-s.reconciles:
 		case <-tick.C:
+			tick.Next()
 		}
 		for _, b := range s.Branches() {
 			if !s.inTouch() || ctx.Err() != nil {

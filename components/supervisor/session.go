@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/events"
 	"github.com/coppice-project/coppice/internal/planted"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 // The owner's side of leases (notes: consistency §5). One session renews the leases of all instances of this node whose takeover is leased.
@@ -85,11 +87,19 @@ func (i *instance) leaseHeld() bool {
 
 func (i *instance) leaseState() *leaseState { return &i.sup.service(i.name).lease }
 
-// grade notes whether the instance's present epoch is leased.
-func (i *instance) grade(leased bool) {
+// grade notes whether the instance's present epoch is leased. awaited: its process, which goes on, gets its lease from regain; it is not served and not ended
+// until that has returned.
+func (i *instance) grade(leased, awaited bool) {
 	st := i.leaseState()
+	if leased && !st.leased.Load() {
+		st.handing.Store(awaited) // before watchLeases sees it
+	}
 	if was := st.leased.Swap(leased); leased && !was {
-		st.handing.Store(false)
+		i.sup.anyLeased.Store(true)
+		select {
+		case i.sup.leasing <- struct{}{}:
+		default: // it is told already
+		}
 		i.sup.session.poke()
 	}
 }
@@ -232,20 +242,32 @@ func (st *leaseState) drop() {
 
 // watchLeases ends what runs on when its lease does not, whatever its actor is busy with.
 func (s *Supervisor) watchLeases(ctx context.Context) {
-	tick := time.NewTicker(leaseTick)
+	tick := unison.New(leaseTick, string(s.cfg.Self))
 	defer tick.Stop()
 	for {
+		next := tick.C
+		if !s.anyLeased.Load() { // most nodes have nothing that is leased: they need not wake for it
+			next = nil
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-s.leasing:
+			tick.Next() // one that nobody waited for may be long past
+			continue
+		case <-next:
+			tick.Next()
 		}
+		s.anyLeased.Store(false)
 		s.mu.Lock()
 		list := make([]*instance, 0, len(s.actors))
 		for _, a := range s.actors {
 			list = append(list, a)
 		}
 		s.mu.Unlock()
+		if slices.ContainsFunc(list, func(i *instance) bool { return i.leaseState().leased.Load() }) {
+			s.anyLeased.Store(true)
+		}
 		for _, i := range list {
 			st := i.leaseState()
 			if !st.leased.Load() || st.handing.Load() {
@@ -359,7 +381,7 @@ func (i *instance) regrade(ctx context.Context, reg arbiter.Register, body *comp
 		i.sup.cfg.Log.Warn("the takeover could not be changed; it is tried again", "instance", i.name, "error", err)
 		return time.Millisecond
 	}
-	i.grade(leased)
+	i.grade(leased, i.gen != nil)
 	if i.gen != nil {
 		if err := i.regain(ctx); err != nil && !errors.Is(err, ErrNotHere) {
 			i.sup.cfg.Log.Warn("no lease yet: the process is ended until there is one", "instance", i.name, "error", err)

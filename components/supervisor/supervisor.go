@@ -26,6 +26,7 @@ import (
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/dht/peers"
 	"github.com/coppice-project/coppice/internal/planted"
+	"github.com/coppice-project/coppice/internal/unison"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
@@ -122,6 +123,8 @@ type Supervisor struct {
 	// retiring: nothing is to run here any more.
 	retiring   atomic.Bool
 	reconciles chan struct{}
+	leasing    chan struct{} // something of this node has become leased
+	anyLeased  atomic.Bool   // something may be
 
 	randMu sync.Mutex // guards cfg.Rand
 
@@ -161,7 +164,7 @@ func New(cfg Config) *Supervisor {
 		cfg: cfg, kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
 		moves: map[string]*prepared{}, services: map[string]*service{}, warming: map[string]time.Time{},
 		deaths: map[peer.ID]death{}, successions: map[string]*succession{}, sightings: map[string]sighting{}, branches: map[string]*componentsv1.Branch{},
-		reconciles: make(chan struct{}, 1),
+		reconciles: make(chan struct{}, 1), leasing: make(chan struct{}, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.lease, s.session = newLease(s.cfg), newSession()
@@ -191,7 +194,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	s.spawn(func() { s.watchLeases(s.ctx) })
 	s.spawn(func() { s.keepBranchCopies(s.ctx) })
 	s.spawn(func() { s.keepRestingCopies(s.ctx) })
-	tick := time.NewTicker(time.Second)
+	tick := unison.New(time.Second, string(s.cfg.Self))
 	defer tick.Stop()
 	s.sweep()
 	for {
@@ -200,6 +203,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 			return ctx.Err()
 		case <-s.kick:
 		case <-tick.C:
+			tick.Next()
 		}
 		s.sweep()
 	}

@@ -280,6 +280,9 @@ func (n *simNode) start(bootstrap bool) {
 	}
 	log := slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelDebug})).With("at", n.name)
 	quiet := slog.New(slog.DiscardHandler)
+	if os.Getenv("COPPICE_LOG") != "" {
+		quiet = slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{Level: slog.LevelDebug})).With("at", n.name)
+	}
 	var err error
 	n.members, err = members.New(members.Config{
 		Self:  members.Info{ID: n.id, Name: n.name, Boot: n.boot, Addrs: []string{"/mem/" + n.name}, Role: "full", Zone: n.zone},

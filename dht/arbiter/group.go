@@ -11,6 +11,7 @@ import (
 	"github.com/coppice-project/coppice/dht/keys"
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 // configuration returns the group as this node's raft has it.
@@ -93,7 +94,7 @@ func (a *Arbiter) observe(ctx context.Context, r *raft.Raft) {
 	})
 	r.RegisterObserver(o)
 	defer r.DeregisterObserver(o)
-	tick := time.NewTicker(time.Second)
+	tick := unison.New(time.Second, string(a.cfg.Self))
 	defer tick.Stop()
 	var marked uint64
 	var led time.Time
@@ -107,6 +108,7 @@ func (a *Arbiter) observe(ctx context.Context, r *raft.Raft) {
 		case <-events:
 		case <-a.fsm.regrouped.next():
 		case <-tick.C:
+			tick.Next()
 			a.settleDown()
 			if c := r.CommitIndex(); c != marked && !a.halted.Load() {
 				marked = c

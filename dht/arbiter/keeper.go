@@ -409,14 +409,23 @@ func (a *Arbiter) HandOver(ctx context.Context) error {
 		return nil
 	}
 	defer a.serving.leave()
-	if voters, _ := a.configuration(r); len(voters) < 2 {
+	voters, _ := a.configuration(r)
+	heirs := nearest(slices.DeleteFunc(voters, func(id peer.ID) bool { return id == a.cfg.Self }))
+	if len(heirs) == 0 {
 		return nil
 	}
 	var failed error
 	for ctx.Err() == nil {
 		if r.State() == raft.Leader {
-			// It fails while the keeper does the same, or where the next one stands for election by itself just now.
-			if err := r.LeadershipTransfer().Error(); err != nil && r.State() == raft.Leader {
+			// The one who stands first where the leader has said goodbye (leaderDied): another one would stand against it. It fails while the keeper does
+			// the same, where that one stands by itself just now, and where it does not answer: then raft chooses.
+			transfer := r.LeadershipTransfer
+			if failed == nil {
+				transfer = func() raft.Future {
+					return r.LeadershipTransferToServer(raft.ServerID(heirs[0].String()), raft.ServerAddress(heirs[0].String()))
+				}
+			}
+			if err := transfer().Error(); err != nil && r.State() == raft.Leader {
 				failed = err
 				sleep(ctx, 10*time.Millisecond)
 				continue
@@ -428,6 +437,7 @@ func (a *Arbiter) HandOver(ctx context.Context) error {
 			a.findLeader(ctx, changed)
 		case a.cfg.Self:
 			sleep(ctx, 10*time.Millisecond) // raft's word may not have come here yet, or it leads again
+			a.refreshWhere(r)
 		default:
 			return nil
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/coppice-project/coppice/dht/keys"
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 // The protocols of this package.
@@ -175,7 +176,7 @@ func (m *Members) Run(ctx context.Context) error {
 		}
 	}
 	m.mu.Unlock()
-	ticker := time.NewTicker(tickEvery)
+	ticker := unison.New(tickEvery, string(m.id))
 	defer ticker.Stop()
 	last := m.boot()
 	for {
@@ -185,6 +186,7 @@ func (m *Members) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
+			ticker.Next()
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/coppice-project/coppice/dht/keys"
 	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/internal/unison"
 )
 
 // ackEvery: so many beats ask for one answer, which measures the round trip and shows that the watcher is there.
@@ -244,7 +245,7 @@ type beats struct {
 }
 
 func (p *beats) run(ctx context.Context) {
-	ticker := time.NewTicker(p.m.cfg.Profile.Heartbeat)
+	ticker := unison.New(p.m.cfg.Profile.Heartbeat, string(p.m.id))
 	defer ticker.Stop()
 	var told version
 	for seq := uint64(1); ; seq++ {
@@ -267,6 +268,7 @@ func (p *beats) run(ctx context.Context) {
 		}
 		select {
 		case <-ticker.C:
+			ticker.Next()
 		case <-p.broken:
 			return
 		case <-ctx.Done():
