@@ -86,8 +86,10 @@ func (n *Node) report(ctx context.Context) error {
 		}
 		// A busy machine's numbers change all the time, which a slow link is not to carry.
 		ttl := facts.PaceOf(n.cfg.Profile).Reports
+		var untold error
 		if ago := time.Since(told); ago >= ttl/6 && facts.Changed(last, f) || ago >= ttl/3 {
-			n.faults.set("report", n.tellHost(ctx, f))
+			untold = n.tellHost(ctx, f)
+			n.faults.set("report", untold)
 			last, told = f, time.Now()
 			n.faults.set("report instances", n.tellInstances(ctx, true))
 			if n.toldDrops == "[]" {
@@ -102,7 +104,11 @@ func (n *Node) report(ctx context.Context) error {
 			var again <-chan time.Time
 			err := n.tellInstances(ctx, false)
 			n.faults.set("report instances", err)
-			if err != nil {
+			if untold != nil {
+				untold = n.tellHost(ctx, f)
+				n.faults.set("report", untold)
+			}
+			if err != nil || untold != nil {
 				again = time.After(retryEvery)
 			}
 			select {
