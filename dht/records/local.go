@@ -45,7 +45,8 @@ func (e *entry) expired(now time.Time) bool { return e.ttl > 0 && e.age(now) > e
 
 // local is the index over the datastore.
 type local struct {
-	store ds.Batching
+	store   ds.Batching
+	corrupt func(key string, err error) // is told of a record that cannot be read any more
 
 	writing sync.Mutex // held from a look at the version to its write: the one place where records are written
 
@@ -212,24 +213,56 @@ func (l *local) count() (keys, dead int) {
 	return len(l.entries), l.dead
 }
 
-// read returns a record that is here, as stored, with its age.
+// read returns a record that is here, as stored, with its age. One that cannot be read any more is not here from then on: the index forgets it, so that
+// another holder's copy of the same version is taken in by read repair and anti-entropy, over what is broken.
 func (l *local) read(ctx context.Context, key string) (envelope []byte, age time.Duration, ok bool, err error) {
 	e, ok := l.get(key)
 	if !ok {
 		return nil, 0, false, nil
 	}
-	b, err := l.store.Get(ctx, valueKey(key))
-	if errors.Is(err, ds.ErrNotFound) {
-		return nil, 0, false, nil
-	}
-	if err != nil {
+	envelope, _, err = l.load(ctx, key, e.version)
+	switch {
+	case err == nil:
+		return envelope, e.age(time.Now()), true, nil
+	case ctx.Err() != nil:
 		return nil, 0, false, fmt.Errorf("read record %s: %w", key, err)
+	case l.forget(key, e.version):
+		l.corrupt(key, err)
+	}
+	return nil, 0, false, nil
+}
+
+// load reads a record from the datastore that should be of version v, or of a later one that is just being written. The signature is its reader's to verify.
+func (l *local) load(ctx context.Context, key string, v Version) (envelope []byte, r *Record, err error) {
+	b, err := l.store.Get(ctx, valueKey(key))
+	if err != nil {
+		return nil, nil, err
 	}
 	p := &recpb.Record{}
 	if err := proto.Unmarshal(b, p); err != nil {
-		return nil, 0, false, nil // discarded by kad-dht's store when it meets it; to a reader it is not here
+		return nil, nil, err
 	}
-	return p.GetValue(), e.age(time.Now()), true, nil
+	r, err = openUnchecked(p.GetValue(), false)
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case r.Key != key:
+		return nil, nil, fmt.Errorf("it is the record of %q", r.Key)
+	case r.Version().Compare(v) < 0:
+		return nil, nil, errors.New("it is older than the one that was written")
+	}
+	return p.GetValue(), r, nil
+}
+
+// forget takes a record out of the index that the datastore no longer has, if it still is of version v: false: it is not, a newer one has come.
+func (l *local) forget(key string, v Version) bool {
+	l.writing.Lock()
+	defer l.writing.Unlock()
+	if e, ok := l.lookup(key); !ok || e.version != v {
+		return false
+	}
+	l.drop([]string{key})
+	return true
 }
 
 // record reads a record that is here.
@@ -275,10 +308,7 @@ func (l *local) keep(ctx context.Context, in []incoming, room func(key string, h
 	highest := map[string]int{} // index of what this batch writes
 	durable := false
 	for i, r := range in {
-		if verdicts[i], err = l.judge(ctx, r, in, highest, room); err != nil {
-			return nil, err
-		}
-		if verdicts[i] != stored {
+		if verdicts[i] = l.judge(ctx, r, in, highest, room); verdicts[i] != stored {
 			continue
 		}
 		value, err := encodeStored(r.Key, r.envelope, now.Add(-r.Age))
@@ -309,9 +339,9 @@ func (l *local) keep(ctx context.Context, in []incoming, room func(key string, h
 }
 
 // judge compares a record with what is here, or earlier in the same batch.
-func (l *local) judge(ctx context.Context, r incoming, in []incoming, highest map[string]int, room func(string, int) bool) (verdict, error) {
+func (l *local) judge(ctx context.Context, r incoming, in []incoming, highest map[string]int, room func(string, int) bool) verdict {
 	if r.TTL > 0 && r.Age > r.TTL {
-		return older, nil // it would not be found here
+		return older // it would not be found here
 	}
 	l.mu.RLock()
 	e, have := l.entries[r.Key], len(l.entries)
@@ -325,32 +355,33 @@ func (l *local) judge(ctx context.Context, r incoming, in []incoming, highest ma
 		current = in[i].Version()
 	} else if e == nil {
 		if !room(r.Key, have+len(highest)) {
-			return noRoom, nil
+			return noRoom
 		}
-		return stored, nil
+		return stored
 	}
 	mine := r.Version()
 	if c := mine.Compare(current); c > 0 || c < 0 && planted.Bug("mirror-older-wins") {
-		return stored, nil
+		return stored
 	} else if c == 0 {
-		return same, nil
+		return same
 	}
 	// Members that mirror the same register write the same value under the same number: one is as good as the other.
 	if mine.Writer = current.Writer; mine != current {
-		return older, nil
+		return older
 	}
 	var twin *Record
 	if inBatch {
 		twin = in[i].Record
-	} else if got, ok, err := l.record(ctx, r.Key); err != nil {
-		return older, err
-	} else if ok {
-		twin = &got
+	} else {
+		var err error
+		if _, twin, err = l.load(ctx, r.Key, current); err != nil {
+			return older // who reads it finds that it is broken (read)
+		}
 	}
-	if twin != nil && twin.Deleted == r.Deleted && bytes.Equal(twin.Value, r.Value) {
-		return same, nil
+	if twin.Deleted == r.Deleted && bytes.Equal(twin.Value, r.Value) {
+		return same
 	}
-	return older, nil
+	return older
 }
 
 // remove deletes keys from the datastore and the index, where their version is still the one given.

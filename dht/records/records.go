@@ -128,6 +128,10 @@ func Open(cfg Config) (*Records, error) {
 	if err != nil {
 		return nil, err
 	}
+	l.corrupt = func(key string, err error) {
+		r.stats.missed.Add(1)
+		cfg.Log.Error("records: a record on the disk is broken; another holder's copy replaces it", "key", key, "err", err)
+	}
 	r.local = l
 	r.cancel = cfg.View.OnChange(func() {
 		r.generation.Add(1)
@@ -226,7 +230,7 @@ type Status struct {
 	Invalid, Older, Full uint64
 	// Repaired: records sent to members that lacked them. Synced: rounds of anti-entropy. Dropped: records handed over to closer members.
 	Repaired, Synced, Dropped, Expired uint64
-	// ReadFailures of the local database while serving.
+	// ReadFailures: records on this node's disk that could not be read. Other holders' copies replace them.
 	ReadFailures uint64
 	// Lookups of members closest to a key, which a whole view never needs; those that were Lost (failed), and the Hops of the others, summed.
 	Lookups, Lost, Hops uint64
