@@ -108,7 +108,7 @@ func (o *origin) version(ctx context.Context, n *Node) error {
 			why = fmt.Errorf("%s is no longer in the registry", digest)
 			continue
 		}
-		desc, err := n.registry.Description(ctx, digest)
+		desc, err := n.artifacts().Description(ctx, digest)
 		if err != nil {
 			why = err
 			continue

@@ -5192,6 +5192,7 @@ type Instance struct {
 	DurableNow           string                 `protobuf:"bytes,23,opt,name=durable_now,json=durableNow,proto3" json:"durable_now,omitempty"`                                        // how it is saved in fact, where it runs: another than durable where its version cannot do that
 	CallsSinceCheckpoint *uint64                `protobuf:"varint,24,opt,name=calls_since_checkpoint,json=callsSinceCheckpoint,proto3,oneof" json:"calls_since_checkpoint,omitempty"` // answered since its last acknowledged checkpoint, reads among them; 0 with each-call
 	ReplicasAlive        uint32                 `protobuf:"varint,25,opt,name=replicas_alive,json=replicasAlive,proto3" json:"replicas_alive,omitempty"`                              // of replicas, those on nodes that are alive now
+	Listen               string                 `protobuf:"bytes,26,opt,name=listen,proto3" json:"listen,omitempty"`                                                                  // where on its node what it runs listens by itself, host:port; a program's port
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -5399,6 +5400,13 @@ func (x *Instance) GetReplicasAlive() uint32 {
 		return x.ReplicasAlive
 	}
 	return 0
+}
+
+func (x *Instance) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
 }
 
 type InspectRequest struct {
@@ -5663,6 +5671,7 @@ type InspectInstance struct {
 	Callers               []string               `protobuf:"bytes,18,rep,name=callers,proto3" json:"callers,omitempty"`                                                                     // instances that called it lately
 	EarlierCheckpoints    uint32                 `protobuf:"varint,19,opt,name=earlier_checkpoints,json=earlierCheckpoints,proto3" json:"earlier_checkpoints,omitempty"`                    // that are kept
 	OldestCheckpointAgeMs *uint64                `protobuf:"varint,20,opt,name=oldest_checkpoint_age_ms,json=oldestCheckpointAgeMs,proto3,oneof" json:"oldest_checkpoint_age_ms,omitempty"` // of them
+	Listen                string                 `protobuf:"bytes,21,opt,name=listen,proto3" json:"listen,omitempty"`                                                                       // where on its node what it runs listens by itself
 	unknownFields         protoimpl.UnknownFields
 	sizeCache             protoimpl.SizeCache
 }
@@ -5835,6 +5844,13 @@ func (x *InspectInstance) GetOldestCheckpointAgeMs() uint64 {
 		return *x.OldestCheckpointAgeMs
 	}
 	return 0
+}
+
+func (x *InspectInstance) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
 }
 
 type Interface struct {
@@ -10261,7 +10277,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\"D\n" +
 	"\n" +
 	"PsResponse\x126\n" +
-	"\tinstances\x18\x01 \x03(\v2\x18.coppice.api.v1.InstanceR\tinstances\"\xaf\a\n" +
+	"\tinstances\x18\x01 \x03(\v2\x18.coppice.api.v1.InstanceR\tinstances\"\xc7\a\n" +
 	"\bInstance\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x1c\n" +
 	"\tcomponent\x18\x02 \x01(\tR\tcomponent\x12\x1a\n" +
@@ -10291,7 +10307,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vdurable_now\x18\x17 \x01(\tR\n" +
 	"durableNow\x129\n" +
 	"\x16calls_since_checkpoint\x18\x18 \x01(\x04H\x03R\x14callsSinceCheckpoint\x88\x01\x01\x12%\n" +
-	"\x0ereplicas_alive\x18\x19 \x01(\rR\rreplicasAliveB\x14\n" +
+	"\x0ereplicas_alive\x18\x19 \x01(\rR\rreplicasAlive\x12\x16\n" +
+	"\x06listen\x18\x1a \x01(\tR\x06listenB\x14\n" +
 	"\x12_checkpoint_age_msB\x17\n" +
 	"\x15_predicted_restart_msB\x10\n" +
 	"\x0e_would_lose_msB\x19\n" +
@@ -10322,7 +10339,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\bfeatures\x18\x11 \x03(\tR\bfeatures\x121\n" +
 	"\aoverlay\x18\x12 \x01(\v2\x17.coppice.api.v1.OverlayR\aoverlay\x12/\n" +
 	"\x05calls\x18\x13 \x01(\v2\x19.coppice.api.v1.CallStatsR\x05calls\x12=\n" +
-	"\tinstances\x18\x14 \x03(\v2\x1f.coppice.api.v1.InspectInstanceR\tinstances\"\xb8\x05\n" +
+	"\tinstances\x18\x14 \x03(\v2\x1f.coppice.api.v1.InspectInstanceR\tinstances\"\xd0\x05\n" +
 	"\x0fInspectInstance\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -10348,7 +10365,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x10previous_version\x18\x11 \x01(\tR\x0fpreviousVersion\x12\x18\n" +
 	"\acallers\x18\x12 \x03(\tR\acallers\x12/\n" +
 	"\x13earlier_checkpoints\x18\x13 \x01(\rR\x12earlierCheckpoints\x12<\n" +
-	"\x18oldest_checkpoint_age_ms\x18\x14 \x01(\x04H\x00R\x15oldestCheckpointAgeMs\x88\x01\x01B\x1b\n" +
+	"\x18oldest_checkpoint_age_ms\x18\x14 \x01(\x04H\x00R\x15oldestCheckpointAgeMs\x88\x01\x01\x12\x16\n" +
+	"\x06listen\x18\x15 \x01(\tR\x06listenB\x1b\n" +
 	"\x19_oldest_checkpoint_age_ms\"\xc3\x01\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
