@@ -1,0 +1,210 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coppice-project/coppice/internal/cluster"
+	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+)
+
+// example is a manifest of the documentation's.
+func example(t *testing.T, name string) string {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join("..", "..", "plugins", "exec", "testdata", name))
+	must(t, err)
+	return string(raw)
+}
+
+// listens waits until the instance runs and tells where its program listens.
+func (g *grove) listens(n *cluster.Node, name string, ok func(in *apiv1.Instance) error) *apiv1.Instance {
+	g.t.Helper()
+	return g.running(n, name, func(in *apiv1.Instance) error {
+		if in.GetListen() == "" {
+			return errors.New("it does not tell yet where it listens")
+		}
+		if ok != nil {
+			return ok(in)
+		}
+		return nil
+	})
+}
+
+// redis sends commands to a Redis server and returns what it answers, a line each; of what it answers in bulk the content.
+func redis(ctx context.Context, addr string, commands ...string) (out []string, err error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close() //nolint:errcheck // everything was read
+	if err := c.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		return nil, err
+	}
+	r := bufio.NewReader(c)
+	for _, command := range commands {
+		if _, err := fmt.Fprintf(c, "%s\r\n", command); err != nil {
+			return nil, err
+		}
+		line, err := r.ReadString('\n')
+		if err != nil {
+			return nil, err
+		}
+		line = strings.TrimSpace(line)
+		if strings.HasPrefix(line, "-") {
+			return nil, fmt.Errorf("%s: %s", command, line)
+		}
+		if strings.HasPrefix(line, "$") && line != "$-1" {
+			if line, err = r.ReadString('\n'); err != nil {
+				return nil, err
+			}
+			line = strings.TrimSpace(line)
+		}
+		out = append(out, line)
+	}
+	return out, nil
+}
+
+// closed waits until nobody listens there any more.
+func (g *grove) closed(addr string) {
+	g.t.Helper()
+	g.wait("the program at "+addr+" to be gone", func(ctx context.Context) error {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "tcp", addr)
+		if err != nil {
+			return nil //nolint:nilerr // that is it
+		}
+		return errors.Join(errors.New("it still listens"), c.Close())
+	})
+}
+
+// Redis, as Debian ships it, deployed by the manifest of the documentation: its machine dies by kill -9, and a neighbour's Redis has every key of the last
+// checkpoint. The one that was left behind ends with its lease.
+func TestRedisSurvivesItsMachine(t *testing.T) {
+	if _, err := exec.LookPath("redis-server"); err != nil {
+		t.Skip("redis-server is not installed: apt-get install redis-server")
+	}
+	g := plant(t, 3)
+	n1 := g.Nodes[0]
+	g.deploy(n1, example(t, "redis.yaml"))
+	in := g.listens(n1, "cache/redis-0", nil)
+	if in.GetDurable() != "5s" || in.GetGuarantee() != "exactly-one" {
+		t.Errorf("durable %s, guarantee %s; want the defaults of a program with a state, 5s and exactly-one", in.GetDurable(), in.GetGuarantee())
+	}
+	const keys = 500
+	var commands []string
+	for i := range keys {
+		commands = append(commands, fmt.Sprintf("SET key:%d value:%d", i, i*i))
+	}
+	_, err := redis(t.Context(), in.GetListen(), append(commands, "INCR hits", "LPUSH list a", "LPUSH list b")...)
+	must(t, err)
+	g.do(n1, "checkpoint", "cache/redis-0")
+	in = g.listens(n1, "cache/redis-0", protected(3))
+	owner := g.Node(in.GetNode())
+	at, err := owner.Kill()
+	must(t, err)
+
+	survivor := g.others(owner)[0]
+	after := g.listens(survivor, "cache/redis-0", notOn(owner.Name))
+	t.Logf("%s runs it %s after %s was killed", after.GetNode(), time.Since(at).Round(time.Millisecond), owner.Name)
+	commands = commands[:0]
+	for i := range keys {
+		commands = append(commands, fmt.Sprintf("GET key:%d", i))
+	}
+	got, err := redis(t.Context(), after.GetListen(), append(commands, "GET hits", "LLEN list")...)
+	must(t, err)
+	for i := range keys {
+		if want := fmt.Sprintf("value:%d", i*i); got[i] != want {
+			t.Fatalf("key:%d is %q on the neighbour, want %q", i, got[i], want)
+		}
+	}
+	if got[keys] != "1" || got[keys+1] != ":2" {
+		t.Errorf("hits %s, list %s; want 1 and :2", got[keys], got[keys+1])
+	}
+	if in.GetListen() != after.GetListen() {
+		g.closed(in.GetListen())
+	}
+}
+
+// sqlited calls the SQLite server.
+func sqlited(ctx context.Context, method, url string) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, method, url, nil)
+	if err != nil {
+		return "", err
+	}
+	r, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer r.Body.Close() //nolint:errcheck // it is read to its end
+	body, err := io.ReadAll(r.Body)
+	if err == nil && r.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s %s: %s: %s", method, url, r.Status, body)
+	}
+	return string(body), err
+}
+
+// notes is a cluster that runs the SQLite server from the registry.
+func notes(t *testing.T, manifest string) (g *grove, in *apiv1.Instance) {
+	g = plant(t, 3)
+	must(t, os.Symlink(testProgram(t, "sqlited", ""), filepath.Join(g.Dir, "sqlited")))
+	g.deploy(g.Nodes[0], manifest)
+	return g, g.listens(g.Nodes[0], "notes/db-0", nil)
+}
+
+func fill(t *testing.T, url string, from, to int) {
+	t.Helper()
+	for i := from; i < to; i++ {
+		_, err := sqlited(t.Context(), http.MethodPost, fmt.Sprintf("%s/put?k=k%d&v=v%d", url, i, i))
+		must(t, err)
+	}
+}
+
+func counted(t *testing.T, url string, want int) {
+	t.Helper()
+	got, err := sqlited(t.Context(), http.MethodGet, url+"/count")
+	must(t, err)
+	if got != fmt.Sprintf("%d ok", want) {
+		t.Errorf("the database says %q, want %d keys and that it is whole", got, want)
+	}
+}
+
+// A server with a SQLite database, pushed and deployed by a manifest of a few lines: its machine dies by kill -9 while it writes, and a neighbour's has every
+// row of the last checkpoint and a whole database. It answers through every node's gateway.
+func TestSQLiteServerSurvivesItsMachine(t *testing.T) {
+	g, in := notes(t, example(t, "sqlite.yaml"))
+	fill(t, "http://"+in.GetListen(), 0, 200)
+	for _, n := range g.Nodes {
+		counted(t, n.HTTP+"/app/notes", 200)
+	}
+	g.do(g.Nodes[0], "checkpoint", "notes/db-0")
+	in = g.listens(g.Nodes[0], "notes/db-0", protected(3))
+	owner := g.Node(in.GetNode())
+	fill(t, "http://"+in.GetListen(), 200, 220) // may be lost, or not; what is torn must not be
+	_, err := owner.Kill()
+	must(t, err)
+	survivor := g.others(owner)[0]
+	after := g.listens(survivor, "notes/db-0", notOn(owner.Name))
+	for i := range 200 {
+		got, err := sqlited(t.Context(), http.MethodGet, fmt.Sprintf("http://%s/get?k=k%d", after.GetListen(), i))
+		if err != nil || got != fmt.Sprintf("v%d", i) {
+			t.Fatalf("row k%d is %q on the neighbour: %v", i, got, err)
+		}
+	}
+	got, err := sqlited(t.Context(), http.MethodGet, survivor.HTTP+"/app/notes/count")
+	if err != nil || !strings.HasSuffix(got, " ok") {
+		t.Errorf("the database on the neighbour: %q, %v", got, err)
+	}
+	t.Logf("of 220 rows, 20 of them after the checkpoint, the neighbour has %s", got)
+}
