@@ -208,3 +208,90 @@ func TestSQLiteServerSurvivesItsMachine(t *testing.T) {
 	}
 	t.Logf("of 220 rows, 20 of them after the checkpoint, the neighbour has %s", got)
 }
+
+// A program with a port of its own over its life: moved, started anew with another command line, crashed, stopped and started, taken back to an earlier
+// checkpoint. It keeps its rows and its port, and its end is told with its last words.
+func TestProgramOverItsLife(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	port := l.Addr().(*net.TCPAddr).Port //nolint:forcetypeassert // of a TCP listener
+	must(t, l.Close())
+	manifest := strings.NewReplacer("port: 0", fmt.Sprintf("port: %d", port), "notes", "diary").Replace(example(t, "sqlite.yaml"))
+	g := plant(t, 3)
+	n1, url := g.Nodes[0], fmt.Sprintf("http://127.0.0.1:%d", port)
+	must(t, os.Symlink(testProgram(t, "sqlited", ""), filepath.Join(g.Dir, "sqlited")))
+	g.deploy(n1, manifest)
+	in := g.listens(n1, "diary/db-0", nil)
+	fill(t, url, 0, 50)
+
+	// Moved: what it wrote last is with it, though no checkpoint was asked for.
+	to := g.others(g.Node(in.GetNode()))[0]
+	g.do(n1, "move", "diary/db-0", to.Name)
+	in = g.listens(n1, "diary/db-0", func(in *apiv1.Instance) error {
+		if in.GetNode() != to.Name {
+			return fmt.Errorf("it is on %s", in.GetNode())
+		}
+		return nil
+	})
+	counted(t, url, 50)
+
+	// Another command line: the program is started anew with its rows.
+	fill(t, url, 50, 60)
+	g.deploy(n1, strings.Replace(manifest, "run: {", `run: {start: "{program} -db {state_dir}/main.db -name other", `, 1))
+	g.wait("the other command line", func(ctx context.Context) error {
+		got, err := sqlited(ctx, http.MethodGet, url+"/name")
+		if err == nil && got != "other" {
+			err = fmt.Errorf("it calls itself %q", got)
+		}
+		return err
+	})
+	counted(t, url, 60)
+
+	// It ends of itself: what it had written up to then is saved, and it is started again, on this node.
+	g.do(n1, "checkpoint", "diary/db-0") // it is started by now
+	fill(t, url, 60, 70)
+	_, _ = sqlited(t.Context(), http.MethodPost, url+"/crash") // no answer comes
+	ev := g.event(n1, "/apps/diary", "the crash", func(ev *apiv1.Event) bool { return ev.GetType() == "crashed" })
+	if !strings.Contains(ev.GetCause(), "exit status 3") || !strings.Contains(ev.GetCause(), "told to crash") {
+		t.Errorf("its end is told as %q, want its status and its last words", ev.GetCause())
+	}
+	g.wait("it to listen again", func(ctx context.Context) error {
+		_, err := sqlited(ctx, http.MethodGet, url+"/healthz")
+		return err
+	})
+	counted(t, url, 70)
+
+	// Back to an earlier checkpoint, and to before that.
+	id := g.keep(n1, "diary/db-0")
+	fill(t, url, 70, 80)
+	g.running(n1, "diary/db-0", nil)
+	g.do(n1, "restore", "diary/db-0", "--at", id)
+	g.wait("the rows of the checkpoint", func(ctx context.Context) error {
+		got, err := sqlited(ctx, http.MethodGet, url+"/count")
+		if err == nil && got == "80 ok" {
+			err = errors.New("it has those written since")
+		}
+		return err
+	})
+	g.do(n1, "undo", "diary/db-0")
+	g.wait("all rows again", func(ctx context.Context) error {
+		got, err := sqlited(ctx, http.MethodGet, url+"/count")
+		if err == nil && got != "80 ok" {
+			err = errors.New(got)
+		}
+		return err
+	})
+
+	// Stopped, its port is free; started, its rows are there.
+	g.do(n1, "stop", "diary/db")
+	g.closed(fmt.Sprintf("127.0.0.1:%d", port))
+	g.do(n1, "start", "diary/db")
+	g.listens(n1, "diary/db-0", nil)
+	counted(t, url, 80)
+
+	if out := g.do(n1, "inspect", "diary/db"); !strings.Contains(out, fmt.Sprintf("listens on  127.0.0.1:%d", port)) || !strings.Contains(out, "program") {
+		t.Errorf("inspect does not tell where it listens, or what it is:\n%s", out)
+	}
+	g.refused(n1, []string{"found each-call with run"}, "deploy", g.file("each.yaml", manifest+"    durable: each-call\n"))
+	g.refused(n1, []string{"is a program", "run"}, "deploy", g.file("norun.yaml", "application: x\ncomponents:\n  - {name: a, artifact: ./sqlited}\n"))
+}

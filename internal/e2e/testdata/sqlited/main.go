@@ -17,6 +17,7 @@ import (
 func main() {
 	addr := flag.String("listen", "127.0.0.1:"+os.Getenv("PORT"), "where to listen")
 	file := flag.String("db", "data/main.db", "the database")
+	name := flag.String("name", "sqlited", "what GET /name answers")
 	flag.Parse()
 	db, err := sql.Open("sqlite", "file:"+*file+"?_pragma=journal_mode(WAL)&_pragma=synchronous(NORMAL)&_pragma=busy_timeout(5000)")
 	if err != nil {
@@ -43,6 +44,7 @@ func main() {
 		answer(w, n+" "+whole, err)
 	})
 	http.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, "well", db.Ping()) })
+	http.HandleFunc("GET /name", func(w http.ResponseWriter, _ *http.Request) { answer(w, *name, nil) })
 	http.HandleFunc("POST /crash", func(http.ResponseWriter, *http.Request) {
 		fmt.Fprintln(os.Stderr, "sqlited: told to crash")
 		os.Exit(3)
