@@ -100,7 +100,7 @@ func (c *checker) component(spec *componentsv1.ComponentSpec, path string) {
 	if c.bad[path] {
 		return
 	}
-	if spec.GetArtifact() == "" && spec.GetRun() == nil {
+	if spec.GetArtifact() == "" && !c.said(path+".run") {
 		c.problem(path+".artifact", "found no artifact, expected artifact: name@constraint, sha256:… or ./path")
 	} else if spec.GetArtifact() == "" {
 		// what is run is on the nodes
