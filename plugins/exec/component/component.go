@@ -66,6 +66,8 @@ type adapter struct {
 	exit func(int) // ends this process
 	stop unix.Signal
 
+	ended chan struct{} // closed when the component has stopped
+
 	// ops is held by what must not meet the other: a snapshot, a hook, a check of the health, a start, a stop.
 	ops sync.Mutex
 
@@ -80,7 +82,6 @@ type adapter struct {
 	started time.Time
 	healthy bool  // it was, once since it was started
 	health  error // of the last check
-	ended   chan struct{}
 }
 
 func newAdapter(cfg program.Config, out io.Writer) *adapter {
@@ -272,6 +273,7 @@ func (a *adapter) onStop(ctx context.Context) error {
 	a.ops.Lock()
 	defer a.ops.Unlock()
 	defer a.home.remove()
+	defer close(a.ended) // Stop comes once
 	return a.endProgram(ctx)
 }
 

@@ -98,11 +98,16 @@ func checkHTTP(ctx context.Context, url string) error {
 	return err
 }
 
-// look checks the program's health again and again. What is meant to rest is not asked.
+// look checks the program's health again and again, until the component stops. What is meant to rest is not asked.
 func (a *adapter) look() {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
-	for range tick.C {
+	for {
+		select {
+		case <-a.ended:
+			return
+		case <-tick.C:
+		}
 		if !a.ops.TryLock() {
 			continue
 		}
