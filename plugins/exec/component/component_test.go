@@ -132,6 +132,11 @@ func (r *rig) file(t *testing.T, name string) string {
 	return strings.TrimSpace(string(b))
 }
 
+func (r *rig) has(name string) bool {
+	_, err := os.Stat(filepath.Join(r.a.home.work, "data", name))
+	return err == nil
+}
+
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -172,11 +177,7 @@ const busy = `sh -c 'cd {state_dir}; n() { while :; do i=$((i+1)); echo $i > $1.
 // the first, nor more than one behind.
 func TestASnapshotIsOneMoment(t *testing.T) {
 	r := run(t, program.Config{Start: busy, StateDir: "data"})
-	until(t, "both to write", func() bool {
-		_, err1 := os.Stat(filepath.Join(r.a.home.work, "data", "far.2"))
-		_, err2 := os.Stat(filepath.Join(r.a.home.work, "data", "near.2"))
-		return err1 == nil && err2 == nil
-	})
+	until(t, "both to write", func() bool { return r.has("far.2") && r.has("near.2") })
 	before := 0
 	for range 15 {
 		dir := restored(t, r.Checkpoint(0))
@@ -204,6 +205,7 @@ func TestMappedMemoryIsPartOfASnapshot(t *testing.T) {
 	self, err := os.Executable()
 	must(t, err)
 	r := run(t, program.Config{Start: self, StateDir: "data"})
+	until(t, "it to begin", func() bool { return r.has("counter") })
 	until(t, "it to count", func() bool { return strings.Trim(r.file(t, "counter"), "\x00") > "00000003" })
 	last := ""
 	for range 5 {
@@ -222,7 +224,7 @@ func TestHooksRunAroundASnapshot(t *testing.T) {
 		Start: `sh -c 'echo one > {state_dir}/log; while :; do sleep 1; done'`, StateDir: "data",
 		Quiesce: `sh -c 'test ! -e fail || { echo it will not; exit 1; }; echo quiet >> {state_dir}/log'`, Resume: `sh -c 'echo on >> {state_dir}/log'`,
 	})
-	until(t, "it to begin", func() bool { _, err := os.Stat(filepath.Join(r.a.home.work, "data", "log")); return err == nil })
+	until(t, "it to begin", func() bool { return r.has("log") })
 	if got := read(t, filepath.Join(restored(t, r.Checkpoint(0)), "log")); got != "one\nquiet" {
 		t.Errorf("the snapshot has %q, want it between the hooks", got)
 	}
@@ -304,7 +306,7 @@ func TestFrozenItStandsStillAndBeforeASwapItEnds(t *testing.T) {
 		}
 		return false
 	}
-	until(t, "it to begin", func() bool { _, err := os.Stat(filepath.Join(r.a.home.work, "data", "now")); return err == nil })
+	until(t, "it to begin", func() bool { return r.has("now") })
 	freeze := func(why componentv1.QuiesceRequest_Reason) {
 		_, err := r.Control.Quiesce(t.Context(), &componentv1.QuiesceRequest{Reason: why, DeadlineMs: 5000})
 		must(t, err)
