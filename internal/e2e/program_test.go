@@ -227,7 +227,7 @@ func TestProgramOverItsLife(t *testing.T) {
 	// Moved: what it wrote last is with it, though no checkpoint was asked for.
 	to := g.others(g.Node(in.GetNode()))[0]
 	g.do(n1, "move", "diary/db-0", to.Name)
-	in = g.listens(n1, "diary/db-0", func(in *apiv1.Instance) error {
+	g.listens(n1, "diary/db-0", func(in *apiv1.Instance) error {
 		if in.GetNode() != to.Name {
 			return fmt.Errorf("it is on %s", in.GetNode())
 		}

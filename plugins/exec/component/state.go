@@ -39,8 +39,14 @@ type holding struct {
 	froze  bool
 }
 
-// Hold is the moment of a snapshot: see dirstate.Still.
-func (h *holding) Hold(ctx context.Context) (mapped map[uint64]bool, known bool, err error) {
+// Mapped, Needed and Hold: see dirstate.Still.
+func (h *holding) Mapped() (inodes map[uint64]bool, known bool) { return mappedFiles() }
+
+// Needed says that a hook may make the program write.
+func (h *holding) Needed() bool { return h.a.cfg.Quiesce != "" }
+
+// Hold is the moment of a snapshot.
+func (h *holding) Hold(ctx context.Context) (err error) {
 	h.a.ops.Lock()
 	defer func() {
 		if err != nil {
@@ -48,21 +54,16 @@ func (h *holding) Hold(ctx context.Context) (mapped map[uint64]bool, known bool,
 		}
 	}()
 	if h.a.rests() {
-		mapped, known = mappedFiles()
-		return mapped, known, nil
+		return nil
 	}
 	h.hooked = true // from here on it has to be taken back, whatever it did
 	if err := h.a.hook(ctx, "quiesce", h.a.cfg.Quiesce); err != nil {
-		return nil, false, err
+		return err
 	}
 	h.froze = true
-	fctx, cancel := context.WithTimeout(ctx, freezeWithin)
+	ctx, cancel := context.WithTimeout(ctx, freezeWithin)
 	defer cancel()
-	if err := freeze(fctx); err != nil {
-		return nil, false, err
-	}
-	mapped, known = mappedFiles()
-	return mapped, known, nil
+	return freeze(ctx)
 }
 
 // Release lets the program go on.

@@ -18,29 +18,40 @@ import (
 
 // Still makes the program stand still during a snapshot.
 type Still interface {
-	// Hold returns when nothing changes the directory any more. mapped are the inodes of the files that the program has mapped into memory for writing (others
-	// among them do no harm); known false: that cannot be told, and every file is compared.
-	Hold(ctx context.Context) (mapped map[uint64]bool, known bool, err error)
+	// Mapped are the inodes of the files that the program has mapped into memory for writing (others among them do no harm); known false: that cannot be told,
+	// and every file is compared.
+	Mapped() (inodes map[uint64]bool, known bool)
+	// Hold returns when nothing changes the directory any more.
+	Hold(ctx context.Context) error
 	// Release ends that. It is called when Hold has succeeded, whatever became of the snapshot.
 	Release() error
+	// Needed says that Hold has to be called even where nothing has changed so far: it makes the program write.
+	Needed() bool
 }
 
 // Snapshot brings the mirror to one moment of the directory, in which the program stands still, and returns the mark of that. Nothing has changed since the
-// last one: the mark is the same. After an error the mark before stands, and the next snapshot goes on from what this one has copied.
+// last one: the mark is the same, and the program is left alone. After an error the mark before stands, and the next snapshot goes on from what this one has
+// copied.
 func (t *Tree) Snapshot(ctx context.Context, still Still) (mark uint64, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if err := t.settle(); err != nil {
 		return 0, err
 	}
+	mapped, known := still.Mapped()
 	// While it runs, anything may come and go under our hands: what goes wrong here is looked at again.
-	if err := t.pass(ctx, passing{}); err != nil && ctx.Err() != nil {
+	err = t.pass(ctx, passing{mapped: mapped, all: !known})
+	switch {
+	case ctx.Err() != nil:
+		return 0, ctx.Err()
+	case err == nil && !t.dirty && !still.Needed():
+		// No file has changed up to when it was looked at, so none had when the first was: that is a moment, too.
+		return t.mark, nil
+	}
+	if err := still.Hold(ctx); err != nil {
 		return 0, err
 	}
-	mapped, known, err := still.Hold(ctx)
-	if err != nil {
-		return 0, err
-	}
+	mapped, known = still.Mapped()
 	err = t.pass(ctx, passing{still: true, mapped: mapped, all: !known})
 	if err = errors.Join(err, still.Release()); err != nil {
 		return 0, err
