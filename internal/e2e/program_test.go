@@ -41,6 +41,24 @@ func (g *grove) listens(n *cluster.Node, name string, ok func(in *apiv1.Instance
 	})
 }
 
+// forward has a node listen for a program's port as long as the test runs, and returns where.
+func (g *grove) forward(n *cluster.Node, component string) string {
+	g.t.Helper()
+	ctx, cancel := context.WithCancel(g.t.Context())
+	s, err := g.api(n).Forward(ctx, &apiv1.ForwardRequest{Component: component})
+	must(g.t, err)
+	if !s.Receive() {
+		g.t.Fatalf("forward %s on %s: %v", component, n.Name, s.Err())
+	}
+	g.t.Cleanup(func() {
+		cancel()
+		if err := s.Close(); err != nil && !errors.Is(err, context.Canceled) {
+			g.t.Log(err) // the node may be gone
+		}
+	})
+	return s.Msg().GetListen()
+}
+
 // redis sends commands to a Redis server and returns what it answers, a line each; of what it answers in bulk the content.
 func redis(ctx context.Context, addr string, commands ...string) (out []string, err error) {
 	var d net.Dialer
@@ -112,17 +130,22 @@ func TestRedisSurvivesItsMachine(t *testing.T) {
 	g.do(n1, "checkpoint", "cache/redis-0")
 	in = g.listens(n1, "cache/redis-0", protected(3))
 	owner := g.Node(in.GetNode())
+	survivor := g.others(owner)[0]
+	port := g.forward(survivor, "cache/redis-0")
+	got, err := redis(t.Context(), port, "GET key:7")
+	if err != nil || got[0] != "value:49" {
+		t.Errorf("through %s, which does not run it: %v, %v", survivor.Name, got, err)
+	}
 	at, err := owner.Kill()
 	must(t, err)
 
-	survivor := g.others(owner)[0]
 	after := g.listens(survivor, "cache/redis-0", notOn(owner.Name))
 	t.Logf("%s runs it %s after %s was killed", after.GetNode(), time.Since(at).Round(time.Millisecond), owner.Name)
 	commands = commands[:0]
 	for i := range keys {
 		commands = append(commands, fmt.Sprintf("GET key:%d", i))
 	}
-	got, err := redis(t.Context(), after.GetListen(), append(commands, "GET hits", "LLEN list")...)
+	got, err = redis(t.Context(), port, append(commands, "GET hits", "LLEN list")...)
 	must(t, err)
 	for i := range keys {
 		if want := fmt.Sprintf("value:%d", i*i); got[i] != want {

@@ -13,6 +13,13 @@ import (
 // Env is the environment variable that holds a Config as JSON.
 const Env = "COPPICE_RUN"
 
+const (
+	// TunnelPath is the path of the interface http under which a connection to the program's port is had, by an upgrade to TunnelProtocol.
+	TunnelPath = "/.coppice/tcp"
+	// TunnelProtocol is the name of that upgrade: from then on the bytes are those of the connection.
+	TunnelProtocol = "coppice-tcp"
+)
+
 // Config is how a program is run. The keys are those of a manifest's run.
 type Config struct {
 	Start    string  `json:"start,omitempty"`     // command line; "" = the program of the artifact, without arguments
