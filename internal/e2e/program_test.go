@@ -113,6 +113,7 @@ func TestRedisSurvivesItsMachine(t *testing.T) {
 	if _, err := exec.LookPath("redis-server"); err != nil {
 		t.Skip("redis-server is not installed: apt-get install redis-server")
 	}
+	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
 	n1 := g.Nodes[0]
 	g.deploy(n1, example(t, "redis.yaml"))
@@ -204,17 +205,27 @@ func counted(t *testing.T, url string, want int) {
 }
 
 // A server with a SQLite database, pushed and deployed by a manifest of a few lines: its machine dies by kill -9 while it writes, and a neighbour's has every
-// row of the last checkpoint and a whole database. It answers through every node's gateway.
+// row that is older than the interval of its checkpoints, and a whole database. It answers through every node's gateway.
 func TestSQLiteServerSurvivesItsMachine(t *testing.T) {
-	g, in := notes(t, example(t, "sqlite.yaml"))
+	t.Parallel() // it waits most of the time
+	g, in := notes(t, example(t, "sqlite.yaml")+"    durable: 500ms\n")
 	fill(t, "http://"+in.GetListen(), 0, 200)
 	for _, n := range g.Nodes {
 		counted(t, n.HTTP+"/app/notes", 200)
 	}
-	g.do(g.Nodes[0], "checkpoint", "notes/db-0")
+	// Nobody asks for a checkpoint. While something goes on being written one follows the other; the second from now on has begun after the rows were there.
 	in = g.listens(g.Nodes[0], "notes/db-0", protected(3))
+	begun, rows := in.GetCheckpointSeq(), 200
+	in = g.listens(g.Nodes[0], "notes/db-0", func(in *apiv1.Instance) error {
+		fill(t, "http://"+in.GetListen(), rows, rows+1)
+		rows++
+		if in.GetCheckpointSeq() < begun+2 {
+			return fmt.Errorf("checkpoint %d, it was %d", in.GetCheckpointSeq(), begun)
+		}
+		return protected(3)(in)
+	})
 	owner := g.Node(in.GetNode())
-	fill(t, "http://"+in.GetListen(), 200, 220) // may be lost, or not; what is torn must not be
+	fill(t, "http://"+in.GetListen(), rows, rows+20) // may be lost, or not; what is torn must not be
 	_, err := owner.Kill()
 	must(t, err)
 	survivor := g.others(owner)[0]
@@ -229,12 +240,13 @@ func TestSQLiteServerSurvivesItsMachine(t *testing.T) {
 	if err != nil || !strings.HasSuffix(got, " ok") {
 		t.Errorf("the database on the neighbour: %q, %v", got, err)
 	}
-	t.Logf("of 220 rows, 20 of them after the checkpoint, the neighbour has %s", got)
+	t.Logf("of %d rows, the last 20 of them right before the end, the neighbour has %s", rows+20, got)
 }
 
 // A program with a port of its own over its life: moved, started anew with another command line, crashed, stopped and started, taken back to an earlier
 // checkpoint. It keeps its rows and its port, and its end is told with its last words.
 func TestProgramOverItsLife(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	port := l.Addr().(*net.TCPAddr).Port //nolint:forcetypeassert // of a TCP listener
