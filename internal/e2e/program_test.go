@@ -240,6 +240,13 @@ func TestSQLiteServerSurvivesItsMachine(t *testing.T) {
 	if err != nil || !strings.HasSuffix(got, " ok") {
 		t.Errorf("the database on the neighbour: %q, %v", got, err)
 	}
+	// A copy of it beside, from a checkpoint.
+	id := g.keep(survivor, "notes/db-0")
+	g.do(survivor, "fork", "notes/db", "--at", id, "--as", "copy/db")
+	fork := g.listens(survivor, "copy/db-0", nil)
+	if again, err := sqlited(t.Context(), http.MethodGet, "http://"+fork.GetListen()+"/count"); err != nil || again != got {
+		t.Errorf("the fork has %q, want %q: %v", again, got, err)
+	}
 	t.Logf("of %d rows, the last 20 of them right before the end, the neighbour has %s", rows+20, got)
 }
 

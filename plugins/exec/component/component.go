@@ -101,7 +101,9 @@ func (a *adapter) component(version string) *sdk.Component {
 		OnLapse: func() {
 			if err := killAll(); err != nil {
 				a.log.Error("the lease has lapsed, and something of the program goes on", "error", err)
+				return
 			}
+			a.home.remove()
 		},
 	}
 	if a.cfg.StateDir != "" {
