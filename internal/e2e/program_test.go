@@ -110,8 +110,10 @@ func (g *grove) closed(addr string) {
 // Redis, as Debian ships it, deployed by the manifest of the documentation: its machine dies by kill -9, and a neighbour's Redis has every key of the last
 // checkpoint. The one that was left behind ends with its lease.
 func TestRedisSurvivesItsMachine(t *testing.T) {
-	if _, err := exec.LookPath("redis-server"); err != nil {
-		t.Skip("redis-server is not installed: apt-get install redis-server")
+	for _, name := range []string{"redis-server", "redis-cli"} {
+		if _, err := exec.LookPath(name); err != nil {
+			t.Skip(name + " is not installed: apt-get install redis-server")
+		}
 	}
 	t.Parallel() // it waits most of the time
 	g := plant(t, 3)
@@ -146,6 +148,10 @@ func TestRedisSurvivesItsMachine(t *testing.T) {
 	for i := range keys {
 		commands = append(commands, fmt.Sprintf("GET key:%d", i))
 	}
+	g.wait("it to have read its file", func(ctx context.Context) error {
+		_, err := redis(ctx, port, "GET hits")
+		return err
+	})
 	got, err = redis(t.Context(), port, append(commands, "GET hits", "LLEN list")...)
 	must(t, err)
 	for i := range keys {
@@ -159,6 +165,18 @@ func TestRedisSurvivesItsMachine(t *testing.T) {
 	if in.GetListen() != after.GetListen() {
 		g.closed(in.GetListen())
 	}
+	// A second one beside, with the keys of this one.
+	id := g.keep(survivor, "cache/redis-0")
+	g.do(survivor, "fork", "cache/redis", "--at", id, "--as", "copy/redis")
+	fork := g.listens(survivor, "copy/redis-0", nil)
+	g.wait("the fork to have the keys", func(ctx context.Context) error {
+		got, err := redis(ctx, fork.GetListen(), "GET key:499")
+		if err == nil && got[0] != "value:249001" {
+			t.Errorf("the fork answers %v", got)
+		}
+		return err
+	})
+	g.refused(survivor, []string{"installed on the nodes"}, "fork", "cache/redis", "--at", id, "--export", g.file("redis.coppice", ""))
 }
 
 // sqlited calls the SQLite server.
