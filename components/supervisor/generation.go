@@ -57,7 +57,7 @@ type generation struct {
 	nonce uint64     // of the claim that made the epoch; 0 before it is saved
 	head  *chainHead // of the chain it was restored from or has written
 	saved Saved
-	mark  uint64 // journal mark it was restored to
+	mark  uint64            // journal mark it was restored to
 	run   *componentsv1.Run // as its process was told; nil: it runs no program
 
 	saver    *saver
