@@ -77,15 +77,21 @@ func (s *Supervisor) program(spec *runner.Spec, eff *components.Effective, file 
 func (i *instance) rerun(ctx context.Context) time.Duration {
 	ctx, cancel := context.WithTimeout(ctx, restWithin)
 	defer cancel()
-	err := i.quiesce(ctx, reasonSwap)
+	err := i.flush(ctx) // what cannot be saved is not to end the program
 	if err == nil {
-		err = i.flush(ctx)
+		err = i.quiesce(ctx, reasonSwap)
+		if err == nil {
+			err = i.flush(ctx)
+		}
+		if err != nil {
+			err = i.goOn(ctx, err)
+		}
 	}
 	if i.gen == nil || i.gen.dead() {
 		return time.Millisecond
 	}
 	if i.unsaved(err) {
-		i.sup.cfg.Log.Warn("the program goes on as it was: its state could not be saved before its run is changed; it is tried again", "instance", i.name, "error", i.goOn(ctx, err))
+		i.sup.cfg.Log.Warn("the program goes on as it was: its state could not be saved before its run is changed; it is tried again", "instance", i.name, "error", err)
 		return time.Second
 	}
 	return i.relaunch("its run was changed")
