@@ -16,7 +16,8 @@
 //
 // # Goroutines
 //
-// One waits for the end of the program, on a thread of its own; one looks at its health, and reaps; one waits for its end to be the component's.
+// One waits for the end of the program, on a thread of its own; one looks at its health, and reaps; one waits for its end to be the component's. Two pass
+// bytes for each connection of a forward.
 //
 // # Limits
 //
