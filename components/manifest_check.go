@@ -100,8 +100,10 @@ func (c *checker) component(spec *componentsv1.ComponentSpec, path string) {
 	if c.bad[path] {
 		return
 	}
-	if spec.GetArtifact() == "" {
+	if spec.GetArtifact() == "" && !c.said(path+".run") {
 		c.problem(path+".artifact", "found no artifact, expected artifact: name@constraint, sha256:… or ./path")
+	} else if spec.GetArtifact() == "" {
+		// what is run is on the nodes
 	} else if _, err := ParseArtifactRef(spec.GetArtifact()); err != nil {
 		c.problem(path+".artifact", "%s", err)
 	}
@@ -118,7 +120,7 @@ func (c *checker) component(spec *componentsv1.ComponentSpec, path string) {
 	if s := spec.GetSpread(); s != "" && !labelName.MatchString(s) {
 		c.problem(path+".spread", "found %q, expected node, zone or the name of a label", shorten(s))
 	}
-	c.run(spec.GetRun(), path+".run")
+	c.run(spec, path+".run")
 	c.state(spec, path+".state")
 	c.environment(spec.GetEnv(), path+".env")
 	if spec.GetRestart() != nil && c.said(path+".restart.backoff") {
@@ -314,22 +316,6 @@ func (c *checker) within(n *yaml.Node, line, col int) (fileLine, fileCol int) {
 		return n.Line, n.Column + col
 	}
 	return n.Line, n.Column + col - 1
-}
-
-func (c *checker) run(r *componentsv1.Run, path string) {
-	if r == nil {
-		return
-	}
-	if r.GetPort() > 65535 || c.said(path+".port") && r.GetPort() == 0 {
-		c.problem(path+".port", "found %d, expected a port from 1 to 65535", r.GetPort())
-	}
-	c.oneOf(path+".stop", r.GetStop(), stopSignals...)
-	if h := r.GetHealth(); c.said(path+".health") && (!strings.HasPrefix(h, "GET /") || strings.ContainsAny(h[4:], " \t\r\n")) {
-		c.problem(path+".health", "found %q, expected a request such as GET /healthz", shorten(h))
-	}
-	if s := r.GetStateDir(); c.said(path+".state_dir") && !localPath(s) {
-		c.problem(path+".state_dir", "found %q, expected a folder below the program's own, such as data", shorten(s))
-	}
 }
 
 // localPath tells whether s is a relative path that stays below where it starts.

@@ -34,7 +34,6 @@ var unsupported = map[string]map[string]string{
 // line goes.
 var notYet = map[string]map[string]string{
 	"ComponentSpec": {
-		"run":     "it runs components that speak component.v1, not ordinary programs",
 		"restart": "the node chooses when a component that ended is started again",
 	},
 	"Sandbox": {"network": "all components have the same"},

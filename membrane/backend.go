@@ -36,6 +36,7 @@ type Backend struct {
 	newest   newest
 
 	http      atomic.Pointer[string] // its http socket, once it has told
+	listen    atomic.Pointer[string] // where what it runs listens by itself, once it has told
 	transport *http.Transport
 	beats     atomic.Uint64
 }
@@ -67,6 +68,14 @@ func (b *Backend) Client() componentv1.ComponentClient { return b.client }
 
 // Streams returns how many of its streaming calls are open: after a replacement it should live until they end or their grace is over.
 func (b *Backend) Streams() int64 { return b.streams.Load() }
+
+// Listen is where what the component runs listens by itself, beside the gate, as it told; "" nowhere.
+func (b *Backend) Listen() string {
+	if at := b.listen.Load(); at != nil {
+		return *at
+	}
+	return ""
+}
 
 // Inside returns how many calls are inside it.
 func (b *Backend) Inside() int64 { return b.inflight.Load() }
@@ -139,6 +148,9 @@ func (b *Backend) start(ctx context.Context, req *componentv1.StartRequest) erro
 func (b *Backend) told(st *componentv1.Status) error {
 	if st.GetState() == componentv1.State_FAILED {
 		return fmt.Errorf("the component says it failed: %s", st.GetDetail())
+	}
+	if at, ok := st.GetInfo()[componentv1.InfoListen]; ok {
+		b.listen.Store(&at)
 	}
 	sock := st.GetInfo()[componentv1.InfoHTTPSocket]
 	if sock == "" {

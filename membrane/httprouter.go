@@ -30,6 +30,9 @@ func (r *Router) HTTPAs(target, caller string) http.Handler {
 	return newProxy(&routeTransport{r, target, caller}, &r.buffers, func(w http.ResponseWriter, _ *http.Request, err error) { httpError(w, err) })
 }
 
+// Transport is what HTTP passes requests on with: for requests of the node's own, such as an upgrade to another protocol.
+func (r *Router) Transport(target string) http.RoundTripper { return &routeTransport{r, target, ""} }
+
 type routeTransport struct {
 	r      *Router
 	target string

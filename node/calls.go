@@ -118,7 +118,7 @@ func (v *verbs) Inspect(ctx context.Context, r *apiv1.InspectRequest) (*apiv1.In
 		return nil, err
 	}
 	out := &apiv1.InspectResponse{
-		Component: s.component, Application: s.app.GetName(), Artifact: s.eff.ArtifactName, Version: s.eff.Version, Digest: s.eff.Digest, Kind: "component",
+		Component: s.component, Application: s.app.GetName(), Artifact: s.eff.ArtifactName, Version: s.eff.Version, Digest: s.eff.Digest, Kind: kindOf(s.eff),
 		Durable: components.DurableName(s.eff.Durable, s.eff.Interval), Guarantee: s.eff.Guarantee, Overlay: n.overlayOut(s),
 	}
 	desc, err := n.description(ctx, s)
@@ -151,12 +151,23 @@ func (v *verbs) Inspect(ctx context.Context, r *apiv1.InspectRequest) (*apiv1.In
 	return out, nil
 }
 
+// kindOf is the kind of what a component is, in a word.
+func kindOf(eff *components.Effective) string {
+	if eff.Spec.GetRun() != nil {
+		return components.KindProgram
+	}
+	return "component"
+}
+
 func (n *Node) description(ctx context.Context, s subject) (*componentv1.Description, error) {
-	if strings.HasPrefix(s.eff.Digest, supervisor.BuiltinPrefix) {
+	if strings.HasPrefix(s.eff.Digest, supervisor.BuiltinPrefix) || s.eff.Spec.GetRun() != nil {
 		for _, name := range s.instances {
 			if m := n.router.Local(name); m != nil && m.Backend() != nil {
 				return m.Backend().Description(), nil
 			}
+		}
+		if s.eff.Spec.GetRun() != nil {
+			return n.artifacts().Description(ctx, s.eff.Digest)
 		}
 		return nil, fmt.Errorf("%s runs on another node", s.component)
 	}
@@ -184,7 +195,7 @@ func breaksEachCall(eff *components.Effective, desc *componentv1.Description) bo
 func (n *Node) inspectInstance(ctx context.Context, in *apiv1.Instance) *apiv1.InspectInstance {
 	out := &apiv1.InspectInstance{
 		Instance: in.GetInstance(), Node: in.GetNode(), State: in.GetState(), Reason: in.GetReason(), Epoch: in.GetEpoch(), UptimeMs: in.GetUptimeMs(), Restarts: in.GetRestarts(),
-		Successors: in.GetSuccessors(), Version: in.GetVersion(), Calls: &apiv1.CallStats{},
+		Successors: in.GetSuccessors(), Version: in.GetVersion(), Calls: &apiv1.CallStats{}, Listen: in.GetListen(),
 		Checkpoint: &apiv1.CheckpointInfo{Seq: in.GetCheckpointSeq(), Bytes: in.GetCheckpointBytes(), AgeMs: in.CheckpointAgeMs, Replicas: in.GetReplicas(), ReplicasAlive: in.GetReplicasAlive(), CallsSince: in.CallsSinceCheckpoint},
 	}
 	n.inspectHistory(out)

@@ -146,7 +146,7 @@ func (d *directory) loaded(ctx context.Context, digest string) (*membrane.Method
 	if m != nil {
 		return m, nil
 	}
-	desc, err := d.n.registry.Description(ctx, digest)
+	desc, err := d.n.artifacts().Description(ctx, digest)
 	if err != nil {
 		return nil, err
 	}

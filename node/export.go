@@ -20,6 +20,7 @@ import (
 	"github.com/coppice-project/coppice/dht/backup"
 	"github.com/coppice-project/coppice/dht/blobs"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
+	"github.com/coppice-project/coppice/node/api"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
 )
 
@@ -33,6 +34,9 @@ func (v *verbs) Export(ctx context.Context, r *apiv1.ExportRequest, s *connect.S
 	o, err := v.origin(ctx, "export", r.GetComponent(), r.GetAt())
 	if err != nil {
 		return err
+	}
+	if o.art.GetDigest() == components.ExecDigest {
+		return api.Fail(connect.CodeFailedPrecondition, what, "its program is installed on the nodes: there is no artifact that the file could hold", "push the program, and deploy it with artifact")
 	}
 	app, name := o.app.GetName(), o.eff.Name
 	if r.GetAs() != "" {

@@ -101,6 +101,10 @@ func (o *origin) version(ctx context.Context, n *Node) error {
 			o.durable = p.GetDurable()
 		}
 	}
+	if o.eff.Digest == components.ExecDigest { // every node has what runs it
+		o.art = &componentsv1.Artifact{Digest: components.ExecDigest, Name: components.ExecName, Version: n.cfg.Version}
+		return nil
+	}
 	why := error(nil)
 	for _, digest := range []string{o.eff.Digest, o.entry.GetDigest()} {
 		art, ok := n.registry.Artifact(digest)
@@ -108,7 +112,7 @@ func (o *origin) version(ctx context.Context, n *Node) error {
 			why = fmt.Errorf("%s is no longer in the registry", digest)
 			continue
 		}
-		desc, err := n.registry.Description(ctx, digest)
+		desc, err := n.artifacts().Description(ctx, digest)
 		if err != nil {
 			why = err
 			continue
@@ -132,7 +136,9 @@ func (o *origin) spec(app, name string) *componentsv1.ComponentSpec {
 		}
 	}
 	out.Name, out.Count, out.Expose = name, "", nil
-	out.Artifact = o.art.GetName() + "@" + o.art.GetVersion()
+	if o.art.GetDigest() != components.ExecDigest {
+		out.Artifact = o.art.GetName() + "@" + o.art.GetVersion()
+	}
 	out.Attributes, out.Bindings = o.eff.Spec.GetAttributes(), o.eff.Spec.GetBindings()
 	if app == o.app.GetName() {
 		return out

@@ -159,6 +159,9 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 		return
 	}
 	out.State, out.Reason, out.Restarts, out.DurableNow = r.State, r.Reason, uint32(r.Restarts), r.Durable
+	if components.State(r.State).Serves() {
+		out.Listen = r.Listen
+	}
 	if r.State == string(components.Running) || r.State == string(components.Frozen) || r.State == string(components.Degraded) {
 		out.UptimeMs = uint64(max(0, r.UptimeMs+r.age.Milliseconds()))
 	}

@@ -67,6 +67,7 @@ type instanceReport struct {
 	Durable    string   `json:"durable,omitempty"`
 	Failures   int      `json:"failures,omitempty"` // starts in a row
 	Unsaved    uint64   `json:"unsaved,omitempty"`  // answered since the last acknowledged checkpoint
+	Listen     string   `json:"listen,omitempty"`   // host:port on its node, beside the gate
 
 	age time.Duration // since the reader's record was written
 }
@@ -169,7 +170,7 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 	r := instanceReport{
 		Instance: in.Instance, Node: n.id.String(), State: string(in.State), Reason: in.Reason, Epoch: in.Epoch, Version: in.Version, Artifact: in.Artifact,
 		Digest: in.Digest, Pid: in.Pid, UptimeMs: in.Uptime().Milliseconds(), Restarts: in.Restarts, Seq: in.Saved.Seq, SavedAgeMs: -1, Bytes: in.Saved.Bytes,
-		StartedMs: in.StartedMs, Durable: in.Durable, Failures: in.Failures, Unsaved: in.Unsaved,
+		StartedMs: in.StartedMs, Durable: in.Durable, Failures: in.Failures, Unsaved: in.Unsaved, Listen: in.Listen,
 	}
 	if in.Saved.Seq > 0 && !in.Saved.At.IsZero() {
 		r.SavedAgeMs = time.Since(in.Saved.At).Milliseconds()

@@ -68,7 +68,7 @@ func (n *Node) openPlatform() (err error) {
 		return fmt.Errorf("own executable: %w", err)
 	}
 	n.sup = supervisor.New(supervisor.Config{
-		Self: n.id, Name: n.cfg.Name, Boot: n.boot, Arbiter: n.arbiter, Members: n.members, Blobs: n.blobs, Artifacts: n.registry, Runner: n.runner, Peers: p, Caller: n.caller,
+		Self: n.id, Name: n.cfg.Name, Boot: n.boot, Arbiter: n.arbiter, Members: n.members, Blobs: n.blobs, Artifacts: n.artifacts(), Runner: n.runner, Peers: p, Caller: n.caller,
 		Events: n.events, Shell: n.newShell, RunDir: n.runDir(), LogDir: n.logDir(), DataDir: filepath.Join(n.cfg.Data, "components"), Log: n.log,
 		Now: n.clusterNow, Profile: n.cfg.Profile, BootTime: n.cfg.BootTime, Touch: n.arbiter.HeardLeader, Changed: n.changedInstances,
 		Adopted: func(reg arbiter.Register) {
@@ -76,7 +76,7 @@ func (n *Node) openPlatform() (err error) {
 				n.direct.tell(componentOf(name))
 			}
 		},
-		Builtins: map[string]supervisor.Builtin{builtinPlacement: {Exec: runner.ExecFile{Path: exe}, Args: []string{"__component", "placement"}}},
+		Builtins: builtins(exe),
 	})
 	n.blobs.SetOnAcked(n.sup.OnAcked)
 	n.blobs.SetLive(n.liveRoots)

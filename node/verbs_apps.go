@@ -18,7 +18,6 @@ import (
 	"github.com/coppice-project/coppice/node/api"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
-	"github.com/coppice-project/coppice/registry"
 )
 
 const defaultWait = time.Minute
@@ -163,6 +162,9 @@ func sameDesired(a, b *componentsv1.Application) bool {
 func (n *Node) pin(ctx context.Context, app string, spec *componentsv1.ComponentSpec, local map[string]string, available []*componentsv1.Artifact) (*componentsv1.Pinned, error) {
 	what := "deploy " + components.ComponentKey(app, spec.GetName())
 	ref := spec.GetArtifact()
+	if ref == "" {
+		return n.pinInstalled(what, spec)
+	}
 	digest, isFile := local[ref]
 	if isFile {
 		ref = digest
@@ -175,12 +177,14 @@ func (n *Node) pin(ctx context.Context, app string, spec *componentsv1.Component
 	if err != nil {
 		return nil, api.Fail(connect.CodeNotFound, what, err.Error(), "coppice registry list")
 	}
-	if art.GetKind() == registry.KindProgram {
-		return nil, api.Fail(connect.CodeFailedPrecondition, what, art.GetName()+" is a program: it is kept, but this version runs components only (no exec adapter yet)", "build it with plugins/sdk")
+	desc, err := n.pinProgram(what, spec, art)
+	if err == nil && desc == nil {
+		if desc, err = n.registry.Description(ctx, art.GetDigest()); err != nil {
+			err = fail(what, err)
+		}
 	}
-	desc, err := n.registry.Description(ctx, art.GetDigest())
 	if err != nil {
-		return nil, fail(what, err)
+		return nil, err
 	}
 	durable, err := components.ResolveDurability(spec, desc)
 	if err != nil {

@@ -22,7 +22,7 @@ func (v *verbs) Attr(ctx context.Context, r *apiv1.AttrRequest) (*apiv1.AttrResp
 		return nil, err
 	}
 	what := "attr " + s.component
-	desc, err := n.registry.Description(ctx, s.eff.Digest)
+	desc, err := n.artifacts().Description(ctx, s.eff.Digest)
 	if err != nil && !systemComponent(s.component) {
 		return nil, fail(what, err)
 	}
@@ -84,7 +84,7 @@ func (v *verbs) Bind(ctx context.Context, r *apiv1.BindRequest) (*apiv1.BindResp
 	if err != nil {
 		return nil, err
 	}
-	desc, err := n.registry.Description(ctx, s.eff.Digest)
+	desc, err := n.artifacts().Description(ctx, s.eff.Digest)
 	if err != nil {
 		return nil, fail(what, err)
 	}

@@ -19,7 +19,6 @@ import (
 	"github.com/coppice-project/coppice/node/api"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
 	"github.com/coppice-project/coppice/node/api/v1/apiv1connect"
-	"github.com/coppice-project/coppice/registry"
 )
 
 func (v *verbs) Start(ctx context.Context, r *apiv1.LifecycleRequest) (*apiv1.LifecycleResponse, error) {
@@ -156,7 +155,7 @@ func (v *verbs) Swap(ctx context.Context, r *apiv1.SwapRequest) (*apiv1.ReplaceR
 		return nil, err
 	}
 	if !r.GetForce() {
-		desc, err := n.registry.Description(ctx, art.GetDigest())
+		desc, err := n.artifacts().Description(ctx, art.GetDigest())
 		if err != nil {
 			return nil, fail(what, err)
 		}
@@ -196,8 +195,8 @@ func (n *Node) wanted(what string, s subject, version string) (*componentsv1.Art
 	if err != nil {
 		return nil, api.Fail(connect.CodeNotFound, what, err.Error(), "coppice registry show "+s.eff.ArtifactName)
 	}
-	if art.GetKind() == registry.KindProgram {
-		return nil, api.Fail(connect.CodeFailedPrecondition, what, art.GetName()+" is a program, not a component", "")
+	if _, err := n.pinProgram(what, s.eff.Spec, art); err != nil {
+		return nil, err
 	}
 	return art, nil
 }

@@ -40,7 +40,7 @@ const (
 	kindArtifact   = "artifact"
 	// KindComponent speaks component.v1, KindProgram is any other executable.
 	KindComponent = "component"
-	KindProgram   = "program"
+	KindProgram   = components.KindProgram
 	anyPlatform   = "any"
 )
 

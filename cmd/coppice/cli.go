@@ -107,7 +107,7 @@ func (c *cli) addCommands(root *cobra.Command) {
 		c.backupCmd(), c.restoreClusterCmd(),
 		c.registryCmd(), c.planCmd(), c.deployCmd(), c.removeCmd(), c.appsCmd(), c.psCmd(),
 		c.inspectCmd(), c.attrCmd(), c.bindCmd(), c.unbindCmd(), c.startCmd(), c.stopCmd(), c.freezeCmd(), c.thawCmd(),
-		c.swapCmd(), c.undoCmd(), c.moveCmd(), c.unpinCmd(), c.checkpointCmd(), c.checkpointsCmd(), c.restoreCmd(), c.forkCmd(), c.callCmd(), c.whyCmd(),
+		c.swapCmd(), c.undoCmd(), c.moveCmd(), c.unpinCmd(), c.checkpointCmd(), c.checkpointsCmd(), c.restoreCmd(), c.forkCmd(), c.callCmd(), c.forwardCmd(), c.whyCmd(),
 		c.logsCmd(), c.eventsCmd(), c.queryCmd(), c.dhtCmd(),
 		c.demoCmd(), c.benchCmd(), c.completionCmd(), c.docsCmd(),
 	)

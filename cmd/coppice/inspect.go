@@ -83,6 +83,7 @@ func (c *cli) inspectInstance(w io.Writer, i *apiv1.InspectInstance) {
 	if i.Pid != 0 {
 		t.field("  process", fmt.Sprintf("pid %d, up %s, %s", i.Pid, uptimeText(i.UptimeMs), plural(int(i.Restarts), "restart", "restarts")))
 	}
+	t.field("  listens on", i.Listen)
 	t.field("  calls", callsText(i.Calls))
 	t.field("  called by", join(i.Callers))
 	if k := i.Checkpoint; k != nil && k.Seq > 0 {

@@ -11,11 +11,13 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
+	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/components/runner"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/internal/harm"
 	"github.com/coppice-project/coppice/node"
 	"github.com/coppice-project/coppice/node/api"
+	exec "github.com/coppice-project/coppice/plugins/exec/component"
 	"github.com/coppice-project/coppice/plugins/placement/component"
 )
 
@@ -89,10 +91,14 @@ func execShim(args []string) int { return runner.ExecShim(args) }
 
 // builtinComponent is `coppice __component NAME`.
 func builtinComponent(name string) int {
-	if name != "placement" {
+	switch name {
+	case "placement":
+		component.Run(version())
+	case components.ExecName:
+		exec.Run(version())
+	default:
 		fmt.Fprintf(os.Stderr, "coppice: __component %s: there is no such component in this binary\n", name)
 		return exitFailed
 	}
-	component.Run(version())
 	return 0
 }

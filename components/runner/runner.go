@@ -45,6 +45,8 @@ type Sandbox struct {
 	Network  Network  // default NetworkHost
 	ReadOnly bool     // DataDir is not writable either (Describe)
 	Read     []string // further files and directories it may read
+	System   bool     // it executes the machine's programs: their directories are open to it, whatever it needs itself
+	Exec     []string // further files it may execute
 }
 
 // Spec is one start of one instance.

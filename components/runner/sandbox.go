@@ -14,6 +14,7 @@ type policy struct {
 	Off     bool     `json:"off,omitempty"`
 	Write   []string `json:"write,omitempty"`
 	Read    []string `json:"read,omitempty"`    // declared by the user: a missing one is reported
+	Exec    []string `json:"exec,omitempty"`    // the same, to be executed
 	System  bool     `json:"system,omitempty"`  // the program needs the system's libraries
 	NoTCP   bool     `json:"no_tcp,omitempty"`  //
 	Limits  []rlimit `json:"rlimits,omitempty"` //
@@ -87,6 +88,11 @@ func (p *policy) rules(rs *ruleset, execFD int, rep *SandboxReport) error {
 	for _, path := range p.Read {
 		if err := rs.allow(path, fsRead); err != nil {
 			rep.Missing = append(rep.Missing, Gap{"declared read of " + path, err.Error()})
+		}
+	}
+	for _, path := range p.Exec {
+		if err := rs.allow(path, fsExec); err != nil {
+			rep.Missing = append(rep.Missing, Gap{"execution of " + path, err.Error()})
 		}
 	}
 	common := []struct {
@@ -170,7 +176,7 @@ func policyFor(spec *Spec, prog *program, socketDir string) policy {
 		files = defaultFiles
 	}
 	p := policy{
-		Off: spec.Sandbox.Off, Write: []string{socketDir}, Read: spec.Sandbox.Read, System: prog.system,
+		Off: spec.Sandbox.Off, Write: []string{socketDir}, Read: spec.Sandbox.Read, System: prog.system || spec.Sandbox.System, Exec: spec.Sandbox.Exec,
 		NoTCP: spec.Sandbox.Network == NetworkNone, Program: prog.name,
 		Args:   append([]string{filepath.Base(prog.name)}, spec.Args...),
 		Limits: []rlimit{{"open files", unix.RLIMIT_NOFILE, files}, {"core dumps", unix.RLIMIT_CORE, 0}},

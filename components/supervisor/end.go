@@ -42,6 +42,8 @@ func (i *instance) died() {
 			why = "killed by " + exit.Signal
 		} else if exit.Code == componentv1.ExitLeaseLapsed {
 			why = "its lease lapsed: this node did not grant it in time, or nothing here had time to run"
+		} else if exit.Code == componentv1.ExitProgramEnded {
+			why = saidLast(g.proc.Output())
 		}
 	}
 	i.fell("crashed", "its process ended ("+why+")", why)

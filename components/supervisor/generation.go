@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -58,7 +57,8 @@ type generation struct {
 	nonce uint64     // of the claim that made the epoch; 0 before it is saved
 	head  *chainHead // of the chain it was restored from or has written
 	saved Saved
-	mark  uint64 // journal mark it was restored to
+	mark  uint64            // journal mark it was restored to
+	run   *componentsv1.Run // as its process was told; nil: it runs no program
 
 	saver    *saver
 	endSaver context.CancelFunc
@@ -121,26 +121,11 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 		spec.Env = append(spec.Env, k+"="+v)
 	}
 	slices.Sort(spec.Env)
-	var file *os.File
-	if b, ok := s.cfg.Builtins[digest]; ok {
-		spec.Exec, spec.Args = b.Exec, b.Args
-	} else {
-		phase(components.Fetching)
-		f, art, err := s.cfg.Artifacts.Open(ctx, digest)
-		if err != nil {
-			return nil, err
-		}
-		file = f
-		defer f.Close()
-		g.artifact, g.version = art.GetName(), art.GetVersion()
-		spec.Exec = runner.ExecFile{File: file, Path: art.GetName() + "-" + art.GetVersion(), Digest: digest}
-		if g.desc, err = s.cfg.Artifacts.Description(ctx, digest); err != nil {
-			return nil, err
-		}
-		if g.desc == nil {
-			return nil, fmt.Errorf("start %s: %s@%s is a program, not a component; programs are run by the exec adapter, which this version does not have", name, art.GetName(), art.GetVersion())
-		}
+	file, err := s.executable(ctx, g, &spec, eff, phase)
+	if err != nil {
+		return nil, err
 	}
+	defer file.Close() //nolint:errcheck // opened for reading, or nothing
 	phase(components.Starting)
 	g.fetched = time.Now()
 	spec.Credential = sh.Credential()

@@ -97,6 +97,8 @@ type Info struct {
 	Durable   string  // how it is saved in fact, which may be less than desired (Reason says why)
 	StartedMs float64 // how long its last start took, once its artifact was here: launch, restore, start
 	Failures  int     // starts in a row that failed
+	// Listen is where what it runs listens by itself, beside the gate; "" nowhere.
+	Listen string
 	// Unsaved is how much was answered since the last acknowledged checkpoint: changes, or calls that may have changed something.
 	Unsaved uint64
 }

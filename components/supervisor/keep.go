@@ -62,6 +62,8 @@ func (i *instance) keep(ctx context.Context, reg arbiter.Register, body *compone
 		return i.unrest(ctx)
 	case i.behind(body, eff):
 		return i.follow(ctx, reg, body, eff)
+	case g.run != nil && !eff.Frozen && !proto.Equal(g.run, eff.Spec.GetRun()) && g.digest == eff.Digest:
+		return i.rerun(ctx)
 	case eff.Frozen != i.applied.frozen:
 		return i.freeze(ctx, eff)
 	case !maps.Equal(eff.Spec.GetAttributes(), i.applied.attributes):

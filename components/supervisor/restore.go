@@ -174,7 +174,7 @@ func (i *instance) goTo(ctx context.Context, reg arbiter.Register, body *compone
 		}
 		i.died()
 	}
-	if isBuiltin(body.GetDigest()) {
+	if isBuiltin(body.GetDigest()) && body.GetDigest() != components.ExecDigest {
 		return Replaced{}, fmt.Errorf("%s is not running (%s)", i.name, i.Info().State)
 	}
 	return i.atRest(ctx, reg, body, p)

@@ -53,7 +53,7 @@ type View interface {
 	Subscribe(f func(members.Change)) (cancel func())
 }
 
-// Artifacts gives executables and what they say about themselves.
+// Artifacts gives executables and what they say about themselves; of a program that is what the component says that runs it.
 type Artifacts interface {
 	Open(ctx context.Context, digest string) (*os.File, *componentsv1.Artifact, error)
 	Description(ctx context.Context, digest string) (*componentv1.Description, error)
@@ -71,7 +71,7 @@ type Builtin struct {
 }
 
 // BuiltinPrefix begins the digest of a builtin: "builtin:placement".
-const BuiltinPrefix = "builtin:"
+const BuiltinPrefix = components.BuiltinPrefix
 
 // Config of a node's supervisor. All fields are needed unless said otherwise.
 type Config struct {

@@ -231,6 +231,7 @@ func (i *instance) Info() Info {
 	info := i.info
 	if i.sv != nil {
 		info.Saved, _ = i.sv.Saved()
+		info.Listen = i.back.Listen()
 		if i.sv.cfg.mode != componentsv1.Durability_DURABILITY_NONE {
 			info.Unsaved = i.back.Unsaved()
 		}

@@ -158,7 +158,7 @@ func (x *Manifest) GetCost() *Cost {
 type ComponentSpec struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Artifact      string                 `protobuf:"bytes,2,opt,name=artifact,proto3" json:"artifact,omitempty"`                                                                               // name@constraint, sha256:…, or a path that is pushed at deploy
+	Artifact      string                 `protobuf:"bytes,2,opt,name=artifact,proto3" json:"artifact,omitempty"`                                                                               // name@constraint, sha256:…, or a path that is pushed at deploy; "" with a run of what is installed on the nodes
 	Count         string                 `protobuf:"bytes,3,opt,name=count,proto3" json:"count,omitempty"`                                                                                     // a number or "each-node"; "" = 1
 	Durable       string                 `protobuf:"bytes,4,opt,name=durable,proto3" json:"durable,omitempty"`                                                                                 // each-call | 5s | on-demand | none; "" = by the kind of state
 	Guarantee     string                 `protobuf:"bytes,5,opt,name=guarantee,proto3" json:"guarantee,omitempty"`                                                                             // safe | exactly-one | always-on; "" = safe (programs: exactly-one); stands for the three keys below
@@ -609,11 +609,13 @@ func (x *Cost) GetPerMib() float64 {
 
 type Run struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Start         string                 `protobuf:"bytes,1,opt,name=start,proto3" json:"start,omitempty"`
-	Stop          string                 `protobuf:"bytes,2,opt,name=stop,proto3" json:"stop,omitempty"`
-	Port          uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
-	Health        string                 `protobuf:"bytes,4,opt,name=health,proto3" json:"health,omitempty"`
-	StateDir      string                 `protobuf:"bytes,5,opt,name=state_dir,json=stateDir,proto3" json:"state_dir,omitempty"`
+	Start         string                 `protobuf:"bytes,1,opt,name=start,proto3" json:"start,omitempty"`                       // command line; "" = the artifact's program
+	Stop          string                 `protobuf:"bytes,2,opt,name=stop,proto3" json:"stop,omitempty"`                         // signal; "" = SIGTERM
+	Port          *uint32                `protobuf:"varint,3,opt,name=port,proto3,oneof" json:"port,omitempty"`                  // where it listens; 0 = a free one, chosen for each start; unset = nowhere
+	Health        string                 `protobuf:"bytes,4,opt,name=health,proto3" json:"health,omitempty"`                     // GET /path | tcp | a command line; "" = its port is open
+	StateDir      string                 `protobuf:"bytes,5,opt,name=state_dir,json=stateDir,proto3" json:"state_dir,omitempty"` // below its working folder; "" = no state
+	Quiesce       string                 `protobuf:"bytes,6,opt,name=quiesce,proto3" json:"quiesce,omitempty"`                   // command line, before each snapshot of state_dir
+	Resume        string                 `protobuf:"bytes,7,opt,name=resume,proto3" json:"resume,omitempty"`                     // command line, after it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -663,8 +665,8 @@ func (x *Run) GetStop() string {
 }
 
 func (x *Run) GetPort() uint32 {
-	if x != nil {
-		return x.Port
+	if x != nil && x.Port != nil {
+		return *x.Port
 	}
 	return 0
 }
@@ -679,6 +681,20 @@ func (x *Run) GetHealth() string {
 func (x *Run) GetStateDir() string {
 	if x != nil {
 		return x.StateDir
+	}
+	return ""
+}
+
+func (x *Run) GetQuiesce() string {
+	if x != nil {
+		return x.Quiesce
+	}
+	return ""
+}
+
+func (x *Run) GetResume() string {
+	if x != nil {
+		return x.Resume
 	}
 	return ""
 }
@@ -2290,13 +2306,16 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\x06better\x18\x05 \x01(\tR\x06better\"3\n" +
 	"\x04Cost\x12\x12\n" +
 	"\x04move\x18\x01 \x01(\x01R\x04move\x12\x17\n" +
-	"\aper_mib\x18\x02 \x01(\x01R\x06perMib\"x\n" +
+	"\aper_mib\x18\x02 \x01(\x01R\x06perMib\"\xb8\x01\n" +
 	"\x03Run\x12\x14\n" +
 	"\x05start\x18\x01 \x01(\tR\x05start\x12\x12\n" +
-	"\x04stop\x18\x02 \x01(\tR\x04stop\x12\x12\n" +
-	"\x04port\x18\x03 \x01(\rR\x04port\x12\x16\n" +
+	"\x04stop\x18\x02 \x01(\tR\x04stop\x12\x17\n" +
+	"\x04port\x18\x03 \x01(\rH\x00R\x04port\x88\x01\x01\x12\x16\n" +
 	"\x06health\x18\x04 \x01(\tR\x06health\x12\x1b\n" +
-	"\tstate_dir\x18\x05 \x01(\tR\bstateDir\"\xac\x01\n" +
+	"\tstate_dir\x18\x05 \x01(\tR\bstateDir\x12\x18\n" +
+	"\aquiesce\x18\x06 \x01(\tR\aquiesce\x12\x16\n" +
+	"\x06resume\x18\a \x01(\tR\x06resumeB\a\n" +
+	"\x05_port\"\xac\x01\n" +
 	"\x05State\x12\x1a\n" +
 	"\breplicas\x18\x01 \x01(\rR\breplicas\x12!\n" +
 	"\fmin_replicas\x18\x02 \x01(\rR\vminReplicas\x12\x1d\n" +
@@ -2554,6 +2573,7 @@ func file_components_v1_components_proto_init() {
 	if File_components_v1_components_proto != nil {
 		return
 	}
+	file_components_v1_components_proto_msgTypes[6].OneofWrappers = []any{}
 	file_components_v1_components_proto_msgTypes[7].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

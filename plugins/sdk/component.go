@@ -28,6 +28,10 @@ type Component struct {
 
 	// State, if set, makes the component stateful: every call is a transaction, see Tx. Without it there is no Tx.
 	State *State
+	// Opaque, if set instead of State, is a state of the component's own form, see Opaque. There is no Tx then.
+	Opaque Opaque
+	// Info, if set, is added to what each heartbeat tells, for people: where something listens, for example. It must return quickly.
+	Info func() map[string]string
 	// Requires lists the bindings made by Require and Wants.
 	Requires []*Binding
 	// Attributes lists the attributes made by NewAttribute.
@@ -46,6 +50,9 @@ type Component struct {
 	Healthy func(ctx context.Context) error
 	// OnStop runs in Stop, after the last call. The state is not lost if it never runs.
 	OnStop func(ctx context.Context) error
+	// OnLapse, if set, runs right before the process ends itself because no node vouches for it any more: what it started must end with it. It has no
+	// time: it must not wait for anything.
+	OnLapse func()
 }
 
 // State describes the state of a stateful component.
@@ -93,6 +100,9 @@ func (c *Component) validate() error {
 	}
 	if c.State != nil && c.State.Schema == 0 {
 		errs = append(errs, errors.New("schema of State is 0: start with 1"))
+	}
+	if c.State != nil && c.Opaque != nil {
+		errs = append(errs, errors.New("State and Opaque are both set: a component has one state"))
 	}
 	if c.State != nil && slices.Contains(c.State.Reads, 0) {
 		errs = append(errs, errors.New("reads of State holds 0: schemas start with 1"))

@@ -137,7 +137,11 @@ func (s *control) Quiesce(ctx context.Context, req *componentv1.QuiesceRequest) 
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	in.setState(componentv1.State_FROZEN, "")
-	if err := in.halt(ctx); err != nil {
+	err := in.halt(ctx)
+	if err == nil {
+		err = in.quiet(ctx, req.GetReason())
+	}
+	if err != nil {
 		in.setState(componentv1.State_STARTED, "")
 		in.calls.open()
 		in.reviveRun()
@@ -178,6 +182,9 @@ func (s *control) Resume(ctx context.Context, _ *componentv1.ResumeRequest) (*co
 		if err != nil {
 			return nil, stateError(err)
 		}
+	}
+	if err := in.stir(ctx); err != nil {
+		return nil, err
 	}
 	in.setState(componentv1.State_STARTED, "")
 	in.calls.open()
@@ -251,13 +258,16 @@ func (s *control) BindingChanged(ctx context.Context, b *componentv1.BindingStat
 
 func (s *control) stateful() (*state.Store, error) {
 	if s.in.store == nil {
-		return nil, status.Error(codes.Unimplemented, "this component has no state")
+		return nil, errNoState
 	}
 	return s.in.store, nil
 }
 
 // Checkpoint sends the state, live.
 func (s *control) Checkpoint(req *componentv1.CheckpointFrom, out grpc.ServerStreamingServer[componentv1.StateFrame]) error {
+	if o := s.in.comp.Opaque; o != nil {
+		return stateError(o.Checkpoint(out.Context(), req.GetSinceMark(), out.Send))
+	}
 	store, err := s.stateful()
 	if err != nil {
 		return err
@@ -304,12 +314,15 @@ var errStopped = errors.New("the instance has stopped")
 
 // Restore replaces the state; only before Start, or while frozen.
 func (s *control) Restore(in grpc.ClientStreamingServer[componentv1.StateFrame, componentv1.RestoreReply]) error {
+	s.in.lifecycle.Lock()
+	defer s.in.lifecycle.Unlock()
+	if s.in.comp.Opaque != nil {
+		return s.in.opaqueRestore(in)
+	}
 	store, err := s.stateful()
 	if err != nil {
 		return err
 	}
-	s.in.lifecycle.Lock()
-	defer s.in.lifecycle.Unlock()
 	switch st := s.in.currentState(); st {
 	case componentv1.State_CREATED, componentv1.State_FROZEN:
 	default:

@@ -101,6 +101,12 @@ func describe(c *Component) (*description, error) {
 			d.proto.Features = append(d.proto.Features, componentv1.FeatureMerge)
 		}
 	}
+	if c.Opaque != nil {
+		d.proto.State = &componentv1.StateSpec{
+			Stateful: true, WritesSchema: OpaqueSchema, ReadsSchemas: []uint32{OpaqueSchema}, Incremental: true, LiveSnapshot: true,
+		}
+		d.proto.Features = []string{componentv1.FeatureIncremental}
+	}
 	d.proto.Services = &descriptorpb.FileDescriptorSet{File: ordered(files)}
 	return d, nil
 }

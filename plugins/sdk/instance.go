@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -339,6 +340,9 @@ func (in *Instance) status(ctx context.Context) *componentv1.Status {
 		}
 	}
 	in.mu.Unlock()
+	if in.comp.Info != nil {
+		maps.Copy(st.Info, in.comp.Info())
+	}
 	if in.httpSocket != "" {
 		st.Info[componentv1.InfoHTTPSocket] = in.httpSocket
 	}

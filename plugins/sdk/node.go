@@ -150,12 +150,11 @@ func (in *Instance) keepLease(ctx context.Context) {
 		case <-timer.C:
 		}
 		if late := bootTime() - until; late >= 0 {
-			in.log.Error("lease lapsed: no node vouches for this process; it ends itself", "instance", in.Name(), "late", late)
 			exit := in.env.Exit
 			if exit == nil {
 				exit = os.Exit
 			}
-			exit(componentv1.ExitLeaseLapsed)
+			in.lapse(late, exit)
 			return
 		}
 	}

@@ -5192,6 +5192,7 @@ type Instance struct {
 	DurableNow           string                 `protobuf:"bytes,23,opt,name=durable_now,json=durableNow,proto3" json:"durable_now,omitempty"`                                        // how it is saved in fact, where it runs: another than durable where its version cannot do that
 	CallsSinceCheckpoint *uint64                `protobuf:"varint,24,opt,name=calls_since_checkpoint,json=callsSinceCheckpoint,proto3,oneof" json:"calls_since_checkpoint,omitempty"` // answered since its last acknowledged checkpoint, reads among them; 0 with each-call
 	ReplicasAlive        uint32                 `protobuf:"varint,25,opt,name=replicas_alive,json=replicasAlive,proto3" json:"replicas_alive,omitempty"`                              // of replicas, those on nodes that are alive now
+	Listen               string                 `protobuf:"bytes,26,opt,name=listen,proto3" json:"listen,omitempty"`                                                                  // where on its node what it runs listens by itself, host:port; a program's port
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -5401,6 +5402,125 @@ func (x *Instance) GetReplicasAlive() uint32 {
 	return 0
 }
 
+func (x *Instance) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
+}
+
+type ForwardRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	Listen        string                 `protobuf:"bytes,2,opt,name=listen,proto3" json:"listen,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForwardRequest) Reset() {
+	*x = ForwardRequest{}
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForwardRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForwardRequest) ProtoMessage() {}
+
+func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
+func (*ForwardRequest) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *ForwardRequest) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *ForwardRequest) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
+}
+
+type ForwardUpdate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Listen        string                 `protobuf:"bytes,1,opt,name=listen,proto3" json:"listen,omitempty"` // where it listens, once; then one update a connection that could not be made
+	Instance      string                 `protobuf:"bytes,2,opt,name=instance,proto3" json:"instance,omitempty"`
+	Problem       string                 `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForwardUpdate) Reset() {
+	*x = ForwardUpdate{}
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForwardUpdate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForwardUpdate) ProtoMessage() {}
+
+func (x *ForwardUpdate) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForwardUpdate.ProtoReflect.Descriptor instead.
+func (*ForwardUpdate) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *ForwardUpdate) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
+}
+
+func (x *ForwardUpdate) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *ForwardUpdate) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type InspectRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
@@ -5410,7 +5530,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5422,7 +5542,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5435,7 +5555,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *InspectRequest) GetComponent() string {
@@ -5473,7 +5593,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5485,7 +5605,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5498,7 +5618,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *InspectResponse) GetComponent() string {
@@ -5663,13 +5783,14 @@ type InspectInstance struct {
 	Callers               []string               `protobuf:"bytes,18,rep,name=callers,proto3" json:"callers,omitempty"`                                                                     // instances that called it lately
 	EarlierCheckpoints    uint32                 `protobuf:"varint,19,opt,name=earlier_checkpoints,json=earlierCheckpoints,proto3" json:"earlier_checkpoints,omitempty"`                    // that are kept
 	OldestCheckpointAgeMs *uint64                `protobuf:"varint,20,opt,name=oldest_checkpoint_age_ms,json=oldestCheckpointAgeMs,proto3,oneof" json:"oldest_checkpoint_age_ms,omitempty"` // of them
+	Listen                string                 `protobuf:"bytes,21,opt,name=listen,proto3" json:"listen,omitempty"`                                                                       // where on its node what it runs listens by itself
 	unknownFields         protoimpl.UnknownFields
 	sizeCache             protoimpl.SizeCache
 }
 
 func (x *InspectInstance) Reset() {
 	*x = InspectInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5681,7 +5802,7 @@ func (x *InspectInstance) String() string {
 func (*InspectInstance) ProtoMessage() {}
 
 func (x *InspectInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5694,7 +5815,7 @@ func (x *InspectInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectInstance.ProtoReflect.Descriptor instead.
 func (*InspectInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *InspectInstance) GetInstance() string {
@@ -5837,6 +5958,13 @@ func (x *InspectInstance) GetOldestCheckpointAgeMs() uint64 {
 	return 0
 }
 
+func (x *InspectInstance) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
+}
+
 type Interface struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -5852,7 +5980,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5864,7 +5992,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5877,7 +6005,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *Interface) GetName() string {
@@ -5943,7 +6071,7 @@ type Method struct {
 
 func (x *Method) Reset() {
 	*x = Method{}
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5955,7 +6083,7 @@ func (x *Method) String() string {
 func (*Method) ProtoMessage() {}
 
 func (x *Method) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5968,7 +6096,7 @@ func (x *Method) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Method.ProtoReflect.Descriptor instead.
 func (*Method) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *Method) GetName() string {
@@ -6028,7 +6156,7 @@ type AttributeInfo struct {
 
 func (x *AttributeInfo) Reset() {
 	*x = AttributeInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6040,7 +6168,7 @@ func (x *AttributeInfo) String() string {
 func (*AttributeInfo) ProtoMessage() {}
 
 func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6053,7 +6181,7 @@ func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttributeInfo.ProtoReflect.Descriptor instead.
 func (*AttributeInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *AttributeInfo) GetName() string {
@@ -6120,7 +6248,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6132,7 +6260,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6145,7 +6273,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *Binding) GetInterface() string {
@@ -6213,7 +6341,7 @@ type CallStats struct {
 
 func (x *CallStats) Reset() {
 	*x = CallStats{}
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6225,7 +6353,7 @@ func (x *CallStats) String() string {
 func (*CallStats) ProtoMessage() {}
 
 func (x *CallStats) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6238,7 +6366,7 @@ func (x *CallStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallStats.ProtoReflect.Descriptor instead.
 func (*CallStats) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *CallStats) GetTotal() uint64 {
@@ -6313,7 +6441,7 @@ type CheckpointInfo struct {
 
 func (x *CheckpointInfo) Reset() {
 	*x = CheckpointInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6325,7 +6453,7 @@ func (x *CheckpointInfo) String() string {
 func (*CheckpointInfo) ProtoMessage() {}
 
 func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6338,7 +6466,7 @@ func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointInfo.ProtoReflect.Descriptor instead.
 func (*CheckpointInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *CheckpointInfo) GetSeq() uint64 {
@@ -6412,7 +6540,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6424,7 +6552,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6437,7 +6565,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *Overlay) GetVersion() string {
@@ -6500,7 +6628,7 @@ type AttrRequest struct {
 
 func (x *AttrRequest) Reset() {
 	*x = AttrRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6512,7 +6640,7 @@ func (x *AttrRequest) String() string {
 func (*AttrRequest) ProtoMessage() {}
 
 func (x *AttrRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6525,7 +6653,7 @@ func (x *AttrRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrRequest.ProtoReflect.Descriptor instead.
 func (*AttrRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *AttrRequest) GetComponent() string {
@@ -6562,7 +6690,7 @@ type AttrResponse struct {
 
 func (x *AttrResponse) Reset() {
 	*x = AttrResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6574,7 +6702,7 @@ func (x *AttrResponse) String() string {
 func (*AttrResponse) ProtoMessage() {}
 
 func (x *AttrResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6587,7 +6715,7 @@ func (x *AttrResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrResponse.ProtoReflect.Descriptor instead.
 func (*AttrResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *AttrResponse) GetComponent() string {
@@ -6636,7 +6764,7 @@ type BindRequest struct {
 
 func (x *BindRequest) Reset() {
 	*x = BindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6648,7 +6776,7 @@ func (x *BindRequest) String() string {
 func (*BindRequest) ProtoMessage() {}
 
 func (x *BindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6661,7 +6789,7 @@ func (x *BindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindRequest.ProtoReflect.Descriptor instead.
 func (*BindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *BindRequest) GetComponent() string {
@@ -6695,7 +6823,7 @@ type UnbindRequest struct {
 
 func (x *UnbindRequest) Reset() {
 	*x = UnbindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6707,7 +6835,7 @@ func (x *UnbindRequest) String() string {
 func (*UnbindRequest) ProtoMessage() {}
 
 func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6720,7 +6848,7 @@ func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbindRequest.ProtoReflect.Descriptor instead.
 func (*UnbindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *UnbindRequest) GetComponent() string {
@@ -6747,7 +6875,7 @@ type BindResponse struct {
 
 func (x *BindResponse) Reset() {
 	*x = BindResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6759,7 +6887,7 @@ func (x *BindResponse) String() string {
 func (*BindResponse) ProtoMessage() {}
 
 func (x *BindResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6772,7 +6900,7 @@ func (x *BindResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindResponse.ProtoReflect.Descriptor instead.
 func (*BindResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *BindResponse) GetComponent() string {
@@ -6799,7 +6927,7 @@ type LifecycleRequest struct {
 
 func (x *LifecycleRequest) Reset() {
 	*x = LifecycleRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6811,7 +6939,7 @@ func (x *LifecycleRequest) String() string {
 func (*LifecycleRequest) ProtoMessage() {}
 
 func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6824,7 +6952,7 @@ func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleRequest.ProtoReflect.Descriptor instead.
 func (*LifecycleRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *LifecycleRequest) GetComponent() string {
@@ -6853,7 +6981,7 @@ type LifecycleResponse struct {
 
 func (x *LifecycleResponse) Reset() {
 	*x = LifecycleResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6865,7 +6993,7 @@ func (x *LifecycleResponse) String() string {
 func (*LifecycleResponse) ProtoMessage() {}
 
 func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6878,7 +7006,7 @@ func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleResponse.ProtoReflect.Descriptor instead.
 func (*LifecycleResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *LifecycleResponse) GetComponent() string {
@@ -6922,7 +7050,7 @@ type SwapRequest struct {
 
 func (x *SwapRequest) Reset() {
 	*x = SwapRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6934,7 +7062,7 @@ func (x *SwapRequest) String() string {
 func (*SwapRequest) ProtoMessage() {}
 
 func (x *SwapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6947,7 +7075,7 @@ func (x *SwapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapRequest.ProtoReflect.Descriptor instead.
 func (*SwapRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *SwapRequest) GetComponent() string {
@@ -6988,7 +7116,7 @@ type UndoRequest struct {
 
 func (x *UndoRequest) Reset() {
 	*x = UndoRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7000,7 +7128,7 @@ func (x *UndoRequest) String() string {
 func (*UndoRequest) ProtoMessage() {}
 
 func (x *UndoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7013,7 +7141,7 @@ func (x *UndoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoRequest.ProtoReflect.Descriptor instead.
 func (*UndoRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *UndoRequest) GetComponent() string {
@@ -7041,7 +7169,7 @@ type MoveRequest struct {
 
 func (x *MoveRequest) Reset() {
 	*x = MoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7053,7 +7181,7 @@ func (x *MoveRequest) String() string {
 func (*MoveRequest) ProtoMessage() {}
 
 func (x *MoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7066,7 +7194,7 @@ func (x *MoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRequest.ProtoReflect.Descriptor instead.
 func (*MoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *MoveRequest) GetComponent() string {
@@ -7108,7 +7236,7 @@ type ReplaceResponse struct {
 
 func (x *ReplaceResponse) Reset() {
 	*x = ReplaceResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7120,7 +7248,7 @@ func (x *ReplaceResponse) String() string {
 func (*ReplaceResponse) ProtoMessage() {}
 
 func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7133,7 +7261,7 @@ func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ReplaceResponse) GetComponent() string {
@@ -7215,7 +7343,7 @@ type UnpinRequest struct {
 
 func (x *UnpinRequest) Reset() {
 	*x = UnpinRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7227,7 +7355,7 @@ func (x *UnpinRequest) String() string {
 func (*UnpinRequest) ProtoMessage() {}
 
 func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7240,7 +7368,7 @@ func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinRequest.ProtoReflect.Descriptor instead.
 func (*UnpinRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *UnpinRequest) GetComponent() string {
@@ -7260,7 +7388,7 @@ type UnpinResponse struct {
 
 func (x *UnpinResponse) Reset() {
 	*x = UnpinResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7272,7 +7400,7 @@ func (x *UnpinResponse) String() string {
 func (*UnpinResponse) ProtoMessage() {}
 
 func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7285,7 +7413,7 @@ func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinResponse.ProtoReflect.Descriptor instead.
 func (*UnpinResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *UnpinResponse) GetComponent() string {
@@ -7312,7 +7440,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7324,7 +7452,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7337,7 +7465,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *CheckpointRequest) GetComponent() string {
@@ -7368,7 +7496,7 @@ type CheckpointResponse struct {
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7380,7 +7508,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7393,7 +7521,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *CheckpointResponse) GetComponent() string {
@@ -7447,7 +7575,7 @@ type CheckpointsRequest struct {
 
 func (x *CheckpointsRequest) Reset() {
 	*x = CheckpointsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7459,7 +7587,7 @@ func (x *CheckpointsRequest) String() string {
 func (*CheckpointsRequest) ProtoMessage() {}
 
 func (x *CheckpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7472,7 +7600,7 @@ func (x *CheckpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointsRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *CheckpointsRequest) GetComponent() string {
@@ -7494,7 +7622,7 @@ type CheckpointsResponse struct {
 
 func (x *CheckpointsResponse) Reset() {
 	*x = CheckpointsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7506,7 +7634,7 @@ func (x *CheckpointsResponse) String() string {
 func (*CheckpointsResponse) ProtoMessage() {}
 
 func (x *CheckpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7519,7 +7647,7 @@ func (x *CheckpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointsResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *CheckpointsResponse) GetComponent() string {
@@ -7575,7 +7703,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7587,7 +7715,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7600,7 +7728,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *Checkpoint) GetInstance() string {
@@ -7734,7 +7862,7 @@ type Moment struct {
 
 func (x *Moment) Reset() {
 	*x = Moment{}
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7746,7 +7874,7 @@ func (x *Moment) String() string {
 func (*Moment) ProtoMessage() {}
 
 func (x *Moment) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7759,7 +7887,7 @@ func (x *Moment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Moment.ProtoReflect.Descriptor instead.
 func (*Moment) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *Moment) GetId() string {
@@ -7794,7 +7922,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7806,7 +7934,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7819,7 +7947,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *RestoreRequest) GetComponent() string {
@@ -7855,7 +7983,7 @@ type ForkRequest struct {
 
 func (x *ForkRequest) Reset() {
 	*x = ForkRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7867,7 +7995,7 @@ func (x *ForkRequest) String() string {
 func (*ForkRequest) ProtoMessage() {}
 
 func (x *ForkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7880,7 +8008,7 @@ func (x *ForkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkRequest.ProtoReflect.Descriptor instead.
 func (*ForkRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ForkRequest) GetComponent() string {
@@ -7928,7 +8056,7 @@ type ForkResponse struct {
 
 func (x *ForkResponse) Reset() {
 	*x = ForkResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7940,7 +8068,7 @@ func (x *ForkResponse) String() string {
 func (*ForkResponse) ProtoMessage() {}
 
 func (x *ForkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7953,7 +8081,7 @@ func (x *ForkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkResponse.ProtoReflect.Descriptor instead.
 func (*ForkResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ForkResponse) GetComponent() string {
@@ -8030,7 +8158,7 @@ type ExportRequest struct {
 
 func (x *ExportRequest) Reset() {
 	*x = ExportRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8042,7 +8170,7 @@ func (x *ExportRequest) String() string {
 func (*ExportRequest) ProtoMessage() {}
 
 func (x *ExportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8055,7 +8183,7 @@ func (x *ExportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportRequest.ProtoReflect.Descriptor instead.
 func (*ExportRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ExportRequest) GetComponent() string {
@@ -8093,7 +8221,7 @@ type ExportChunk struct {
 
 func (x *ExportChunk) Reset() {
 	*x = ExportChunk{}
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8105,7 +8233,7 @@ func (x *ExportChunk) String() string {
 func (*ExportChunk) ProtoMessage() {}
 
 func (x *ExportChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8118,7 +8246,7 @@ func (x *ExportChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportChunk.ProtoReflect.Descriptor instead.
 func (*ExportChunk) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *ExportChunk) GetKind() isExportChunk_Kind {
@@ -8197,7 +8325,7 @@ type ExportSummary struct {
 
 func (x *ExportSummary) Reset() {
 	*x = ExportSummary{}
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8209,7 +8337,7 @@ func (x *ExportSummary) String() string {
 func (*ExportSummary) ProtoMessage() {}
 
 func (x *ExportSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8222,7 +8350,7 @@ func (x *ExportSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportSummary.ProtoReflect.Descriptor instead.
 func (*ExportSummary) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ExportSummary) GetComponent() string {
@@ -8323,7 +8451,7 @@ type CallRequest struct {
 
 func (x *CallRequest) Reset() {
 	*x = CallRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8335,7 +8463,7 @@ func (x *CallRequest) String() string {
 func (*CallRequest) ProtoMessage() {}
 
 func (x *CallRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8348,7 +8476,7 @@ func (x *CallRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallRequest.ProtoReflect.Descriptor instead.
 func (*CallRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *CallRequest) GetComponent() string {
@@ -8405,7 +8533,7 @@ type CallResponse struct {
 
 func (x *CallResponse) Reset() {
 	*x = CallResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[106]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8417,7 +8545,7 @@ func (x *CallResponse) String() string {
 func (*CallResponse) ProtoMessage() {}
 
 func (x *CallResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[106]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8430,7 +8558,7 @@ func (x *CallResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallResponse.ProtoReflect.Descriptor instead.
 func (*CallResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *CallResponse) GetJson() string {
@@ -8470,7 +8598,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[107]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8482,7 +8610,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[107]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8495,7 +8623,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *WhyRequest) GetComponent() string {
@@ -8515,7 +8643,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[108]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8527,7 +8655,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[108]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8540,7 +8668,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *WhyResponse) GetComponent() string {
@@ -8581,7 +8709,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_node_api_v1_api_proto_msgTypes[109]
+	mi := &file_node_api_v1_api_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8593,7 +8721,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[109]
+	mi := &file_node_api_v1_api_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8606,7 +8734,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *Decision) GetInstance() string {
@@ -8733,7 +8861,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[110]
+	mi := &file_node_api_v1_api_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8745,7 +8873,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[110]
+	mi := &file_node_api_v1_api_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8758,7 +8886,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *LogsRequest) GetComponent() string {
@@ -8803,7 +8931,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_node_api_v1_api_proto_msgTypes[111]
+	mi := &file_node_api_v1_api_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8815,7 +8943,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[111]
+	mi := &file_node_api_v1_api_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8828,7 +8956,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{111}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *LogLine) GetTime() *timestamppb.Timestamp {
@@ -8885,7 +9013,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[112]
+	mi := &file_node_api_v1_api_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8897,7 +9025,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[112]
+	mi := &file_node_api_v1_api_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8910,7 +9038,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{112}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *EventsRequest) GetChannel() string {
@@ -8958,7 +9086,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_node_api_v1_api_proto_msgTypes[113]
+	mi := &file_node_api_v1_api_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8970,7 +9098,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[113]
+	mi := &file_node_api_v1_api_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8983,7 +9111,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{113}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *Event) GetId() string {
@@ -9061,7 +9189,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[114]
+	mi := &file_node_api_v1_api_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9073,7 +9201,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[114]
+	mi := &file_node_api_v1_api_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9086,7 +9214,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{114}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *QueryRequest) GetSql() string {
@@ -9132,7 +9260,7 @@ type QueryResponse struct {
 
 func (x *QueryResponse) Reset() {
 	*x = QueryResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[115]
+	mi := &file_node_api_v1_api_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9144,7 +9272,7 @@ func (x *QueryResponse) String() string {
 func (*QueryResponse) ProtoMessage() {}
 
 func (x *QueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[115]
+	mi := &file_node_api_v1_api_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9157,7 +9285,7 @@ func (x *QueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryResponse.ProtoReflect.Descriptor instead.
 func (*QueryResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{115}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *QueryResponse) GetColumns() []string {
@@ -9218,7 +9346,7 @@ type Row struct {
 
 func (x *Row) Reset() {
 	*x = Row{}
-	mi := &file_node_api_v1_api_proto_msgTypes[116]
+	mi := &file_node_api_v1_api_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9230,7 +9358,7 @@ func (x *Row) String() string {
 func (*Row) ProtoMessage() {}
 
 func (x *Row) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[116]
+	mi := &file_node_api_v1_api_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9243,7 +9371,7 @@ func (x *Row) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Row.ProtoReflect.Descriptor instead.
 func (*Row) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{116}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *Row) GetValues() []*Value {
@@ -9269,7 +9397,7 @@ type Value struct {
 
 func (x *Value) Reset() {
 	*x = Value{}
-	mi := &file_node_api_v1_api_proto_msgTypes[117]
+	mi := &file_node_api_v1_api_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9281,7 +9409,7 @@ func (x *Value) String() string {
 func (*Value) ProtoMessage() {}
 
 func (x *Value) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[117]
+	mi := &file_node_api_v1_api_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9294,7 +9422,7 @@ func (x *Value) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Value.ProtoReflect.Descriptor instead.
 func (*Value) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{117}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *Value) GetKind() isValue_Kind {
@@ -9393,7 +9521,7 @@ type DhtClosestRequest struct {
 
 func (x *DhtClosestRequest) Reset() {
 	*x = DhtClosestRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[118]
+	mi := &file_node_api_v1_api_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9405,7 +9533,7 @@ func (x *DhtClosestRequest) String() string {
 func (*DhtClosestRequest) ProtoMessage() {}
 
 func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[118]
+	mi := &file_node_api_v1_api_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9418,7 +9546,7 @@ func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestRequest.ProtoReflect.Descriptor instead.
 func (*DhtClosestRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{118}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *DhtClosestRequest) GetKey() string {
@@ -9446,7 +9574,7 @@ type DhtClosestResponse struct {
 
 func (x *DhtClosestResponse) Reset() {
 	*x = DhtClosestResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[119]
+	mi := &file_node_api_v1_api_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9458,7 +9586,7 @@ func (x *DhtClosestResponse) String() string {
 func (*DhtClosestResponse) ProtoMessage() {}
 
 func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[119]
+	mi := &file_node_api_v1_api_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9471,7 +9599,7 @@ func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestResponse.ProtoReflect.Descriptor instead.
 func (*DhtClosestResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{119}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *DhtClosestResponse) GetKey() string {
@@ -9511,7 +9639,7 @@ type DhtNode struct {
 
 func (x *DhtNode) Reset() {
 	*x = DhtNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[120]
+	mi := &file_node_api_v1_api_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9523,7 +9651,7 @@ func (x *DhtNode) String() string {
 func (*DhtNode) ProtoMessage() {}
 
 func (x *DhtNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[120]
+	mi := &file_node_api_v1_api_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9536,7 +9664,7 @@ func (x *DhtNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtNode.ProtoReflect.Descriptor instead.
 func (*DhtNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{120}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *DhtNode) GetRank() uint32 {
@@ -9604,7 +9732,7 @@ type DhtGetRequest struct {
 
 func (x *DhtGetRequest) Reset() {
 	*x = DhtGetRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[121]
+	mi := &file_node_api_v1_api_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9616,7 +9744,7 @@ func (x *DhtGetRequest) String() string {
 func (*DhtGetRequest) ProtoMessage() {}
 
 func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[121]
+	mi := &file_node_api_v1_api_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9629,7 +9757,7 @@ func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetRequest.ProtoReflect.Descriptor instead.
 func (*DhtGetRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{121}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *DhtGetRequest) GetKey() string {
@@ -9663,7 +9791,7 @@ type DhtGetResponse struct {
 
 func (x *DhtGetResponse) Reset() {
 	*x = DhtGetResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[122]
+	mi := &file_node_api_v1_api_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9675,7 +9803,7 @@ func (x *DhtGetResponse) String() string {
 func (*DhtGetResponse) ProtoMessage() {}
 
 func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[122]
+	mi := &file_node_api_v1_api_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9688,7 +9816,7 @@ func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetResponse.ProtoReflect.Descriptor instead.
 func (*DhtGetResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{122}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *DhtGetResponse) GetKey() string {
@@ -10261,7 +10389,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\"D\n" +
 	"\n" +
 	"PsResponse\x126\n" +
-	"\tinstances\x18\x01 \x03(\v2\x18.coppice.api.v1.InstanceR\tinstances\"\xaf\a\n" +
+	"\tinstances\x18\x01 \x03(\v2\x18.coppice.api.v1.InstanceR\tinstances\"\xc7\a\n" +
 	"\bInstance\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x1c\n" +
 	"\tcomponent\x18\x02 \x01(\tR\tcomponent\x12\x1a\n" +
@@ -10291,11 +10419,19 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vdurable_now\x18\x17 \x01(\tR\n" +
 	"durableNow\x129\n" +
 	"\x16calls_since_checkpoint\x18\x18 \x01(\x04H\x03R\x14callsSinceCheckpoint\x88\x01\x01\x12%\n" +
-	"\x0ereplicas_alive\x18\x19 \x01(\rR\rreplicasAliveB\x14\n" +
+	"\x0ereplicas_alive\x18\x19 \x01(\rR\rreplicasAlive\x12\x16\n" +
+	"\x06listen\x18\x1a \x01(\tR\x06listenB\x14\n" +
 	"\x12_checkpoint_age_msB\x17\n" +
 	"\x15_predicted_restart_msB\x10\n" +
 	"\x0e_would_lose_msB\x19\n" +
-	"\x17_calls_since_checkpoint\".\n" +
+	"\x17_calls_since_checkpoint\"F\n" +
+	"\x0eForwardRequest\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x16\n" +
+	"\x06listen\x18\x02 \x01(\tR\x06listen\"]\n" +
+	"\rForwardUpdate\x12\x16\n" +
+	"\x06listen\x18\x01 \x01(\tR\x06listen\x12\x1a\n" +
+	"\binstance\x18\x02 \x01(\tR\binstance\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\".\n" +
 	"\x0eInspectRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\"\xef\x05\n" +
 	"\x0fInspectResponse\x12\x1c\n" +
@@ -10322,7 +10458,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\bfeatures\x18\x11 \x03(\tR\bfeatures\x121\n" +
 	"\aoverlay\x18\x12 \x01(\v2\x17.coppice.api.v1.OverlayR\aoverlay\x12/\n" +
 	"\x05calls\x18\x13 \x01(\v2\x19.coppice.api.v1.CallStatsR\x05calls\x12=\n" +
-	"\tinstances\x18\x14 \x03(\v2\x1f.coppice.api.v1.InspectInstanceR\tinstances\"\xb8\x05\n" +
+	"\tinstances\x18\x14 \x03(\v2\x1f.coppice.api.v1.InspectInstanceR\tinstances\"\xd0\x05\n" +
 	"\x0fInspectInstance\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -10348,7 +10484,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x10previous_version\x18\x11 \x01(\tR\x0fpreviousVersion\x12\x18\n" +
 	"\acallers\x18\x12 \x03(\tR\acallers\x12/\n" +
 	"\x13earlier_checkpoints\x18\x13 \x01(\rR\x12earlierCheckpoints\x12<\n" +
-	"\x18oldest_checkpoint_age_ms\x18\x14 \x01(\x04H\x00R\x15oldestCheckpointAgeMs\x88\x01\x01B\x1b\n" +
+	"\x18oldest_checkpoint_age_ms\x18\x14 \x01(\x04H\x00R\x15oldestCheckpointAgeMs\x88\x01\x01\x12\x16\n" +
+	"\x06listen\x18\x15 \x01(\tR\x06listenB\x1b\n" +
 	"\x19_oldest_checkpoint_age_ms\"\xc3\x01\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
@@ -10708,7 +10845,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x06signed\x18\r \x01(\bR\x06signed\x121\n" +
 	"\aholders\x18\x0e \x03(\v2\x17.coppice.api.v1.DhtNodeR\aholders\x12\x17\n" +
 	"\atook_ms\x18\x0f \x01(\x01R\x06tookMs\x12\x17\n" +
-	"\akad_key\x18\x10 \x01(\tR\x06kadKey2\xca\x1a\n" +
+	"\akad_key\x18\x10 \x01(\tR\x06kadKey2\x96\x1b\n" +
 	"\aControl\x12D\n" +
 	"\x05Token\x12\x1c.coppice.api.v1.TokenRequest\x1a\x1d.coppice.api.v1.TokenResponse\x12V\n" +
 	"\vRevokeToken\x12\".coppice.api.v1.RevokeTokenRequest\x1a#.coppice.api.v1.RevokeTokenResponse\x12I\n" +
@@ -10749,7 +10886,8 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\aRestore\x12\x1e.coppice.api.v1.RestoreRequest\x1a\x1f.coppice.api.v1.ReplaceResponse\x12A\n" +
 	"\x04Fork\x12\x1b.coppice.api.v1.ForkRequest\x1a\x1c.coppice.api.v1.ForkResponse\x12F\n" +
 	"\x06Export\x12\x1d.coppice.api.v1.ExportRequest\x1a\x1b.coppice.api.v1.ExportChunk0\x01\x12A\n" +
-	"\x04Call\x12\x1b.coppice.api.v1.CallRequest\x1a\x1c.coppice.api.v1.CallResponse\x12C\n" +
+	"\x04Call\x12\x1b.coppice.api.v1.CallRequest\x1a\x1c.coppice.api.v1.CallResponse\x12J\n" +
+	"\aForward\x12\x1e.coppice.api.v1.ForwardRequest\x1a\x1d.coppice.api.v1.ForwardUpdate0\x01\x12C\n" +
 	"\x03Why\x12\x1a.coppice.api.v1.WhyRequest\x1a\x1b.coppice.api.v1.WhyResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\x04Logs\x12\x1b.coppice.api.v1.LogsRequest\x1a\x17.coppice.api.v1.LogLine\"\x03\x90\x02\x010\x01\x12E\n" +
 	"\x06Events\x12\x1d.coppice.api.v1.EventsRequest\x1a\x15.coppice.api.v1.Event\"\x03\x90\x02\x010\x01\x12I\n" +
@@ -10770,7 +10908,7 @@ func file_node_api_v1_api_proto_rawDescGZIP() []byte {
 	return file_node_api_v1_api_proto_rawDescData
 }
 
-var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 129)
+var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 131)
 var file_node_api_v1_api_proto_goTypes = []any{
 	(*Problem)(nil),               // 0: coppice.api.v1.Problem
 	(*TokenRequest)(nil),          // 1: coppice.api.v1.TokenRequest
@@ -10842,74 +10980,76 @@ var file_node_api_v1_api_proto_goTypes = []any{
 	(*PsRequest)(nil),             // 67: coppice.api.v1.PsRequest
 	(*PsResponse)(nil),            // 68: coppice.api.v1.PsResponse
 	(*Instance)(nil),              // 69: coppice.api.v1.Instance
-	(*InspectRequest)(nil),        // 70: coppice.api.v1.InspectRequest
-	(*InspectResponse)(nil),       // 71: coppice.api.v1.InspectResponse
-	(*InspectInstance)(nil),       // 72: coppice.api.v1.InspectInstance
-	(*Interface)(nil),             // 73: coppice.api.v1.Interface
-	(*Method)(nil),                // 74: coppice.api.v1.Method
-	(*AttributeInfo)(nil),         // 75: coppice.api.v1.AttributeInfo
-	(*Binding)(nil),               // 76: coppice.api.v1.Binding
-	(*CallStats)(nil),             // 77: coppice.api.v1.CallStats
-	(*CheckpointInfo)(nil),        // 78: coppice.api.v1.CheckpointInfo
-	(*Overlay)(nil),               // 79: coppice.api.v1.Overlay
-	(*AttrRequest)(nil),           // 80: coppice.api.v1.AttrRequest
-	(*AttrResponse)(nil),          // 81: coppice.api.v1.AttrResponse
-	(*BindRequest)(nil),           // 82: coppice.api.v1.BindRequest
-	(*UnbindRequest)(nil),         // 83: coppice.api.v1.UnbindRequest
-	(*BindResponse)(nil),          // 84: coppice.api.v1.BindResponse
-	(*LifecycleRequest)(nil),      // 85: coppice.api.v1.LifecycleRequest
-	(*LifecycleResponse)(nil),     // 86: coppice.api.v1.LifecycleResponse
-	(*SwapRequest)(nil),           // 87: coppice.api.v1.SwapRequest
-	(*UndoRequest)(nil),           // 88: coppice.api.v1.UndoRequest
-	(*MoveRequest)(nil),           // 89: coppice.api.v1.MoveRequest
-	(*ReplaceResponse)(nil),       // 90: coppice.api.v1.ReplaceResponse
-	(*UnpinRequest)(nil),          // 91: coppice.api.v1.UnpinRequest
-	(*UnpinResponse)(nil),         // 92: coppice.api.v1.UnpinResponse
-	(*CheckpointRequest)(nil),     // 93: coppice.api.v1.CheckpointRequest
-	(*CheckpointResponse)(nil),    // 94: coppice.api.v1.CheckpointResponse
-	(*CheckpointsRequest)(nil),    // 95: coppice.api.v1.CheckpointsRequest
-	(*CheckpointsResponse)(nil),   // 96: coppice.api.v1.CheckpointsResponse
-	(*Checkpoint)(nil),            // 97: coppice.api.v1.Checkpoint
-	(*Moment)(nil),                // 98: coppice.api.v1.Moment
-	(*RestoreRequest)(nil),        // 99: coppice.api.v1.RestoreRequest
-	(*ForkRequest)(nil),           // 100: coppice.api.v1.ForkRequest
-	(*ForkResponse)(nil),          // 101: coppice.api.v1.ForkResponse
-	(*ExportRequest)(nil),         // 102: coppice.api.v1.ExportRequest
-	(*ExportChunk)(nil),           // 103: coppice.api.v1.ExportChunk
-	(*ExportSummary)(nil),         // 104: coppice.api.v1.ExportSummary
-	(*CallRequest)(nil),           // 105: coppice.api.v1.CallRequest
-	(*CallResponse)(nil),          // 106: coppice.api.v1.CallResponse
-	(*WhyRequest)(nil),            // 107: coppice.api.v1.WhyRequest
-	(*WhyResponse)(nil),           // 108: coppice.api.v1.WhyResponse
-	(*Decision)(nil),              // 109: coppice.api.v1.Decision
-	(*LogsRequest)(nil),           // 110: coppice.api.v1.LogsRequest
-	(*LogLine)(nil),               // 111: coppice.api.v1.LogLine
-	(*EventsRequest)(nil),         // 112: coppice.api.v1.EventsRequest
-	(*Event)(nil),                 // 113: coppice.api.v1.Event
-	(*QueryRequest)(nil),          // 114: coppice.api.v1.QueryRequest
-	(*QueryResponse)(nil),         // 115: coppice.api.v1.QueryResponse
-	(*Row)(nil),                   // 116: coppice.api.v1.Row
-	(*Value)(nil),                 // 117: coppice.api.v1.Value
-	(*DhtClosestRequest)(nil),     // 118: coppice.api.v1.DhtClosestRequest
-	(*DhtClosestResponse)(nil),    // 119: coppice.api.v1.DhtClosestResponse
-	(*DhtNode)(nil),               // 120: coppice.api.v1.DhtNode
-	(*DhtGetRequest)(nil),         // 121: coppice.api.v1.DhtGetRequest
-	(*DhtGetResponse)(nil),        // 122: coppice.api.v1.DhtGetResponse
-	nil,                           // 123: coppice.api.v1.Node.LabelsEntry
-	nil,                           // 124: coppice.api.v1.Overlay.NodesEntry
-	nil,                           // 125: coppice.api.v1.Overlay.AttributesEntry
-	nil,                           // 126: coppice.api.v1.Overlay.BindingsEntry
-	nil,                           // 127: coppice.api.v1.AttrRequest.SetEntry
-	nil,                           // 128: coppice.api.v1.Event.FieldsEntry
-	(*timestamppb.Timestamp)(nil), // 129: google.protobuf.Timestamp
+	(*ForwardRequest)(nil),        // 70: coppice.api.v1.ForwardRequest
+	(*ForwardUpdate)(nil),         // 71: coppice.api.v1.ForwardUpdate
+	(*InspectRequest)(nil),        // 72: coppice.api.v1.InspectRequest
+	(*InspectResponse)(nil),       // 73: coppice.api.v1.InspectResponse
+	(*InspectInstance)(nil),       // 74: coppice.api.v1.InspectInstance
+	(*Interface)(nil),             // 75: coppice.api.v1.Interface
+	(*Method)(nil),                // 76: coppice.api.v1.Method
+	(*AttributeInfo)(nil),         // 77: coppice.api.v1.AttributeInfo
+	(*Binding)(nil),               // 78: coppice.api.v1.Binding
+	(*CallStats)(nil),             // 79: coppice.api.v1.CallStats
+	(*CheckpointInfo)(nil),        // 80: coppice.api.v1.CheckpointInfo
+	(*Overlay)(nil),               // 81: coppice.api.v1.Overlay
+	(*AttrRequest)(nil),           // 82: coppice.api.v1.AttrRequest
+	(*AttrResponse)(nil),          // 83: coppice.api.v1.AttrResponse
+	(*BindRequest)(nil),           // 84: coppice.api.v1.BindRequest
+	(*UnbindRequest)(nil),         // 85: coppice.api.v1.UnbindRequest
+	(*BindResponse)(nil),          // 86: coppice.api.v1.BindResponse
+	(*LifecycleRequest)(nil),      // 87: coppice.api.v1.LifecycleRequest
+	(*LifecycleResponse)(nil),     // 88: coppice.api.v1.LifecycleResponse
+	(*SwapRequest)(nil),           // 89: coppice.api.v1.SwapRequest
+	(*UndoRequest)(nil),           // 90: coppice.api.v1.UndoRequest
+	(*MoveRequest)(nil),           // 91: coppice.api.v1.MoveRequest
+	(*ReplaceResponse)(nil),       // 92: coppice.api.v1.ReplaceResponse
+	(*UnpinRequest)(nil),          // 93: coppice.api.v1.UnpinRequest
+	(*UnpinResponse)(nil),         // 94: coppice.api.v1.UnpinResponse
+	(*CheckpointRequest)(nil),     // 95: coppice.api.v1.CheckpointRequest
+	(*CheckpointResponse)(nil),    // 96: coppice.api.v1.CheckpointResponse
+	(*CheckpointsRequest)(nil),    // 97: coppice.api.v1.CheckpointsRequest
+	(*CheckpointsResponse)(nil),   // 98: coppice.api.v1.CheckpointsResponse
+	(*Checkpoint)(nil),            // 99: coppice.api.v1.Checkpoint
+	(*Moment)(nil),                // 100: coppice.api.v1.Moment
+	(*RestoreRequest)(nil),        // 101: coppice.api.v1.RestoreRequest
+	(*ForkRequest)(nil),           // 102: coppice.api.v1.ForkRequest
+	(*ForkResponse)(nil),          // 103: coppice.api.v1.ForkResponse
+	(*ExportRequest)(nil),         // 104: coppice.api.v1.ExportRequest
+	(*ExportChunk)(nil),           // 105: coppice.api.v1.ExportChunk
+	(*ExportSummary)(nil),         // 106: coppice.api.v1.ExportSummary
+	(*CallRequest)(nil),           // 107: coppice.api.v1.CallRequest
+	(*CallResponse)(nil),          // 108: coppice.api.v1.CallResponse
+	(*WhyRequest)(nil),            // 109: coppice.api.v1.WhyRequest
+	(*WhyResponse)(nil),           // 110: coppice.api.v1.WhyResponse
+	(*Decision)(nil),              // 111: coppice.api.v1.Decision
+	(*LogsRequest)(nil),           // 112: coppice.api.v1.LogsRequest
+	(*LogLine)(nil),               // 113: coppice.api.v1.LogLine
+	(*EventsRequest)(nil),         // 114: coppice.api.v1.EventsRequest
+	(*Event)(nil),                 // 115: coppice.api.v1.Event
+	(*QueryRequest)(nil),          // 116: coppice.api.v1.QueryRequest
+	(*QueryResponse)(nil),         // 117: coppice.api.v1.QueryResponse
+	(*Row)(nil),                   // 118: coppice.api.v1.Row
+	(*Value)(nil),                 // 119: coppice.api.v1.Value
+	(*DhtClosestRequest)(nil),     // 120: coppice.api.v1.DhtClosestRequest
+	(*DhtClosestResponse)(nil),    // 121: coppice.api.v1.DhtClosestResponse
+	(*DhtNode)(nil),               // 122: coppice.api.v1.DhtNode
+	(*DhtGetRequest)(nil),         // 123: coppice.api.v1.DhtGetRequest
+	(*DhtGetResponse)(nil),        // 124: coppice.api.v1.DhtGetResponse
+	nil,                           // 125: coppice.api.v1.Node.LabelsEntry
+	nil,                           // 126: coppice.api.v1.Overlay.NodesEntry
+	nil,                           // 127: coppice.api.v1.Overlay.AttributesEntry
+	nil,                           // 128: coppice.api.v1.Overlay.BindingsEntry
+	nil,                           // 129: coppice.api.v1.AttrRequest.SetEntry
+	nil,                           // 130: coppice.api.v1.Event.FieldsEntry
+	(*timestamppb.Timestamp)(nil), // 131: google.protobuf.Timestamp
 }
 var file_node_api_v1_api_proto_depIdxs = []int32{
-	129, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
+	131, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
 	7,   // 1: coppice.api.v1.DrillUpdate.instances:type_name -> coppice.api.v1.DrillInstance
 	10,  // 2: coppice.api.v1.NodesResponse.nodes:type_name -> coppice.api.v1.Node
-	123, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
-	129, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
-	129, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
+	125, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
+	131, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
+	131, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
 	15,  // 6: coppice.api.v1.StatusResponse.nodes:type_name -> coppice.api.v1.NodeCounts
 	16,  // 7: coppice.api.v1.StatusResponse.arbiter:type_name -> coppice.api.v1.ArbiterStatus
 	17,  // 8: coppice.api.v1.StatusResponse.components:type_name -> coppice.api.v1.ComponentCounts
@@ -10920,10 +11060,10 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	23,  // 13: coppice.api.v1.RecoverResponse.missing:type_name -> coppice.api.v1.Missing
 	24,  // 14: coppice.api.v1.RecoverResponse.adopted:type_name -> coppice.api.v1.Adopted
 	21,  // 15: coppice.api.v1.RecoverResponse.rebuilt:type_name -> coppice.api.v1.Rebuilt
-	129, // 16: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
+	131, // 16: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
 	27,  // 17: coppice.api.v1.BackupChunk.done:type_name -> coppice.api.v1.BackupSummary
-	129, // 18: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
-	129, // 19: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
+	131, // 18: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
+	131, // 19: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
 	31,  // 20: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
 	37,  // 21: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
 	43,  // 22: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
@@ -10931,10 +11071,10 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	44,  // 24: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
 	51,  // 25: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
 	51,  // 26: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	129, // 27: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
-	73,  // 28: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
-	73,  // 29: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
-	75,  // 30: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
+	131, // 27: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
+	75,  // 28: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
+	75,  // 29: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
+	77,  // 30: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
 	52,  // 31: coppice.api.v1.PlanRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
 	55,  // 32: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
 	56,  // 33: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
@@ -10944,44 +11084,44 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	60,  // 37: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
 	66,  // 38: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
 	69,  // 39: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
-	73,  // 40: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
-	73,  // 41: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
-	75,  // 42: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	76,  // 43: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
-	79,  // 44: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
-	77,  // 45: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
-	72,  // 46: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
-	77,  // 47: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
-	78,  // 48: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
-	74,  // 49: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
-	124, // 50: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
-	125, // 51: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
-	126, // 52: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
-	127, // 53: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
-	75,  // 54: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	76,  // 55: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
+	75,  // 40: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
+	75,  // 41: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
+	77,  // 42: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	78,  // 43: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
+	81,  // 44: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
+	79,  // 45: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
+	74,  // 46: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
+	79,  // 47: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
+	80,  // 48: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
+	76,  // 49: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
+	126, // 50: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
+	127, // 51: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
+	128, // 52: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
+	129, // 53: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
+	77,  // 54: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	78,  // 55: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
 	61,  // 56: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
-	97,  // 57: coppice.api.v1.CheckpointsResponse.checkpoints:type_name -> coppice.api.v1.Checkpoint
-	129, // 58: coppice.api.v1.Checkpoint.time:type_name -> google.protobuf.Timestamp
-	129, // 59: coppice.api.v1.Moment.time:type_name -> google.protobuf.Timestamp
-	98,  // 60: coppice.api.v1.RestoreRequest.at:type_name -> coppice.api.v1.Moment
-	98,  // 61: coppice.api.v1.ForkRequest.at:type_name -> coppice.api.v1.Moment
-	98,  // 62: coppice.api.v1.ExportRequest.at:type_name -> coppice.api.v1.Moment
-	104, // 63: coppice.api.v1.ExportChunk.done:type_name -> coppice.api.v1.ExportSummary
-	129, // 64: coppice.api.v1.ExportSummary.time:type_name -> google.protobuf.Timestamp
-	109, // 65: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
+	99,  // 57: coppice.api.v1.CheckpointsResponse.checkpoints:type_name -> coppice.api.v1.Checkpoint
+	131, // 58: coppice.api.v1.Checkpoint.time:type_name -> google.protobuf.Timestamp
+	131, // 59: coppice.api.v1.Moment.time:type_name -> google.protobuf.Timestamp
+	100, // 60: coppice.api.v1.RestoreRequest.at:type_name -> coppice.api.v1.Moment
+	100, // 61: coppice.api.v1.ForkRequest.at:type_name -> coppice.api.v1.Moment
+	100, // 62: coppice.api.v1.ExportRequest.at:type_name -> coppice.api.v1.Moment
+	106, // 63: coppice.api.v1.ExportChunk.done:type_name -> coppice.api.v1.ExportSummary
+	131, // 64: coppice.api.v1.ExportSummary.time:type_name -> google.protobuf.Timestamp
+	111, // 65: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
 	56,  // 66: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
-	129, // 67: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
-	129, // 68: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	129, // 69: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	129, // 70: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	129, // 71: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
-	128, // 72: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
-	116, // 73: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
-	129, // 74: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
-	117, // 75: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
-	120, // 76: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
-	120, // 77: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
+	131, // 67: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
+	131, // 68: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	131, // 69: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	131, // 70: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	131, // 71: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
+	130, // 72: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
+	118, // 73: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
+	131, // 74: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
+	119, // 75: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
+	122, // 76: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
+	122, // 77: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
 	1,   // 78: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
 	3,   // 79: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
 	8,   // 80: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
@@ -11003,77 +11143,79 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	62,  // 96: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
 	64,  // 97: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
 	67,  // 98: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
-	70,  // 99: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
-	80,  // 100: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
-	82,  // 101: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
-	83,  // 102: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
-	85,  // 103: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
-	85,  // 104: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
-	85,  // 105: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
-	85,  // 106: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
-	87,  // 107: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
-	88,  // 108: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
-	89,  // 109: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
-	91,  // 110: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
-	93,  // 111: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
-	95,  // 112: coppice.api.v1.Control.Checkpoints:input_type -> coppice.api.v1.CheckpointsRequest
-	99,  // 113: coppice.api.v1.Control.Restore:input_type -> coppice.api.v1.RestoreRequest
-	100, // 114: coppice.api.v1.Control.Fork:input_type -> coppice.api.v1.ForkRequest
-	102, // 115: coppice.api.v1.Control.Export:input_type -> coppice.api.v1.ExportRequest
-	105, // 116: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
-	107, // 117: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
-	110, // 118: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
-	112, // 119: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
-	114, // 120: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
-	118, // 121: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
-	121, // 122: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
-	2,   // 123: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
-	4,   // 124: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
-	9,   // 125: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
-	12,  // 126: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
-	30,  // 127: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
-	34,  // 128: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
-	34,  // 129: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
-	36,  // 130: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
-	39,  // 131: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
-	41,  // 132: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
-	6,   // 133: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
-	20,  // 134: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
-	26,  // 135: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
-	46,  // 136: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
-	48,  // 137: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
-	50,  // 138: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
-	54,  // 139: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
-	58,  // 140: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
-	63,  // 141: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
-	65,  // 142: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
-	68,  // 143: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
-	71,  // 144: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
-	81,  // 145: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
-	84,  // 146: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
-	84,  // 147: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
-	86,  // 148: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
-	86,  // 149: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
-	86,  // 150: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
-	86,  // 151: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
-	90,  // 152: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
-	90,  // 153: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
-	90,  // 154: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
-	92,  // 155: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
-	94,  // 156: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
-	96,  // 157: coppice.api.v1.Control.Checkpoints:output_type -> coppice.api.v1.CheckpointsResponse
-	90,  // 158: coppice.api.v1.Control.Restore:output_type -> coppice.api.v1.ReplaceResponse
-	101, // 159: coppice.api.v1.Control.Fork:output_type -> coppice.api.v1.ForkResponse
-	103, // 160: coppice.api.v1.Control.Export:output_type -> coppice.api.v1.ExportChunk
-	106, // 161: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
-	108, // 162: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
-	111, // 163: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
-	113, // 164: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
-	115, // 165: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
-	119, // 166: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
-	122, // 167: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
-	123, // [123:168] is the sub-list for method output_type
-	78,  // [78:123] is the sub-list for method input_type
+	72,  // 99: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
+	82,  // 100: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
+	84,  // 101: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
+	85,  // 102: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
+	87,  // 103: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
+	87,  // 104: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
+	87,  // 105: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
+	87,  // 106: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
+	89,  // 107: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
+	90,  // 108: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
+	91,  // 109: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
+	93,  // 110: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
+	95,  // 111: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
+	97,  // 112: coppice.api.v1.Control.Checkpoints:input_type -> coppice.api.v1.CheckpointsRequest
+	101, // 113: coppice.api.v1.Control.Restore:input_type -> coppice.api.v1.RestoreRequest
+	102, // 114: coppice.api.v1.Control.Fork:input_type -> coppice.api.v1.ForkRequest
+	104, // 115: coppice.api.v1.Control.Export:input_type -> coppice.api.v1.ExportRequest
+	107, // 116: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
+	70,  // 117: coppice.api.v1.Control.Forward:input_type -> coppice.api.v1.ForwardRequest
+	109, // 118: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
+	112, // 119: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
+	114, // 120: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
+	116, // 121: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
+	120, // 122: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
+	123, // 123: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
+	2,   // 124: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
+	4,   // 125: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
+	9,   // 126: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
+	12,  // 127: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
+	30,  // 128: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
+	34,  // 129: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
+	34,  // 130: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
+	36,  // 131: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
+	39,  // 132: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
+	41,  // 133: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
+	6,   // 134: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
+	20,  // 135: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
+	26,  // 136: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
+	46,  // 137: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
+	48,  // 138: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
+	50,  // 139: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
+	54,  // 140: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
+	58,  // 141: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
+	63,  // 142: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
+	65,  // 143: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
+	68,  // 144: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
+	73,  // 145: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
+	83,  // 146: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
+	86,  // 147: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
+	86,  // 148: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
+	88,  // 149: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
+	88,  // 150: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
+	88,  // 151: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
+	88,  // 152: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
+	92,  // 153: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
+	92,  // 154: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
+	92,  // 155: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
+	94,  // 156: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
+	96,  // 157: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
+	98,  // 158: coppice.api.v1.Control.Checkpoints:output_type -> coppice.api.v1.CheckpointsResponse
+	92,  // 159: coppice.api.v1.Control.Restore:output_type -> coppice.api.v1.ReplaceResponse
+	103, // 160: coppice.api.v1.Control.Fork:output_type -> coppice.api.v1.ForkResponse
+	105, // 161: coppice.api.v1.Control.Export:output_type -> coppice.api.v1.ExportChunk
+	108, // 162: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
+	71,  // 163: coppice.api.v1.Control.Forward:output_type -> coppice.api.v1.ForwardUpdate
+	110, // 164: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
+	113, // 165: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
+	115, // 166: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
+	117, // 167: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
+	121, // 168: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
+	124, // 169: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
+	124, // [124:170] is the sub-list for method output_type
+	78,  // [78:124] is the sub-list for method input_type
 	78,  // [78:78] is the sub-list for extension type_name
 	78,  // [78:78] is the sub-list for extension extendee
 	0,   // [0:78] is the sub-list for field type_name
@@ -11098,16 +11240,16 @@ func file_node_api_v1_api_proto_init() {
 		(*RegistryPushRequest_Chunk)(nil),
 	}
 	file_node_api_v1_api_proto_msgTypes[69].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[72].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[77].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[78].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[98].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[103].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[74].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[79].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[80].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[100].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[105].OneofWrappers = []any{
 		(*ExportChunk_State)(nil),
 		(*ExportChunk_Data)(nil),
 		(*ExportChunk_Done)(nil),
 	}
-	file_node_api_v1_api_proto_msgTypes[117].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[119].OneofWrappers = []any{
 		(*Value_Integer)(nil),
 		(*Value_Real)(nil),
 		(*Value_Text)(nil),
@@ -11120,7 +11262,7 @@ func file_node_api_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_api_v1_api_proto_rawDesc), len(file_node_api_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   129,
+			NumMessages:   131,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -120,6 +120,8 @@ const (
 	ControlExportProcedure = "/coppice.api.v1.Control/Export"
 	// ControlCallProcedure is the fully-qualified name of the Control's Call RPC.
 	ControlCallProcedure = "/coppice.api.v1.Control/Call"
+	// ControlForwardProcedure is the fully-qualified name of the Control's Forward RPC.
+	ControlForwardProcedure = "/coppice.api.v1.Control/Forward"
 	// ControlWhyProcedure is the fully-qualified name of the Control's Why RPC.
 	ControlWhyProcedure = "/coppice.api.v1.Control/Why"
 	// ControlLogsProcedure is the fully-qualified name of the Control's Logs RPC.
@@ -194,6 +196,8 @@ type ControlClient interface {
 	// Export streams a file with such a component: state, manifest and artifact. The last message says what is in it.
 	Export(context.Context, *v1.ExportRequest) (*connect.ServerStreamForClient[v1.ExportChunk], error)
 	Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error)
+	// Forward listens on the node for as long as the client stays, and passes every connection on to a program's port, wherever the program runs.
+	Forward(context.Context, *v1.ForwardRequest) (*connect.ServerStreamForClient[v1.ForwardUpdate], error)
 	Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error)
 	// ---- what is known
 	// Logs: what is kept, oldest first, then with follow what is written until the client goes.
@@ -460,6 +464,12 @@ func NewControlClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(controlMethods.ByName("Call")),
 			connect.WithClientOptions(opts...),
 		),
+		forward: connect.NewClient[v1.ForwardRequest, v1.ForwardUpdate](
+			httpClient,
+			baseURL+ControlForwardProcedure,
+			connect.WithSchema(controlMethods.ByName("Forward")),
+			connect.WithClientOptions(opts...),
+		),
 		why: connect.NewClient[v1.WhyRequest, v1.WhyResponse](
 			httpClient,
 			baseURL+ControlWhyProcedure,
@@ -546,6 +556,7 @@ type controlClient struct {
 	fork         *connect.Client[v1.ForkRequest, v1.ForkResponse]
 	export       *connect.Client[v1.ExportRequest, v1.ExportChunk]
 	call         *connect.Client[v1.CallRequest, v1.CallResponse]
+	forward      *connect.Client[v1.ForwardRequest, v1.ForwardUpdate]
 	why          *connect.Client[v1.WhyRequest, v1.WhyResponse]
 	logs         *connect.Client[v1.LogsRequest, v1.LogLine]
 	events       *connect.Client[v1.EventsRequest, v1.Event]
@@ -877,6 +888,11 @@ func (c *controlClient) Call(ctx context.Context, req *v1.CallRequest) (*v1.Call
 	return nil, err
 }
 
+// Forward calls coppice.api.v1.Control.Forward.
+func (c *controlClient) Forward(ctx context.Context, req *v1.ForwardRequest) (*connect.ServerStreamForClient[v1.ForwardUpdate], error) {
+	return c.forward.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // Why calls coppice.api.v1.Control.Why.
 func (c *controlClient) Why(ctx context.Context, req *v1.WhyRequest) (*v1.WhyResponse, error) {
 	response, err := c.why.CallUnary(ctx, connect.NewRequest(req))
@@ -983,6 +999,8 @@ type ControlHandler interface {
 	// Export streams a file with such a component: state, manifest and artifact. The last message says what is in it.
 	Export(context.Context, *v1.ExportRequest, *connect.ServerStream[v1.ExportChunk]) error
 	Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error)
+	// Forward listens on the node for as long as the client stays, and passes every connection on to a program's port, wherever the program runs.
+	Forward(context.Context, *v1.ForwardRequest, *connect.ServerStream[v1.ForwardUpdate]) error
 	Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error)
 	// ---- what is known
 	// Logs: what is kept, oldest first, then with follow what is written until the client goes.
@@ -1245,6 +1263,12 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(controlMethods.ByName("Call")),
 		connect.WithHandlerOptions(opts...),
 	)
+	controlForwardHandler := connect.NewServerStreamHandlerSimple(
+		ControlForwardProcedure,
+		svc.Forward,
+		connect.WithSchema(controlMethods.ByName("Forward")),
+		connect.WithHandlerOptions(opts...),
+	)
 	controlWhyHandler := connect.NewUnaryHandlerSimple(
 		ControlWhyProcedure,
 		svc.Why,
@@ -1367,6 +1391,8 @@ func NewControlHandler(svc ControlHandler, opts ...connect.HandlerOption) (strin
 			controlExportHandler.ServeHTTP(w, r)
 		case ControlCallProcedure:
 			controlCallHandler.ServeHTTP(w, r)
+		case ControlForwardProcedure:
+			controlForwardHandler.ServeHTTP(w, r)
 		case ControlWhyProcedure:
 			controlWhyHandler.ServeHTTP(w, r)
 		case ControlLogsProcedure:
@@ -1542,6 +1568,10 @@ func (UnimplementedControlHandler) Export(context.Context, *v1.ExportRequest, *c
 
 func (UnimplementedControlHandler) Call(context.Context, *v1.CallRequest) (*v1.CallResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Call is not implemented"))
+}
+
+func (UnimplementedControlHandler) Forward(context.Context, *v1.ForwardRequest, *connect.ServerStream[v1.ForwardUpdate]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("coppice.api.v1.Control.Forward is not implemented"))
 }
 
 func (UnimplementedControlHandler) Why(context.Context, *v1.WhyRequest) (*v1.WhyResponse, error) {

@@ -62,8 +62,12 @@ const (
 // Keys of Status.info.
 const (
 	InfoHTTPSocket = "http_socket"
-	InfoMark       = "mark" // decimal: the newest mark of the journal; with txn-calls messages of streams wait until it is committed
+	InfoListen     = "listen" // host:port where what the component runs listens by itself, beside the gate
+	InfoMark       = "mark"   // decimal: the newest mark of the journal; with txn-calls messages of streams wait until it is committed
 )
 
 // ExitLeaseLapsed is the exit status of a component that ended itself because no node granted it its lease.
 const ExitLeaseLapsed = 75
+
+// ExitProgramEnded is the exit status of a component that ran a program which has ended of itself; the last line of its output says how.
+const ExitProgramEnded = 76
