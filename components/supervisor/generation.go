@@ -394,7 +394,7 @@ func (i *instance) holders() ([]peer.ID, int) { return i.sup.holdersOf(i.key) }
 func (s *Supervisor) holdersOf(key string) ([]peer.ID, int) {
 	to := []peer.ID{s.cfg.Self}
 	add := func(id peer.ID) {
-		if m, ok := s.cfg.Members.Member(id); ok && m.State == members.Alive && !m.NoHolder && len(to) < replicas && !slices.Contains(to, id) {
+		if m, ok := s.cfg.Members.Member(id); ok && m.State == members.Alive && !m.NoHolder && len(to) < s.cfg.Copies && !slices.Contains(to, id) {
 			to = append(to, id)
 		}
 	}
@@ -408,17 +408,17 @@ func (s *Supervisor) holdersOf(key string) ([]peer.ID, int) {
 			}
 		}
 	}
-	for _, m := range s.cfg.Members.Closest(key, 2*replicas, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
+	for _, m := range s.cfg.Members.Closest(key, 2*s.cfg.Copies, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
 		add(m.ID)
 	}
 	s.spread(key, to)
-	return to, len(to)/2 + 1
+	return to, max(len(to)/2+1, min(s.cfg.CopyAcks, len(to)))
 }
 
 // spread has one of the holders be in another zone than this node, which is the first of them.
 func (s *Supervisor) spread(key string, to []peer.ID) {
 	self, ok := s.cfg.Members.Member(s.cfg.Self)
-	if !ok || self.Zone == "" || len(to) < replicas {
+	if !ok || self.Zone == "" || len(to) < s.cfg.Copies {
 		return
 	}
 	elsewhere := func(m members.Member) bool { return m.Zone != "" && m.Zone != self.Zone }
