@@ -214,20 +214,15 @@ func (s *Store) answerHave(id uint64, hs []Hash) *wirev1.BlobAnswer {
 	}
 	complete, present := make([]byte, (len(hs)+7)/8), make([]byte, (len(hs)+7)/8)
 	for i, h := range hs {
-		ok, err := s.rely(h, true)
-		if err == nil && ok {
-			complete[i/8] |= 1 << (i % 8)
-			present[i/8] |= 1 << (i % 8)
-			continue
-		}
-		if err == nil {
-			ok, err = s.has(h)
-		}
+		here, whole, err := s.relyOn(h)
 		if err != nil {
 			return failed(id, wirev1.Failure_INTERNAL, err.Error())
 		}
-		if ok {
+		if here {
 			present[i/8] |= 1 << (i % 8)
+		}
+		if whole {
+			complete[i/8] |= 1 << (i % 8)
 		}
 	}
 	return &wirev1.BlobAnswer{Id: id, Body: &wirev1.BlobAnswer_Have{

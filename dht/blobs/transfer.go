@@ -141,12 +141,17 @@ func (t *transfer) send(ctx context.Context, hashes []Hash, links map[Hash][]Lin
 
 func bit(b []byte, i int) bool { return i/8 < len(b) && b[i/8]&(1<<(i%8)) != 0 }
 
-// node adds one node to the frame, and sends the frame when it is full.
+// node adds one node to the frame.
 func (t *transfer) node(ctx context.Context, h Hash) error {
 	_, enc, err := t.s.get(h)
 	if err != nil {
 		return err
 	}
+	return t.put(ctx, enc)
+}
+
+// put adds an encoding to the frame, and sends the frame when it is full.
+func (t *transfer) put(ctx context.Context, enc []byte) error {
 	if t.size+len(enc) > framePages {
 		if err := t.flush(ctx); err != nil {
 			return err
