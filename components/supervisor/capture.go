@@ -140,7 +140,7 @@ func (s *saver) base(ctx context.Context, snap *snapshot) (*chainHead, error) {
 		return nil, err
 	}
 	mark, _ := snap.state()
-	return writeBase(ctx, s.cfg.store, s.meta(mark), br)
+	return writeBase(ctx, s.cfg.store, s.meta(mark), br, s.route())
 }
 
 // capture saves by asking the component for its state, not its journal: what changed since the last commit, or all of it.
@@ -198,11 +198,11 @@ func (s *saver) captured(ctx context.Context, snap *snapshot, head *chainHead, s
 		s.blame(&s.stateFault, err)
 		return nil, err
 	case whole:
-		next, err := writeBase(ctx, s.cfg.store, s.meta(mark), br)
+		next, err := writeBase(ctx, s.cfg.store, s.meta(mark), br, s.route())
 		if err == nil && next.link.Hash == saved.Root {
 			return nil, nil
 		}
 		return next, err
 	}
-	return writeDelta(ctx, s.cfg.store, head, s.meta(mark), br)
+	return writeDelta(ctx, s.cfg.store, head, s.meta(mark), br, s.route())
 }

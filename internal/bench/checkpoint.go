@@ -53,6 +53,7 @@ func checkpoint(ctx context.Context, cfg Config) (_ []Result, err error) {
 		disk,
 		summary(fmt.Sprintf("checkpoint of %s to %d other nodes and this one", sizeText(size), checkpointOthers), "MiB/s", b.rate).against(what, b.base),
 		summary("the same: time", "ms", b.took),
+		summary("the same: CPU time of all four nodes for each MiB", "ms", b.cpu),
 		summary("the same: sent for each byte of the state and other node", "bytes", b.sent),
 		summary("1 % of it changed in place: bytes sent, of those of the whole", "%", b.share),
 		summary("the same: time", "ms", b.small),
@@ -68,7 +69,7 @@ type checkpoints struct {
 	sinks *sinks
 	data  []byte // of the baseline
 
-	took, rate, base, sent, share, small, rose []float64
+	took, rate, base, cpu, sent, share, small, rose []float64
 }
 
 func (s *stand) newCheckpoints(ctx context.Context, size int64) (*checkpoints, error) {
@@ -93,7 +94,15 @@ func (b *checkpoints) run(ctx context.Context, run int) error {
 	if err != nil {
 		return err
 	}
+	before, err := b.s.cpu()
+	if err != nil {
+		return err
+	}
 	took, whole, err := b.save(ctx)
+	if err != nil {
+		return err
+	}
+	after, err := b.s.cpu()
 	if err != nil {
 		return err
 	}
@@ -114,6 +123,7 @@ func (b *checkpoints) run(ctx context.Context, run int) error {
 	}
 	mib := float64(b.size) / (1 << 20)
 	b.took, b.rate, b.base = append(b.took, ms(took)), append(b.rate, mib/took.Seconds()), append(b.base, rate)
+	b.cpu = append(b.cpu, ms(after-before)/mib)
 	b.sent = append(b.sent, whole/float64(b.size)/checkpointOthers)
 	b.share, b.small, b.rose = append(b.share, 100*part/whole), append(b.small, ms(quick)), append(b.rose, slices.Max(rose))
 	return nil

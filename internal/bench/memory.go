@@ -6,9 +6,23 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/coppice-project/coppice/internal/cluster"
 )
+
+// cpu is the CPU time that all nodes' processes have used, without their components.
+func (s *stand) cpu() (time.Duration, error) {
+	var all time.Duration
+	for _, n := range s.cluster.Alive() {
+		use, err := cluster.UsageOf(n.PID())
+		if err != nil {
+			return 0, err
+		}
+		all += use.CPU
+	}
+	return all, nil
+}
 
 // memory watches how far the resident memory of the nodes' processes rises, without that of their components. The kernel keeps the peak.
 type memory struct {
