@@ -231,8 +231,15 @@ type stager struct {
 }
 
 // newStager begins a batch; pin says whether each node is pinned, taking over the pins of those it links to.
-func (s *Store) newStager(pin bool) *stager {
-	return &stager{s: s, b: s.db.NewBatch(), fresh: map[Hash]bool{}, now: time.Now(), pin: pin}
+func (s *Store) newStager(pin bool) *stager { return s.newStagerOf(pin, 0) }
+
+// newStagerOf is newStager for about so many bytes of nodes.
+func (s *Store) newStagerOf(pin bool, size int) *stager {
+	b := s.db.NewBatch()
+	if size > 0 {
+		b = s.db.NewBatchWithSize(size + size/8)
+	}
+	return &stager{s: s, b: b, fresh: map[Hash]bool{}, now: time.Now(), pin: pin}
 }
 
 // add stages an encoding that came from elsewhere.

@@ -70,12 +70,11 @@ type streamWriter struct {
 
 func (w *streamWriter) copy(ctx context.Context, r io.Reader) (Link, error) {
 	var offset int64
+	buf := make([]byte, pageSize)
 	for {
-		size := pageSize
-		if offset >= bigStream {
-			size = bigPage
+		if offset == bigStream {
+			buf = make([]byte, bigPage)
 		}
-		buf := make([]byte, size)
 		n, err := io.ReadFull(r, buf)
 		end := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 		if err != nil && !end {
@@ -99,6 +98,7 @@ func (w *streamWriter) copy(ctx context.Context, r io.Reader) (Link, error) {
 // add queues a node of a height and, where that fills a tree, the tree.
 func (w *streamWriter) add(ctx context.Context, height int, n Node) error {
 	enc := n.encode()
+	n.Data = enc[len(enc)-len(n.Data):] // what it was read into is used again
 	h := hashOf(enc)
 	if height == len(w.levels) {
 		w.levels = append(w.levels, nil)
@@ -155,7 +155,7 @@ func (w *streamWriter) flush(ctx context.Context, err *error) {
 func (w *streamWriter) keep() error {
 	w.s.sweeping.RLock()
 	defer w.s.sweeping.RUnlock()
-	st := w.s.newStager(true)
+	st := w.s.newStagerOf(true, w.queued)
 	for i := range w.queue {
 		if _, err := st.addHashed(&w.queue[i], w.encs[i].hash, len(w.encs[i].enc)); err != nil {
 			st.drop()

@@ -146,6 +146,8 @@ func (s *Store) pebbleOptions(fs, root vfs.FS, opts Options) *pebble.Options {
 		Logger:                      pebbleLog{s},
 		EventListener:               s.listener(),
 	}
+	// One file a flush instead of eight, each of which costs its fsyncs.
+	o.TargetFileSizes = [...]int64{16 << 20, 16 << 20, 16 << 20, 16 << 20, 32 << 20, 64 << 20, 128 << 20}
 	for i := range o.Levels {
 		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 	}
