@@ -237,7 +237,7 @@ func (s *Store) newStager(pin bool) *stager { return s.newStagerOf(pin, 0) }
 func (s *Store) newStagerOf(pin bool, size int) *stager {
 	b := s.db.NewBatch()
 	if size > 0 {
-		b = s.db.NewBatchWithSize(size + size/8)
+		b = s.db.NewBatchWithSize(size + size/8 + 4<<10)
 	}
 	return &stager{s: s, b: b, fresh: map[Hash]bool{}, now: time.Now(), pin: pin}
 }
