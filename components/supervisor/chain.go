@@ -27,9 +27,12 @@ const (
 	chainFormat = 1
 	// inlineFrames is how many bytes of frames ride inside a delta's own node. Above it they become a stream of pages.
 	inlineFrames = 512 << 10
-	// maxChain is how many deltas may follow a base before the next base is begun, beside the calls: it bounds what a restore reads one
-	// by one.
-	maxChain = 256
+	// maxChain deltas may follow a base before the next base is begun, beside the calls, and one more for each chainPer bytes of the base, up to longChain:
+	// it bounds what a restore reads one by one, to a small part of what it reads in all. A large state that changes a little, often, is not rewritten all
+	// the time.
+	maxChain  = 256
+	chainPer  = 256 << 10
+	longChain = fullChain / 4
 	// fullChain is where commits wait for the next base: compaction does not keep up.
 	fullChain = 4096
 	// longestChain is what a reader takes: more than any writer makes.
@@ -100,7 +103,7 @@ func (h *chainHead) needsBase() bool {
 		return true
 	}
 	m := h.meta
-	return m.GetChain() >= maxChain || (m.GetChainBytes() > minCompactBytes && m.GetChainBytes() > m.GetBaseBytes())
+	return m.GetChain() >= min(maxChain+m.GetBaseBytes()/chainPer, longChain) || (m.GetChainBytes() > minCompactBytes && m.GetChainBytes() > m.GetBaseBytes())
 }
 
 // writeBase stores a whole state read from frames and returns its head. Everything is durable here when it returns.
@@ -197,9 +200,10 @@ func readHead(store *blobs.Store, root blobs.Hash) (*chainHead, blobs.Node, erro
 	return &chainHead{link: blobs.Link{Hash: root, Bytes: bytes}, meta: meta}, node, nil
 }
 
-// chainSteps lists the nodes from the base up to root, without those up to and including after (zero: from the base).
-func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Node, *chainHead, error) {
-	var steps []blobs.Node
+// chainSteps lists the nodes from the base up to root, without those up to and including after (zero: from the base). It names them only: together they may
+// be as large as the state.
+func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Hash, *chainHead, error) {
+	var steps []blobs.Hash
 	var newest *chainHead
 	for at := root; at != after; {
 		head, node, err := readHead(store, at)
@@ -209,7 +213,7 @@ func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Node, *chai
 		if newest == nil {
 			newest = head
 		}
-		steps = append(steps, node)
+		steps = append(steps, at)
 		if node.Kind == kindBase {
 			break
 		}
@@ -231,8 +235,17 @@ func metaOf(node blobs.Node) (*componentsv1.CheckpointMeta, error) {
 	return meta, nil
 }
 
-// stepFrames calls send with every frame of one chain node, in order.
-func stepFrames(store *blobs.Store, node blobs.Node, send func(*componentv1.StateFrame) error) error {
+// stepFrames calls send with every frame of one node of a chain, in order.
+func stepFrames(store *blobs.Store, step blobs.Hash, send func(*componentv1.StateFrame) error) error {
+	node, err := store.Get(step)
+	if err != nil {
+		return fmt.Errorf("read checkpoint %s: %w", step, err)
+	}
+	return nodeFrames(store, node, send)
+}
+
+// nodeFrames is stepFrames for a node that was read.
+func nodeFrames(store *blobs.Store, node blobs.Node, send func(*componentv1.StateFrame) error) error {
 	meta, err := metaOf(node)
 	if err != nil {
 		return err

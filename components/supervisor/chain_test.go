@@ -98,6 +98,32 @@ func TestAChainGivesBackWhatWasWrittenInOrder(t *testing.T) {
 	})
 }
 
+// A chain is rewritten as a base when its deltas outweigh the base, or when they are many for its size.
+func TestWhenAChainNeedsABase(t *testing.T) {
+	for _, c := range []struct {
+		chain, bytes, base uint64
+		needs              bool
+	}{
+		{chain: 1, bytes: 1 << 20, base: 1 << 10},
+		{chain: 1, bytes: 1<<20 + 1, base: 1 << 10, needs: true},
+		{chain: 1, bytes: 64 << 20, base: 64 << 20},
+		{chain: 1, bytes: 64<<20 + 1, base: 64 << 20, needs: true},
+		{chain: maxChain - 1, base: 1 << 10},
+		{chain: maxChain, base: 1 << 10, needs: true},
+		{chain: maxChain, base: 64 << 20},
+		{chain: maxChain + 256, base: 64 << 20, needs: true},
+		{chain: longChain, base: 1 << 40, needs: true},
+	} {
+		h := &chainHead{meta: &componentsv1.CheckpointMeta{Chain: c.chain, ChainBytes: c.bytes, BaseBytes: c.base}}
+		if h.needsBase() != c.needs {
+			t.Errorf("%+v: a base is needed: %v", c, !c.needs)
+		}
+	}
+	if !(*chainHead)(nil).needsBase() {
+		t.Error("no checkpoint needs no base")
+	}
+}
+
 func TestWhatIsNoChainIsRefused(t *testing.T) {
 	onBench(t, func(b *bench) {
 		put := func(n blobs.Node) blobs.Hash {

@@ -204,7 +204,11 @@ func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blo
 }
 
 // checkedStep sends the frames of one node of a chain, checked. What was stored before frames were checked is left to the component to judge.
-func (s *Supervisor) checkedStep(instance string, node blobs.Node, send func(*componentv1.StateFrame) error) error {
+func (s *Supervisor) checkedStep(instance string, step blobs.Hash, send func(*componentv1.StateFrame) error) error {
+	node, err := s.cfg.Blobs.Get(step)
+	if err != nil {
+		return fmt.Errorf("read checkpoint %s: %w", step, err)
+	}
 	meta, err := metaOf(node)
 	if err != nil {
 		return err
@@ -218,7 +222,7 @@ func (s *Supervisor) checkedStep(instance string, node blobs.Node, send func(*co
 		}
 		return fmt.Errorf("the checkpoint of mark %d: %w", meta.GetMark(), err)
 	}
-	err = stepFrames(s.cfg.Blobs, node, func(f *componentv1.StateFrame) error {
+	err = nodeFrames(s.cfg.Blobs, node, func(f *componentv1.StateFrame) error {
 		if wrong == nil {
 			if err := look(check.Frame(f)); err != nil {
 				return err
