@@ -308,7 +308,11 @@ func (s *saver) repair(ctx context.Context) error {
 	have := slices.DeleteFunc(s.keepers(), func(id peer.ID) bool { return !s.cfg.alive(id) })
 	to, _ := s.cfg.holders()
 	if give := lacking(to, slices.Compact(slices.Sorted(slices.Values(have))), s.cfg.apart); len(give) > 0 {
-		got, err := s.cfg.store.Push(ctx, saved.Root, give, 1)
+		push := s.cfg.store.Push
+		if len(have) >= restingLeast { // it is safe for now
+			push = s.cfg.store.PushGently
+		}
+		got, err := push(ctx, saved.Root, give, 1)
 		if err != nil {
 			return fmt.Errorf("repair the copies of %s: %w", s.cfg.instance, err)
 		}

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/coppice-project/coppice/dht/peers"
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
 )
 
@@ -103,6 +104,70 @@ func TestAWriterHoldsLittleForASlowHolder(t *testing.T) {
 		g.net.Thaw(simID(1))
 		if err := <-done; err != nil || r.n.Load() != int64(len(data)) {
 			t.Errorf("%d bytes, %v", r.n.Load(), err)
+		}
+	})
+}
+
+// slowStream is a link on which a frame takes 10 ms.
+type slowStream struct {
+	peers.Stream
+	frames int
+}
+
+func (s *slowStream) Write(b []byte) (int, error) {
+	s.frames++
+	time.Sleep(10 * time.Millisecond)
+	return len(b), nil
+}
+
+func (s *slowStream) SetWriteDeadline(time.Time) error { return nil }
+
+// What has no hurry takes a quarter of a link, what has takes all of it.
+func TestCopiesThatNobodyWaitsForTakeAShareOfTheLink(t *testing.T) {
+	inGrove(t, 1, func(t *testing.T, g *grove) {
+		page := Node{Kind: KindPage, Data: content(4, pageSize)}
+		for _, c := range []struct {
+			ctx  context.Context
+			each time.Duration
+		}{
+			{context.Background(), 10 * time.Millisecond},
+			{context.WithValue(context.Background(), gently{}, true), (1 + gentleShare) * 10 * time.Millisecond},
+		} {
+			link := &slowStream{}
+			send := &transfer{s: g.nodes[0].Store, x: newSession(simID(1), link, time.Second)}
+			began := time.Now()
+			for range 100 {
+				if err := send.put(c.ctx, page.encode()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := send.flush(c.ctx); err != nil {
+				t.Fatal(err)
+			}
+			if took, want := time.Since(began), time.Duration(link.frames)*c.each; link.frames < 10 || took != want {
+				t.Errorf("%d frames took %v, want %v", link.frames, took, want)
+			}
+		}
+	})
+}
+
+// A gentle push ends like any other.
+func TestAGentlePushArrives(t *testing.T) {
+	inGrove(t, 2, func(t *testing.T, g *grove) {
+		data := content(5, 3<<20)
+		l := g.nodes[0].write(data)
+		acked, err := g.nodes[0].PushGently(context.Background(), l.Hash, g.ids(1), 1)
+		if err != nil || len(acked) != 1 {
+			t.Fatalf("%v %v", acked, err)
+		}
+		g.nodes[1].mustRead(l.Hash, data)
+		frames := g.nodes[0].stats.gentle.Load()
+		if frames < 3<<20/framePages {
+			t.Errorf("%d frames went gently", frames)
+		}
+		l = g.nodes[0].write(content(6, 3<<20))
+		if _, err := g.nodes[0].Push(context.Background(), l.Hash, g.ids(1), 1); err != nil || g.nodes[0].stats.gentle.Load() != frames {
+			t.Errorf("a push that is waited for went gently: %v", err)
 		}
 	})
 }
