@@ -40,6 +40,8 @@ type Config struct {
 	Profile   string // lan | wan | local
 	Version   string
 	Log       *slog.Logger
+	// Copies of a checkpoint, the owner's included, and how many of them a commit waits for at least: for benchmarks. 0: supervisor.Replicas, and a majority.
+	Copies, CopyAcks int
 	// Import opens the file of a component (coppice fork --export) that is taken in before the node says that it is ready; it is read three times. nil: none.
 	Import func() (io.ReadCloser, error)
 

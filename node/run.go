@@ -71,6 +71,7 @@ func (n *Node) openPlatform() (err error) {
 		Self: n.id, Name: n.cfg.Name, Boot: n.boot, Arbiter: n.arbiter, Members: n.members, Blobs: n.blobs, Artifacts: n.artifacts(), Runner: n.runner, Peers: p, Caller: n.caller,
 		Events: n.events, Shell: n.newShell, RunDir: n.runDir(), LogDir: n.logDir(), DataDir: filepath.Join(n.cfg.Data, "components"), Log: n.log,
 		Now: n.clusterNow, Profile: n.cfg.Profile, BootTime: n.cfg.BootTime, Touch: n.arbiter.HeardLeader, Changed: n.changedInstances,
+		Copies: n.cfg.Copies, CopyAcks: n.cfg.CopyAcks,
 		Adopted: func(reg arbiter.Register) {
 			if name := components.InstanceOfKey(reg.Key); name != "" {
 				n.direct.tell(componentOf(name))

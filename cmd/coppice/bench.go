@@ -12,13 +12,14 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/internal/bench"
 	"github.com/coppice-project/coppice/internal/cluster"
 )
 
 func (c *cli) benchCmd() *cobra.Command {
 	var runs, nodes int
-	var profile string
+	var profile, size string
 	var place bench.PlacementConfig
 	var about strings.Builder
 	for _, n := range bench.Names() {
@@ -33,6 +34,8 @@ func (c *cli) benchCmd() *cobra.Command {
 		example: examples(
 			"coppice bench failover", "",
 			"coppice bench swap --runs 20 -o json", "for a script",
+			"coppice bench checkpoint --size 1GiB --runs 3", "how much memory it takes",
+			"coppice bench failover --size 256MiB", "",
 			"coppice bench placement --generate --deadline 500ms", "instances of its own",
 			"coppice bench placement --instances in --solutions out", "those of a folder",
 			"coppice bench placement --trace day.json.gz", "policies of redeployment, played on a trace",
@@ -43,7 +46,11 @@ func (c *cli) benchCmd() *cobra.Command {
 			if args[0] == "placement" {
 				return c.benchPlacement(ctx, place)
 			}
-			return c.bench(ctx, args[0], bench.Config{Runs: runs, Nodes: nodes, Profile: profile})
+			bytes, err := benchSize(args[0], size)
+			if err != nil {
+				return err
+			}
+			return c.bench(ctx, args[0], bench.Config{Runs: runs, Nodes: nodes, Profile: profile, Size: bytes})
 		},
 	})
 	cmd.Flags().StringVar(&place.Instances, "instances", "", "of placement: folder of instances, .json and .json.gz; with --generate they are written there")
@@ -56,6 +63,7 @@ func (c *cli) benchCmd() *cobra.Command {
 	cmd.Flags().BoolVar(&place.CPUTime, "cpu-time", false, "of placement: count CPU time instead, on a machine that is busy with other things")
 	cmd.Flags().IntVar(&runs, "runs", 10, "samples of each figure")
 	cmd.Flags().StringVar(&profile, "profile", "", "lan or wan, of traffic (default both) and scale (default lan)")
+	cmd.Flags().StringVar(&size, "size", "", "of failover, checkpoint and move: the component's state, such as 256MiB (default 1MiB, 64MiB, 64MiB)")
 	cmd.Flags().IntVar(&nodes, "nodes", 0, "of scale (default 250, which take a minute of CPU; time and memory grow with their square)")
 	return cmd
 }
@@ -139,4 +147,22 @@ func figure(x float64) string {
 		return fmt.Sprintf("%.0f", x)
 	}
 	return fmt.Sprintf("%.3g", x)
+}
+
+// benchSize reads --size.
+func benchSize(what, size string) (int64, error) {
+	if size == "" {
+		return 0, nil
+	}
+	if !slices.Contains([]string{"failover", "checkpoint", "move"}, what) {
+		return 0, usagef("--size %s: it is for failover, checkpoint and move", size)
+	}
+	n, err := components.ParseSize(size)
+	if err != nil {
+		return 0, usagef("--size %q: want a size such as 256MiB", size)
+	}
+	if n < 64<<10 || n > 4<<30 {
+		return 0, usagef("--size %s: want 64KiB to 4GiB", size)
+	}
+	return int64(n), nil
 }

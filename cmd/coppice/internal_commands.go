@@ -26,6 +26,8 @@ func internalCommand(args []string) (code int, ok bool) {
 		return builtinComponent(args[1]), true
 	case bench.ScaleCommand:
 		bench.ServeScale()
+	case bench.SinkCommand:
+		return benchSink(args[1:]), true
 	case load.Command:
 		return loadGenerator(), true
 	}
@@ -36,6 +38,19 @@ func internalCommand(args []string) (code int, ok bool) {
 func loadGenerator() int {
 	if err := load.Serve(context.Background(), os.Stdin, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "coppice: "+load.Command+": "+err.Error())
+		return exitFailed
+	}
+	return 0
+}
+
+// benchSink is the receiver of a benchmark's baseline: a process that ends when its standard input does.
+func benchSink(args []string) int {
+	if len(args) != 2 {
+		fmt.Fprintln(os.Stderr, "coppice: "+bench.SinkCommand+": want an address and a folder")
+		return exitUsage
+	}
+	if err := bench.ServeSink(args[0], args[1]); err != nil {
+		fmt.Fprintln(os.Stderr, "coppice: "+bench.SinkCommand+": "+err.Error())
 		return exitFailed
 	}
 	return 0

@@ -28,6 +28,7 @@ type upConfig struct {
 	Plugins           string
 	Voters            int
 	View              int
+	Copies, CopyAcks  int // of checkpoints, for benchmarks; 0: as always
 	Profile           string
 	Version           string
 	LogLevel          slog.Level
@@ -42,7 +43,7 @@ type upFlags struct {
 	listen, advertise, labels                  []string
 	capacity, plugins, profile, level, logForm string
 	allowExec                                  bool
-	voters, view                               int
+	voters, view, copies, acks                 int
 }
 
 func (f *upFlags) register(fs *pflag.FlagSet) {
@@ -56,6 +57,11 @@ func (f *upFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.role, "role", "full", "full, voter (no components) or worker (no votes)")
 	fs.IntVar(&f.voters, "voters", 5, "how many nodes vote at most: 1, 3, 5 or 7; the same at all nodes")
 	fs.IntVar(&f.view, "view", 0, "how many members records and lookups go by, 16 or more; for clusters of hundreds (default: all)")
+	fs.IntVar(&f.copies, "copies", 0, "for benchmarks: copies of a checkpoint, the owner's included")
+	fs.IntVar(&f.acks, "copy-acks", 0, "for benchmarks: how many of them a commit waits for at least")
+	for _, hidden := range []string{"copies", "copy-acks"} {
+		fs.Lookup(hidden).Hidden = true
+	}
 	fs.StringVar(&f.join, "join", "", "token of the cluster to join, @FILE or - for stdin")
 	fs.StringVar(&f.imported, "import", "", "file that coppice fork --export wrote: its component is made one of this cluster, once")
 	fs.StringVar(&f.api, "api", "", "address of the control API (default: a unix socket in the data folder)")
@@ -99,7 +105,10 @@ func (f *upFlags) config(c *cli, fs *pflag.FlagSet) (upConfig, error) {
 	if !slices.Contains([]int{1, 3, 5, 7}, f.voters) {
 		return cfg, usagef("--voters %d: want 1, 3, 5 or 7", f.voters)
 	}
-	cfg.Voters, cfg.View = f.voters, f.view
+	if f.copies < 0 || f.acks < 0 || f.copies > 16 {
+		return cfg, usagef("--copies %d, --copy-acks %d: want 1 to 16 copies", f.copies, f.acks)
+	}
+	cfg.Voters, cfg.View, cfg.Copies, cfg.CopyAcks = f.voters, f.view, f.copies, f.acks
 	if err := cfg.LogLevel.UnmarshalText([]byte(f.level)); err != nil {
 		return cfg, usagef("--log-level %q: want debug, info, warn or error", f.level)
 	}

@@ -40,7 +40,7 @@ func runUp(ctx context.Context, cfg upConfig, log *slog.Logger, ready func(ready
 		Import: open,
 		Data:   cfg.Data, Name: cfg.Name, Listen: cfg.Listen, Advertise: cfg.Advertise, Zone: cfg.Zone, Role: cfg.Role, Join: cfg.Join, API: cfg.API, HTTP: cfg.HTTP,
 		Labels: cfg.Labels, Capacity: node.Capacity{CPUMillis: cfg.CPUMillis, MemoryBytes: cfg.MemoryBytes, DiskBytes: cfg.DiskBytes}, Plugins: cfg.Plugins,
-		Profile: cfg.Profile, MaxVoters: cfg.Voters, View: cfg.View, Version: cfg.Version, Log: log, Die: die,
+		Profile: cfg.Profile, MaxVoters: cfg.Voters, View: cfg.View, Copies: cfg.Copies, CopyAcks: cfg.CopyAcks, Version: cfg.Version, Log: log, Die: die,
 		FS: harm.FS(vfs.Default), Format: harm.Format(arbiter.MaxFormat),
 	}
 	if err := nc.Validate(); err != nil {

@@ -7,6 +7,9 @@ import (
 	"io"
 	"sync"
 
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/membrane"
 	"github.com/coppice-project/coppice/plugins/contract/component/frames"
@@ -84,6 +87,7 @@ func (s *saver) pumpFrames(p *membrane.Patience, since uint64, w io.Writer, chec
 	if err != nil {
 		return err
 	}
+	var buf []byte
 	for {
 		var f *componentv1.StateFrame
 		err := p.Step(membrane.StateStall, "gave nothing of its state", func() (err error) { f, err = stream.Recv(); return err })
@@ -96,11 +100,11 @@ func (s *saver) pumpFrames(p *membrane.Patience, since uint64, w io.Writer, chec
 		if err := check(f); err != nil {
 			return err
 		}
-		var buf frameBuffer
-		if err := buf.add(f); err != nil {
-			return err
+		buf = protowire.AppendVarint(buf[:0], uint64(proto.Size(f)))
+		if buf, err = (proto.MarshalOptions{UseCachedSize: true}).MarshalAppend(buf, f); err != nil {
+			return fmt.Errorf("encode a state frame: %w", err)
 		}
-		if _, err := w.Write(buf.buf.Bytes()); err != nil {
+		if _, err := w.Write(buf); err != nil {
 			return err
 		}
 	}
@@ -140,7 +144,7 @@ func (s *saver) base(ctx context.Context, snap *snapshot) (*chainHead, error) {
 		return nil, err
 	}
 	mark, _ := snap.state()
-	return writeBase(ctx, s.cfg.store, s.meta(mark), br)
+	return writeBase(ctx, s.cfg.store, s.meta(mark), br, s.route())
 }
 
 // capture saves by asking the component for its state, not its journal: what changed since the last commit, or all of it.
@@ -198,11 +202,11 @@ func (s *saver) captured(ctx context.Context, snap *snapshot, head *chainHead, s
 		s.blame(&s.stateFault, err)
 		return nil, err
 	case whole:
-		next, err := writeBase(ctx, s.cfg.store, s.meta(mark), br)
+		next, err := writeBase(ctx, s.cfg.store, s.meta(mark), br, s.route())
 		if err == nil && next.link.Hash == saved.Root {
 			return nil, nil
 		}
 		return next, err
 	}
-	return writeDelta(ctx, s.cfg.store, head, s.meta(mark), br)
+	return writeDelta(ctx, s.cfg.store, head, s.meta(mark), br, s.route())
 }

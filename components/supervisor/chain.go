@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/encoding/protodelim"
 	"google.golang.org/protobuf/proto"
 
@@ -26,9 +27,12 @@ const (
 	chainFormat = 1
 	// inlineFrames is how many bytes of frames ride inside a delta's own node. Above it they become a stream of pages.
 	inlineFrames = 512 << 10
-	// maxChain is how many deltas may follow a base before the next base is begun, beside the calls: it bounds what a restore reads one
-	// by one.
-	maxChain = 256
+	// maxChain deltas may follow a base before the next base is begun, beside the calls, and one more for each chainPer bytes of the base, up to longChain:
+	// it bounds what a restore reads one by one, to a small part of what it reads in all. A large state that changes a little, often, is not rewritten all
+	// the time.
+	maxChain  = 256
+	chainPer  = 256 << 10
+	longChain = fullChain / 4
 	// fullChain is where commits wait for the next base: compaction does not keep up.
 	fullChain = 4096
 	// longestChain is what a reader takes: more than any writer makes.
@@ -60,6 +64,38 @@ func (b *frameBuffer) add(f *componentv1.StateFrame) error {
 type chainHead struct {
 	link blobs.Link
 	meta *componentsv1.CheckpointMeta
+	// node is the head itself where it is not in the store yet: it is put there while it travels to the holders. nil: it is.
+	node *blobs.Node
+}
+
+// keep puts the head into the store, where it is not there yet.
+func (h *chainHead) keep(store *blobs.Store) error {
+	if h.node == nil {
+		return nil
+	}
+	if _, err := store.Put(*h.node); err != nil {
+		return fmt.Errorf("store the checkpoint of %s: %w", h.meta.GetInstance(), err)
+	}
+	h.node = nil
+	return nil
+}
+
+// push brings the head, and what is below it, to holders and returns those who have it on their disk, at least w.
+func (h *chainHead) push(ctx context.Context, store *blobs.Store, to []peer.ID, w int) ([]peer.ID, error) {
+	if h.node == nil {
+		return store.Push(ctx, h.link.Hash, to, w)
+	}
+	kept, acked, err := store.PutPush(ctx, *h.node, to, w)
+	if kept.Hash == h.link.Hash {
+		h.node = nil
+	}
+	return acked, err
+}
+
+// route is who is brought the pages of a checkpoint while it is written, and how many of them set the pace. The zero value: nobody.
+type route struct {
+	to []peer.ID
+	w  int
 }
 
 func (h *chainHead) needsBase() bool {
@@ -67,21 +103,26 @@ func (h *chainHead) needsBase() bool {
 		return true
 	}
 	m := h.meta
-	return m.GetChain() >= maxChain || (m.GetChainBytes() > minCompactBytes && m.GetChainBytes() > m.GetBaseBytes())
+	return m.GetChain() >= min(maxChain+m.GetBaseBytes()/chainPer, longChain) || (m.GetChainBytes() > minCompactBytes && m.GetChainBytes() > m.GetBaseBytes())
 }
 
 // writeBase stores a whole state read from frames and returns its head. Everything is durable here when it returns.
-func writeBase(ctx context.Context, store *blobs.Store, meta *componentsv1.CheckpointMeta, frames io.Reader) (*chainHead, error) {
-	tree, err := store.WriteStream(ctx, frames)
+func writeBase(ctx context.Context, store *blobs.Store, meta *componentsv1.CheckpointMeta, frames io.Reader, r route) (*chainHead, error) {
+	tree, err := store.WriteStreamTo(ctx, frames, r.to, r.w)
 	if err != nil {
 		return nil, fmt.Errorf("store the state of %s: %w", meta.GetInstance(), err)
 	}
 	meta.Format, meta.Chain, meta.ChainBytes, meta.BaseBytes, meta.Frames = chainFormat, 0, 0, tree.Bytes, nil
-	return putHead(store, kindBase, []blobs.Link{tree}, meta)
+	head, err := newHead(kindBase, []blobs.Link{tree}, meta)
+	if err != nil {
+		return nil, err
+	}
+	return head, head.keep(store)
 }
 
-// writeDelta stores what changed after prev and returns the new head. Nothing is stored under a name when frames end with an error.
-func writeDelta(ctx context.Context, store *blobs.Store, prev *chainHead, meta *componentsv1.CheckpointMeta, frames io.Reader) (*chainHead, error) {
+// writeDelta stores what changed after prev and returns the new head, which itself is not stored yet. Nothing is stored under a name when frames end with
+// an error.
+func writeDelta(ctx context.Context, store *blobs.Store, prev *chainHead, meta *componentsv1.CheckpointMeta, frames io.Reader, r route) (*chainHead, error) {
 	links := []blobs.Link{prev.link}
 	begin, err := io.ReadAll(io.LimitReader(frames, inlineFrames+1))
 	if err != nil {
@@ -92,7 +133,7 @@ func writeDelta(ctx context.Context, store *blobs.Store, prev *chainHead, meta *
 		meta.Frames = begin
 	} else {
 		rest := &counted{r: frames}
-		tree, err := store.WriteStream(ctx, io.MultiReader(bytes.NewReader(begin), rest))
+		tree, err := store.WriteStreamTo(ctx, io.MultiReader(bytes.NewReader(begin), rest), r.to, r.w)
 		if err != nil {
 			return nil, fmt.Errorf("store a delta of %s: %w", meta.GetInstance(), err)
 		}
@@ -101,7 +142,7 @@ func writeDelta(ctx context.Context, store *blobs.Store, prev *chainHead, meta *
 	}
 	meta.Format, meta.Chain = chainFormat, prev.meta.GetChain()+1
 	meta.ChainBytes, meta.BaseBytes = prev.meta.GetChainBytes()+size, prev.meta.GetBaseBytes()
-	return putHead(store, kindDelta, links, meta)
+	return newHead(kindDelta, links, meta)
 }
 
 // counted counts what is read of it.
@@ -116,18 +157,20 @@ func (c *counted) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func putHead(store *blobs.Store, kind string, links []blobs.Link, meta *componentsv1.CheckpointMeta) (*chainHead, error) {
+// newHead makes the head of a chain, which is not stored yet.
+func newHead(kind string, links []blobs.Link, meta *componentsv1.CheckpointMeta) (*chainHead, error) {
 	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(meta)
 	if err != nil {
 		return nil, fmt.Errorf("encode the checkpoint of %s: %w", meta.GetInstance(), err)
 	}
-	link, err := store.Put(blobs.Node{Kind: kind, Links: links, Data: data})
+	node := blobs.Node{Kind: kind, Links: links, Data: data}
+	link, err := blobs.LinkOf(node)
 	if err != nil {
 		return nil, fmt.Errorf("store the checkpoint of %s: %w", meta.GetInstance(), err)
 	}
 	head := proto.Clone(meta).(*componentsv1.CheckpointMeta)
 	head.Frames = nil
-	return &chainHead{link: link, meta: head}, nil
+	return &chainHead{link: link, meta: head, node: &node}, nil
 }
 
 // readHead returns the head of a root that is here, and its node.
@@ -157,9 +200,10 @@ func readHead(store *blobs.Store, root blobs.Hash) (*chainHead, blobs.Node, erro
 	return &chainHead{link: blobs.Link{Hash: root, Bytes: bytes}, meta: meta}, node, nil
 }
 
-// chainSteps lists the nodes from the base up to root, without those up to and including after (zero: from the base).
-func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Node, *chainHead, error) {
-	var steps []blobs.Node
+// chainSteps lists the nodes from the base up to root, without those up to and including after (zero: from the base). It names them only: together they may
+// be as large as the state.
+func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Hash, *chainHead, error) {
+	var steps []blobs.Hash
 	var newest *chainHead
 	for at := root; at != after; {
 		head, node, err := readHead(store, at)
@@ -169,7 +213,7 @@ func chainSteps(store *blobs.Store, root, after blobs.Hash) ([]blobs.Node, *chai
 		if newest == nil {
 			newest = head
 		}
-		steps = append(steps, node)
+		steps = append(steps, at)
 		if node.Kind == kindBase {
 			break
 		}
@@ -191,8 +235,17 @@ func metaOf(node blobs.Node) (*componentsv1.CheckpointMeta, error) {
 	return meta, nil
 }
 
-// stepFrames calls send with every frame of one chain node, in order.
-func stepFrames(store *blobs.Store, node blobs.Node, send func(*componentv1.StateFrame) error) error {
+// stepFrames calls send with every frame of one node of a chain, in order.
+func stepFrames(store *blobs.Store, step blobs.Hash, send func(*componentv1.StateFrame) error) error {
+	node, err := store.Get(step)
+	if err != nil {
+		return fmt.Errorf("read checkpoint %s: %w", step, err)
+	}
+	return nodeFrames(store, node, send)
+}
+
+// nodeFrames is stepFrames for a node that was read.
+func nodeFrames(store *blobs.Store, node blobs.Node, send func(*componentv1.StateFrame) error) error {
 	meta, err := metaOf(node)
 	if err != nil {
 		return err

@@ -43,7 +43,7 @@ func TestAChainGivesBackWhatWasWrittenInOrder(t *testing.T) {
 			return &componentsv1.CheckpointMeta{Instance: testInstance, Schema: 1, Mark: mark}
 		}
 		ctx := context.Background()
-		head, err := writeBase(ctx, b.blobs[0], meta(1), bytes.NewReader(stored(t, frame(1, 300<<10), frame(1, 0), frame(1, 2<<20))))
+		head, err := writeBase(ctx, b.blobs[0], meta(1), bytes.NewReader(stored(t, frame(1, 300<<10), frame(1, 0), frame(1, 2<<20))), route{})
 		b.must(err)
 		middle := blobs.Hash{}
 		upTo := 0
@@ -52,8 +52,11 @@ func TestAChainGivesBackWhatWasWrittenInOrder(t *testing.T) {
 			if mark == 5 {
 				size = inlineFrames + 1 // too much to lie in the node
 			}
-			head, err = writeDelta(ctx, b.blobs[0], head, meta(mark), bytes.NewReader(stored(t, frame(mark, size))))
+			head, err = writeDelta(ctx, b.blobs[0], head, meta(mark), bytes.NewReader(stored(t, frame(mark, size))), route{})
 			b.must(err)
+			if mark != 11 { // the last one is put while it travels
+				b.must(head.keep(b.blobs[0]))
+			}
 			if mark == 6 {
 				middle, upTo = head.link.Hash, len(want)
 			}
@@ -61,7 +64,7 @@ func TestAChainGivesBackWhatWasWrittenInOrder(t *testing.T) {
 		if m := head.meta; m.GetChain() != 10 || m.GetMark() != 11 || m.GetChainBytes() < inlineFrames || m.GetBaseBytes() < 2<<20 || len(m.GetFrames()) != 0 {
 			t.Errorf("the head says %v", m)
 		}
-		_, err = b.blobs[0].Push(ctx, head.link.Hash, b.ids[1:2], 1)
+		_, err = head.push(ctx, b.blobs[0], b.ids[1:2], 1)
 		b.must(err)
 		read := func(after blobs.Hash) []*componentv1.StateFrame {
 			steps, newest, err := chainSteps(b.blobs[1], head.link.Hash, after)
@@ -93,6 +96,32 @@ func TestAChainGivesBackWhatWasWrittenInOrder(t *testing.T) {
 			t.Errorf("nothing after itself: %d, %v", len(steps), err)
 		}
 	})
+}
+
+// A chain is rewritten as a base when its deltas outweigh the base, or when they are many for its size.
+func TestWhenAChainNeedsABase(t *testing.T) {
+	for _, c := range []struct {
+		chain, bytes, base uint64
+		needs              bool
+	}{
+		{chain: 1, bytes: 1 << 20, base: 1 << 10},
+		{chain: 1, bytes: 1<<20 + 1, base: 1 << 10, needs: true},
+		{chain: 1, bytes: 64 << 20, base: 64 << 20},
+		{chain: 1, bytes: 64<<20 + 1, base: 64 << 20, needs: true},
+		{chain: maxChain - 1, base: 1 << 10},
+		{chain: maxChain, base: 1 << 10, needs: true},
+		{chain: maxChain, base: 64 << 20},
+		{chain: maxChain + 256, base: 64 << 20, needs: true},
+		{chain: longChain, base: 1 << 40, needs: true},
+	} {
+		h := &chainHead{meta: &componentsv1.CheckpointMeta{Chain: c.chain, ChainBytes: c.bytes, BaseBytes: c.base}}
+		if h.needsBase() != c.needs {
+			t.Errorf("%+v: a base is needed: %v", c, !c.needs)
+		}
+	}
+	if !(*chainHead)(nil).needsBase() {
+		t.Error("no checkpoint needs no base")
+	}
 }
 
 func TestWhatIsNoChainIsRefused(t *testing.T) {

@@ -37,7 +37,7 @@ func (s *saver) commit(ctx context.Context, head *chainHead) error {
 	s.mu.Unlock()
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
 		pctx, stop := s.untilCut(ctx)
-		acked, w, err := s.push(pctx, head.link.Hash)
+		acked, w, err := s.push(pctx, head)
 		stop()
 		if err == nil {
 			return s.propose(ctx, &proposal{head: head, req: arbiter.CommitRequest{
@@ -56,9 +56,9 @@ func (s *saver) commit(ctx context.Context, head *chainHead) error {
 	}
 }
 
-// push brings a root to its holders and returns those who acknowledged it, at least w. It takes as long as it gets on: what ends it is that so many holders are
+// push brings a head to its holders and returns those who acknowledged it, at least w. It takes as long as it gets on: what ends it is that so many holders are
 // dead, unreachable or silent that w cannot be reached. Then they are chosen anew.
-func (s *saver) push(ctx context.Context, root blobs.Hash) ([]peer.ID, int, error) {
+func (s *saver) push(ctx context.Context, head *chainHead) ([]peer.ID, int, error) {
 	to, w := s.cfg.holders()
 	if planted.Bug("one-holder-less") {
 		w = max(w-1, 1)
@@ -66,7 +66,7 @@ func (s *saver) push(ctx context.Context, root blobs.Hash) ([]peer.ID, int, erro
 	if len(to) < w {
 		return nil, w, fmt.Errorf("checkpoint %s: %d holders are alive, %d must acknowledge", s.cfg.instance, len(to), w)
 	}
-	acked, err := s.cfg.store.Push(ctx, root, to, w)
+	acked, err := head.push(ctx, s.cfg.store, to, w)
 	if err != nil {
 		return nil, w, fmt.Errorf("checkpoint %s: copy to the holders: %w", s.cfg.instance, err)
 	}
@@ -103,6 +103,15 @@ func (s *saver) propose(ctx context.Context, p *proposal) error {
 			return err
 		}
 	}
+}
+
+// route is where the pages of the next checkpoint go while they are written.
+func (s *saver) route() route {
+	if s.alone() {
+		return route{}
+	}
+	to, w := s.cfg.holders()
+	return route{to, w}
 }
 
 // alone says whether checkpoints go on without the arbiter.
@@ -143,6 +152,9 @@ func (s *saver) untilCut(ctx context.Context) (context.Context, func()) {
 
 // commitAlone makes head the branch's newest checkpoint, on this node's disk: answers that wait for it are given.
 func (s *saver) commitAlone(head *chainHead) error {
+	if err := head.keep(s.cfg.store); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	before := s.saved
 	s.mu.Unlock()
@@ -298,7 +310,11 @@ func (s *saver) repair(ctx context.Context) error {
 	have := slices.DeleteFunc(s.keepers(), func(id peer.ID) bool { return !s.cfg.alive(id) })
 	to, _ := s.cfg.holders()
 	if give := lacking(to, slices.Compact(slices.Sorted(slices.Values(have))), s.cfg.apart); len(give) > 0 {
-		got, err := s.cfg.store.Push(ctx, saved.Root, give, 1)
+		push := s.cfg.store.Push
+		if len(have) >= restingLeast { // it is safe for now
+			push = s.cfg.store.PushGently
+		}
+		got, err := push(ctx, saved.Root, give, 1)
 		if err != nil {
 			return fmt.Errorf("repair the copies of %s: %w", s.cfg.instance, err)
 		}

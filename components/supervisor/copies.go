@@ -245,7 +245,11 @@ func (s *Supervisor) repairCopies(ctx context.Context, reg arbiter.Register, hav
 		have = append(have, s.cfg.Self)
 	}
 	if give := lacking(to, have, s.apart); len(give) > 0 {
-		got, err := s.cfg.Blobs.Push(ctx, root, give, 1)
+		push := s.cfg.Blobs.Push
+		if len(have) >= restingLeast {
+			push = s.cfg.Blobs.PushGently
+		}
+		got, err := push(ctx, root, give, 1)
 		if err != nil {
 			return fmt.Errorf("copy %s to its holders: %w", reg.Key, err)
 		}

@@ -21,6 +21,6 @@
 //
 // # Limits
 //
-// One replace at a time per instance; a chain of at most 256 deltas between bases; 30 s for a take-over; back-off 100 ms to 30 s
+// One replace at a time per instance; a chain of 256 deltas between bases, more where the base is large; 30 s for a take-over; back-off 100 ms to 30 s
 // between starts of an instance that fails.
 package supervisor

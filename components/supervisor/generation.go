@@ -189,7 +189,11 @@ func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blo
 }
 
 // checkedStep sends the frames of one node of a chain, checked. What was stored before frames were checked is left to the component to judge.
-func (s *Supervisor) checkedStep(instance string, node blobs.Node, send func(*componentv1.StateFrame) error) error {
+func (s *Supervisor) checkedStep(instance string, step blobs.Hash, send func(*componentv1.StateFrame) error) error {
+	node, err := s.cfg.Blobs.Get(step)
+	if err != nil {
+		return fmt.Errorf("read checkpoint %s: %w", step, err)
+	}
 	meta, err := metaOf(node)
 	if err != nil {
 		return err
@@ -203,7 +207,7 @@ func (s *Supervisor) checkedStep(instance string, node blobs.Node, send func(*co
 		}
 		return fmt.Errorf("the checkpoint of mark %d: %w", meta.GetMark(), err)
 	}
-	err = stepFrames(s.cfg.Blobs, node, func(f *componentv1.StateFrame) error {
+	err = nodeFrames(s.cfg.Blobs, node, func(f *componentv1.StateFrame) error {
 		if wrong == nil {
 			if err := look(check.Frame(f)); err != nil {
 				return err
@@ -379,7 +383,7 @@ func (i *instance) holders() ([]peer.ID, int) { return i.sup.holdersOf(i.key) }
 func (s *Supervisor) holdersOf(key string) ([]peer.ID, int) {
 	to := []peer.ID{s.cfg.Self}
 	add := func(id peer.ID) {
-		if m, ok := s.cfg.Members.Member(id); ok && m.State == members.Alive && !m.NoHolder && len(to) < replicas && !slices.Contains(to, id) {
+		if m, ok := s.cfg.Members.Member(id); ok && m.State == members.Alive && !m.NoHolder && len(to) < s.cfg.Copies && !slices.Contains(to, id) {
 			to = append(to, id)
 		}
 	}
@@ -393,17 +397,17 @@ func (s *Supervisor) holdersOf(key string) ([]peer.ID, int) {
 			}
 		}
 	}
-	for _, m := range s.cfg.Members.Closest(key, 2*replicas, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
+	for _, m := range s.cfg.Members.Closest(key, 2*s.cfg.Copies, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
 		add(m.ID)
 	}
 	s.spread(key, to)
-	return to, len(to)/2 + 1
+	return to, max(len(to)/2+1, min(s.cfg.CopyAcks, len(to)))
 }
 
 // spread has one of the holders be in another zone than this node, which is the first of them.
 func (s *Supervisor) spread(key string, to []peer.ID) {
 	self, ok := s.cfg.Members.Member(s.cfg.Self)
-	if !ok || self.Zone == "" || len(to) < replicas {
+	if !ok || self.Zone == "" || len(to) < s.cfg.Copies {
 		return
 	}
 	elsewhere := func(m members.Member) bool { return m.Zone != "" && m.Zone != self.Zone }

@@ -148,7 +148,7 @@ func (s *saver) commitPending(ctx context.Context) error {
 			buf.Write(e.frames)
 		}
 		var err error
-		if next, err = writeDelta(ctx, s.cfg.store, head, s.meta(entries[len(entries)-1].mark), &buf); err != nil {
+		if next, err = writeDelta(ctx, s.cfg.store, head, s.meta(entries[len(entries)-1].mark), &buf, s.route()); err != nil {
 			return err
 		}
 	}

@@ -80,7 +80,7 @@ func (i *instance) storeMerged(ctx context.Context, recv func() (*componentv1.St
 			}
 		}())
 	}()
-	head, err := writeBase(ctx, i.sup.cfg.Blobs, i.gen.saver.meta(first.GetMark()), pr)
+	head, err := writeBase(ctx, i.sup.cfg.Blobs, i.gen.saver.meta(first.GetMark()), pr, route{})
 	pr.CloseWithError(err)
 	<-done
 	return head, err

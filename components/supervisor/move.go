@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -43,6 +44,7 @@ type prepared struct {
 	finish  bool // the source is frozen and waits for the claim
 	claimed *arbiter.Register
 	timer   *time.Timer
+	restore sync.Mutex    // held while state goes into its process; guards root from when it is prepared
 	ending  bool          // it is being ended; until that is done the instance gets no other membrane here
 	over    chan struct{} // closed when it is ended
 }
@@ -66,6 +68,10 @@ func (i *instance) move(ctx context.Context, reg arbiter.Register, body *compone
 	if err != nil {
 		i.abort(to, name) // it may have been prepared all the same
 		return out, fmt.Errorf("move %s to %s: prepare: %w", i.name, out.To, err)
+	}
+	if err := i.advance(ctx, to, name); err != nil {
+		i.abort(to, name)
+		return out, fmt.Errorf("move %s to %s: bring what changed meanwhile: %w", i.name, out.To, err)
 	}
 	pauseBegin := time.Now()
 	defer i.leaseState().handing.Store(false)
@@ -137,22 +143,6 @@ func (i *instance) handOver(ctx context.Context, reg arbiter.Register, body *com
 	return reply.GetEpoch(), nil
 }
 
-// lostOwnership asks the log whether the target has claimed although its answer did not arrive. Not knowing counts as yes: a second
-// owner must not serve.
-func (i *instance) lostOwnership(ctx context.Context, reg arbiter.Register) bool {
-	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), finishDeadline)
-	defer cancel()
-	defer context.AfterFunc(i.sup.ctx, cancel)()
-	now, ok, err := i.sup.cfg.Arbiter.Read(rctx, i.key)
-	if err != nil {
-		return true
-	}
-	if ok {
-		i.sup.adopt(now)
-	}
-	return !ok || now.Epoch != reg.Epoch
-}
-
 func (i *instance) abort(to peer.ID, name string) {
 	i.sup.spawn(func() { i.sup.callOff(i.name, to, name) })
 }
@@ -171,6 +161,7 @@ func (s *Supervisor) handleMoves() {
 		return
 	}
 	peers.ServeCalls(s.cfg.Peers, protoPrepare, func() *componentsv1.PrepareMoveRequest { return &componentsv1.PrepareMoveRequest{} }, s.prepareMove)
+	peers.ServeCalls(s.cfg.Peers, protoAdvance, func() *componentsv1.FinishMoveRequest { return &componentsv1.FinishMoveRequest{} }, s.advanceMove)
 	peers.ServeCalls(s.cfg.Peers, protoFinish, func() *componentsv1.FinishMoveRequest { return &componentsv1.FinishMoveRequest{} }, s.finishMove)
 	peers.ServeCalls(s.cfg.Peers, protoAbort, func() *componentsv1.AbortMoveRequest { return &componentsv1.AbortMoveRequest{} }, s.abortMove)
 }
@@ -317,13 +308,8 @@ func (s *Supervisor) takeMoved(ctx context.Context, p *prepared, name string, re
 		return arbiter.Register{}, fmt.Errorf("no application has %s (%w)", body.GetComponent(), err)
 	}
 	root := hashFrom(req.GetRoot())
-	if !root.IsZero() && root != p.root {
-		if err := s.fetch(ctx, root, key, idsFrom(req.GetHolders())); err != nil {
-			return arbiter.Register{}, err
-		}
-		if err := s.restore(ctx, p.gen, root, p.root); err != nil {
-			return arbiter.Register{}, err
-		}
+	if err := s.bringTo(ctx, p, root, key, idsFrom(req.GetHolders())); err != nil {
+		return arbiter.Register{}, err
 	}
 	token := components.Token{Incarnation: reg.Incarnation, Epoch: p.epoch} // the next one is its own once it is claimed
 	if !body.GetLeased() {                                                  // else it is started when it has its lease

@@ -103,6 +103,8 @@ type Config struct {
 	Touch    func() time.Duration
 	// Changed is told that an instance's state changed; it must not block. May be nil.
 	Changed func()
+	// Copies of a checkpoint, this node's included, and how many of them a commit waits for at least; 0: Replicas, and a majority.
+	Copies, CopyAcks int
 	// Adopted is told registers that are newer than the local view; it must not block. May be nil.
 	Adopted func(reg arbiter.Register)
 }
@@ -153,6 +155,9 @@ func (s *Supervisor) date() uint64 { return uint64(max(s.cfg.Now().UnixMilli(), 
 func New(cfg Config) *Supervisor {
 	if cfg.Settle == 0 {
 		cfg.Settle = defaultSettle
+	}
+	if cfg.Copies <= 0 {
+		cfg.Copies = replicas
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now

@@ -49,17 +49,35 @@ func (s *Store) rely(h Hash, pin bool) (bool, error) {
 	return true, nil
 }
 
+// relyOn reports whether h is here and whether it is known to be complete, and pins it where it is complete.
+func (s *Store) relyOn(h Hash) (here, complete bool, err error) {
+	s.sweeping.RLock()
+	defer s.sweeping.RUnlock()
+	here, complete, err = s.standing(h)
+	if err == nil && complete {
+		s.pins.pin(h)
+	}
+	return here, complete, err
+}
+
 // isComplete reports what is known: a node without links is complete when it is here, another when it is marked.
 func (s *Store) isComplete(h Hash) (bool, error) {
+	_, ok, err := s.standing(h)
+	return ok, err
+}
+
+// standing is isComplete, and whether the node itself is here.
+func (s *Store) standing(h Hash) (here, complete bool, err error) {
 	leaf := false
-	ok, err := s.lookup(s.key(headKey, h), func(b []byte) error {
+	here, err = s.lookup(s.key(headKey, h), func(b []byte) error {
 		leaf = isLeafHead(b)
 		return nil
 	})
-	if err != nil || !ok || leaf {
-		return ok, err
+	if err != nil || !here || leaf {
+		return here, here, err
 	}
-	return s.flagged(h)
+	complete, err = s.flagged(h)
+	return here, complete, err
 }
 
 // isLeafHead reports whether a stored head has no links. An unreadable one has, so that it is never taken for complete.

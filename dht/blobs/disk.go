@@ -231,8 +231,15 @@ type stager struct {
 }
 
 // newStager begins a batch; pin says whether each node is pinned, taking over the pins of those it links to.
-func (s *Store) newStager(pin bool) *stager {
-	return &stager{s: s, b: s.db.NewBatch(), fresh: map[Hash]bool{}, now: time.Now(), pin: pin}
+func (s *Store) newStager(pin bool) *stager { return s.newStagerOf(pin, 0) }
+
+// newStagerOf is newStager for about so many bytes of nodes.
+func (s *Store) newStagerOf(pin bool, size int) *stager {
+	b := s.db.NewBatch()
+	if size > 0 {
+		b = s.db.NewBatchWithSize(size + size/8 + 4<<10)
+	}
+	return &stager{s: s, b: b, fresh: map[Hash]bool{}, now: time.Now(), pin: pin}
 }
 
 // add stages an encoding that came from elsewhere.
@@ -247,30 +254,36 @@ func (st *stager) add(enc []byte) (h Hash, complete bool, err error) {
 // addNode stages a node and reports whether it is complete with it.
 func (st *stager) addNode(n *Node, enc []byte) (h Hash, complete bool, err error) {
 	h = hashOf(enc)
+	complete, err = st.addHashed(n, h, len(enc))
+	return h, complete, err
+}
+
+// addHashed is addNode for a node whose hash and size are known.
+func (st *stager) addHashed(n *Node, h Hash, size int) (complete bool, err error) {
 	if done, ok := st.fresh[h]; ok {
-		return h, done, nil
+		return done, nil
 	}
 	complete, err = st.complete(n.Links)
 	if err != nil {
-		return h, false, err
+		return false, err
 	}
 	have, err := st.s.has(h)
 	if err != nil {
-		return h, false, err
+		return false, err
 	}
 	st.fresh[h] = complete
 	if !have {
-		if err := st.set(n, h, len(enc)); err != nil {
-			return h, false, err
+		if err := st.set(n, h, size); err != nil {
+			return false, err
 		}
 	}
 	if complete && len(n.Links) > 0 {
 		if err := st.b.Set(st.s.key(completeKey, h), nil, nil); err != nil {
-			return h, false, err
+			return false, err
 		}
 	}
 	st.s.pins.put(h, n.Links, st.pin)
-	return h, complete, nil
+	return complete, nil
 }
 
 func (st *stager) set(n *Node, h Hash, size int) error {

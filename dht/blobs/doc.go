@@ -19,14 +19,15 @@
 //
 // Between two members runs one stream for small urgent pushes, one for bulk and one for fetching (protocol /coppice/blob/1). A push
 // sends the root with those small nodes below it that the peer is not known to have: one message, one round trip, acknowledged after
-// the fsync. Where the peer says that something is missing, or there is too much to guess, it is asked what it has, in windows that
+// the fsync. WriteStreamTo brings the pages of a stream to peers while it is written, which are asked about each MiB what they have of it; the push of
+// the root then finds most of it there. Where the peer says that something is missing, or there is too much to guess, it is asked what it has, in windows that
 // grow, and the missing nodes follow in frames of 64 KiB. Fetch asks several holders at once and gives what one lacks to another.
 //
 // # Goroutines
 //
 // Run: the collector, the repairs and the scrubber, until its context ends. For each stream opened to a peer: one reader. For each stream a peer
 // opened: one reader and one that answers. For each Push: one per peer, at most MaxInflight for a peer; those of slow peers outlive
-// the call and end with the store. Close ends all of them.
+// the call and end with the store. For each stream that travels: two per peer, which end at the latest when what they write has timed out. Close ends all of them.
 //
 // # Limits
 //

@@ -206,6 +206,15 @@ func (n *Node) link(h Hash, size int) Link {
 	return Link{Hash: h, Bytes: total}
 }
 
+// LinkOf is the link to a node that may not have been kept anywhere yet. The error wraps ErrInvalid where the node breaks a limit.
+func LinkOf(n Node) (Link, error) {
+	if err := n.check(); err != nil {
+		return Link{}, err
+	}
+	enc := n.encode()
+	return n.link(hashOf(enc), len(enc)), nil
+}
+
 // packHashes and unpackHashes are the wire form of a list of hashes.
 func packHashes(hs []Hash) []byte {
 	b := make([]byte, 0, len(hs)*sha256.Size)

@@ -57,6 +57,19 @@ func (e *PushError) Unwrap() error { return e.Cause }
 // peers have failed for w to be reached: unreachable, reset or silent for the stall time in each of three attempts, or with a disk that
 // is low. The peers that did acknowledge are returned with the error too.
 func (s *Store) Push(ctx context.Context, root Hash, to []peer.ID, w int) (acked []peer.ID, err error) {
+	return s.pushKept(ctx, root, to, w)
+}
+
+// PushGently is Push for copies that nobody waits for: what is missing goes with a share of what the link to each peer bears.
+func (s *Store) PushGently(ctx context.Context, root Hash, to []peer.ID, w int) (acked []peer.ID, err error) {
+	return s.pushKept(context.WithValue(ctx, gently{}, true), root, to, w)
+}
+
+// gently is the key under which a context says that there is no hurry.
+type gently struct{}
+
+// pushKept pushes what is here.
+func (s *Store) pushKept(ctx context.Context, root Hash, to []peer.ID, w int) (acked []peer.ID, err error) {
 	if !s.work.enter() {
 		return nil, ErrClosed
 	}
@@ -109,6 +122,9 @@ func (s *Store) push(ctx context.Context, root Hash, to []peer.ID, w int, here f
 		return nil, &PushError{Root: root, Want: w, Cause: fmt.Errorf("only %d peers were given", len(to))}
 	}
 	bg, cancel := s.work.join(context.WithoutCancel(ctx))
+	if ctx.Value(gently{}) != nil {
+		bg = context.WithValue(bg, gently{}, true) // join takes the end of ctx only
+	}
 	t := &tally{s: s, root: root, open: len(to), want: w, failed: map[peer.ID]error{}, change: make(chan struct{}, 1)}
 	for _, id := range to {
 		// The caller holds the store open, so this cannot be refused; it outlives the caller.

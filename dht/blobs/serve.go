@@ -66,15 +66,36 @@ type conn struct {
 
 func (c *conn) read() error {
 	r := bufio.NewReaderSize(c.stream, 64<<10)
+	var buf []byte
 	for {
-		ask := &wirev1.BlobAsk{}
-		if err := readFrame(r, ask); err != nil {
+		raw, err := readRaw(r, buf)
+		if err != nil {
 			return err
 		}
-		if err := c.handle(ask); err != nil {
+		if cap(raw) <= keptFrame {
+			buf = raw
+		}
+		if nodes, ok := pagesIn(raw); ok {
+			err = c.pages(nodes)
+		} else {
+			ask := &wirev1.BlobAsk{}
+			if err = decodeFrame(raw, ask); err == nil {
+				err = c.handle(ask)
+			}
+		}
+		if err != nil {
 			return err
 		}
 	}
+}
+
+// pages keeps nodes, which the caller uses again.
+func (c *conn) pages(nodes [][]byte) error {
+	_, err := c.keep(nodes, false)
+	if errors.Is(err, ErrFull) {
+		return nil // the root that follows is refused
+	}
+	return err
 }
 
 // answer writes what is due, in order, until answers is closed. After a failed write it goes on taking them, as some hold batches.
@@ -106,11 +127,7 @@ func (c *conn) handle(ask *wirev1.BlobAsk) error {
 	id := ask.GetId()
 	switch body := ask.GetBody().(type) {
 	case *wirev1.BlobAsk_Pages:
-		_, err := c.keep(body.Pages.GetNodes(), false)
-		if errors.Is(err, ErrFull) {
-			return nil // the root that follows is refused
-		}
-		return err
+		return c.pages(body.Pages.GetNodes())
 	case *wirev1.BlobAsk_Have:
 		hs, err := unpackHashes(body.Have.GetHashes(), maxHave)
 		if err != nil {
@@ -146,7 +163,11 @@ func (c *conn) keep(encs [][]byte, sync bool) (synced func() error, err error) {
 	}
 	c.s.sweeping.RLock()
 	defer c.s.sweeping.RUnlock()
-	st := c.s.newStager(true)
+	size := 0
+	for _, enc := range encs {
+		size += len(enc)
+	}
+	st := c.s.newStagerOf(true, size)
 	for _, enc := range encs {
 		if _, _, err := st.add(enc); err != nil {
 			st.drop()
@@ -214,20 +235,15 @@ func (s *Store) answerHave(id uint64, hs []Hash) *wirev1.BlobAnswer {
 	}
 	complete, present := make([]byte, (len(hs)+7)/8), make([]byte, (len(hs)+7)/8)
 	for i, h := range hs {
-		ok, err := s.rely(h, true)
-		if err == nil && ok {
-			complete[i/8] |= 1 << (i % 8)
-			present[i/8] |= 1 << (i % 8)
-			continue
-		}
-		if err == nil {
-			ok, err = s.has(h)
-		}
+		here, whole, err := s.relyOn(h)
 		if err != nil {
 			return failed(id, wirev1.Failure_INTERNAL, err.Error())
 		}
-		if ok {
+		if here {
 			present[i/8] |= 1 << (i % 8)
+		}
+		if whole {
+			complete[i/8] |= 1 << (i % 8)
 		}
 	}
 	return &wirev1.BlobAnswer{Id: id, Body: &wirev1.BlobAnswer_Have{

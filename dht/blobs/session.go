@@ -41,6 +41,7 @@ type session struct {
 	stall  time.Duration
 	stream peers.Stream
 	turn   chan struct{} // held by whoever writes
+	buf    []byte        // of frames; of whoever has the turn
 	dead   chan struct{} // closed when the session is over
 
 	mu      sync.Mutex // guards all below
@@ -102,10 +103,6 @@ func (x *session) read() {
 
 // write sends one frame; sent, where given, is called when it is out and before anyone else's frame.
 func (x *session) write(ctx context.Context, ask *wirev1.BlobAsk, sent func()) error {
-	frame, err := appendFrame(nil, ask)
-	if err != nil {
-		return err
-	}
 	select {
 	case x.turn <- struct{}{}:
 		defer func() { <-x.turn }()
@@ -113,6 +110,13 @@ func (x *session) write(ctx context.Context, ask *wirev1.BlobAsk, sent func()) e
 		return x.reason()
 	case <-ctx.Done():
 		return ctx.Err()
+	}
+	frame, err := appendFrame(x.buf[:0], ask)
+	if err != nil {
+		return err
+	}
+	if cap(frame) <= keptFrame {
+		x.buf = frame
 	}
 	err = x.stream.SetWriteDeadline(time.Now().Add(x.stall))
 	if err == nil {

@@ -23,6 +23,7 @@ type stats struct {
 	busy           atomic.Uint64
 	refused        atomic.Uint64
 	sent           atomic.Uint64
+	gentle         atomic.Uint64 // frames that had no hurry
 	received       atomic.Uint64
 	garbage        atomic.Uint64
 }

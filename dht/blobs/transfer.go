@@ -3,6 +3,7 @@ package blobs
 import (
 	"context"
 	"fmt"
+	"time"
 
 	wirev1 "github.com/coppice-project/coppice/dht/wire/v1"
 )
@@ -11,6 +12,9 @@ const (
 	transferRounds = 3
 	firstWindow    = 64
 	lastWindow     = 4096
+	// gentleShare: after each frame of what has no hurry nothing is sent for so many times as long as the frame took. So it takes at most a quarter of a
+	// link, whatever that bears: a frame takes as long as it waits for room in the link's buffers.
+	gentleShare = 3
 )
 
 // transfer sends what the peer lacks of a root until it acknowledges. missing is what the peer named.
@@ -141,12 +145,17 @@ func (t *transfer) send(ctx context.Context, hashes []Hash, links map[Hash][]Lin
 
 func bit(b []byte, i int) bool { return i/8 < len(b) && b[i/8]&(1<<(i%8)) != 0 }
 
-// node adds one node to the frame, and sends the frame when it is full.
+// node adds one node to the frame.
 func (t *transfer) node(ctx context.Context, h Hash) error {
 	_, enc, err := t.s.get(h)
 	if err != nil {
 		return err
 	}
+	return t.put(ctx, enc)
+}
+
+// put adds an encoding to the frame, and sends the frame when it is full.
+func (t *transfer) put(ctx context.Context, enc []byte) error {
 	if t.size+len(enc) > framePages {
 		if err := t.flush(ctx); err != nil {
 			return err
@@ -161,8 +170,20 @@ func (t *transfer) flush(ctx context.Context) error {
 	if len(t.frame) == 0 {
 		return nil
 	}
+	begin := time.Now()
 	err := t.x.write(ctx, &wirev1.BlobAsk{Body: &wirev1.BlobAsk_Pages{Pages: &wirev1.BlobPages{Nodes: t.frame}}}, nil)
 	t.s.stats.sent.Add(uint64(len(t.frame)))
 	t.frame, t.size = nil, 0
-	return err
+	if err != nil || ctx.Value(gently{}) == nil {
+		return err
+	}
+	t.s.stats.gentle.Add(1)
+	select {
+	case <-time.After(gentleShare * time.Since(begin)):
+		return nil
+	case <-t.x.dead:
+		return t.x.reason()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,14 +13,17 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Config of a benchmark.
 type Config struct {
-	Binary   string // coppice; its components lie beside it
-	Runs     int    // samples of each figure
-	Nodes    int    // of scale; 0: as many as it takes by itself
-	Profile  string // of traffic and scale; "": both, and lan
+	Binary   string        // coppice; its components lie beside it
+	Runs     int           // samples of each figure
+	Nodes    int           // of scale; 0: as many as it takes by itself
+	Profile  string        // of traffic and scale; "": both, and lan
+	Size     int64         // of the state, in bytes: of failover, checkpoint and move; 0: what each takes by itself
+	Span     time.Duration // of one sample of durable; 0: what it takes by itself
 	Progress io.Writer
 }
 
@@ -49,13 +53,16 @@ var benchmarks = map[string]struct {
 	about string
 	run   func(ctx context.Context, cfg Config) ([]Result, error)
 }{
-	"failover":  {"kill -9 of a node, or of a component, until its component with 1 MiB of state answers again", failover},
-	"ownership": {"the arbiter: its leader killed until the next commit, a node killed or cut off until the others call it dead, 10,000 claims", ownership},
-	"scale":     {"the protocol core of 250 nodes (--nodes) in memory and in virtual time: they join, idle, lose a quarter at once, and settle", scale},
-	"swap":      {"hot swap of a component with 1 MiB of state under 2,000 calls/s: pause, failed and lost calls", swap},
-	"node":      {"a node: start until ready, memory, CPU and traffic while idle", node},
-	"traffic":   {"what nodes and their leader send while nothing happens, by cause: 25 processes, in profiles lan and wan (--profile)", traffic},
-	"call":      {"an HTTP call through the gateway and the gate, beside the same call straight to the component's socket", call},
+	"checkpoint": {"a checkpoint of 64 MiB (--size) to 3 other nodes, beside a copy by TLS; 1 % changed: bytes sent; the nodes' memory", checkpoint},
+	"durable":    {"each-call: 1 and 64 callers write 256 bytes, beside an etcd put with 3 members", durable},
+	"failover":   {"kill -9 of a node, or of a component, until its component with 1 MiB of state (--size) answers again", failover},
+	"move":       {"a move of 64 MiB (--size) between nodes under 2,000 calls/s: pause, failed and lost calls", move},
+	"ownership":  {"the arbiter: its leader killed until the next commit, a node killed or cut off until the others call it dead, 10,000 claims", ownership},
+	"scale":      {"the protocol core of 250 nodes (--nodes) in memory and in virtual time: they join, idle, lose a quarter at once, and settle", scale},
+	"swap":       {"hot swap of a component with 1 MiB of state under 2,000 calls/s: pause, failed and lost calls", swap},
+	"node":       {"a node: start until ready, memory, CPU and traffic while idle", node},
+	"traffic":    {"what nodes and their leader send while nothing happens, by cause: 25 processes, in profiles lan and wan (--profile)", traffic},
+	"call":       {"an HTTP call through the gateway and the gate, beside the same call straight to the component's socket", call},
 }
 
 // Names lists the benchmarks.
@@ -84,6 +91,8 @@ func (c Config) say(format string, args ...any) {
 		fmt.Fprintf(c.Progress, format+"\n", args...)
 	}
 }
+
+func (c Config) size(usual int64) int64 { return cmp.Or(c.Size, usual) }
 
 func (c Config) file(name string) string { return filepath.Join(filepath.Dir(c.Binary), name) }
 

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"fmt"
 	"syscall"
 	"time"
 
@@ -13,12 +14,17 @@ const (
 	failoverNodes = 5
 	failoverRate  = 200
 	failoverIn    = 20 * time.Second
+	failoverEach  = 100 * time.Millisecond // more, for each MiB of the state
 )
 
 // failover kills the owner of a component, node and all, until another answers; and the component's process alone, until it answers again.
 func failover(ctx context.Context, cfg Config) (_ []Result, err error) {
 	s, err := newStand(ctx, cfg, failoverNodes)
 	defer func() { err = s.end(err) }()
+	if err != nil {
+		return nil, err
+	}
+	disk, err := s.fsync()
 	if err != nil {
 		return nil, err
 	}
@@ -54,7 +60,8 @@ func failover(ctx context.Context, cfg Config) (_ []Result, err error) {
 	}
 	ledger, err := s.verify(began)
 	return append([]Result{
-		summary("node kill -9 → component with 1 MiB answers elsewhere", "ms", nodes).against("start of the bare component process", bare),
+		disk,
+		summary(fmt.Sprintf("node kill -9 → component with %s answers elsewhere", sizeText(cfg.size(stateSize))), "ms", nodes).against("start of the bare component process", bare),
 		summary("component kill -9 → answers again on its node, longest time without an answer", "ms", crashes).against("start of the bare component process", bare),
 		summary("node started again → ready", "ms", ready),
 	}, ledger...), err
@@ -71,7 +78,7 @@ func (s *stand) lose(ctx context.Context) (time.Duration, *cluster.Node, error) 
 	if err != nil {
 		return 0, nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, failoverIn)
+	ctx, cancel := context.WithTimeout(ctx, failoverIn+time.Duration(s.cfg.Size>>20)*failoverEach)
 	defer cancel()
 	first, err := s.load.Await(ctx, load.FirstQuery{After: at, Component: component, NotNode: victim.Name, Writes: true})
 	return first.Time.Sub(at), victim, err

@@ -42,7 +42,7 @@ func traffic(ctx context.Context, cfg Config) ([]Result, error) {
 }
 
 func realTraffic(ctx context.Context, cfg Config, profile string) (_ []Result, err error) {
-	s, err := newStandOf(ctx, cfg, trafficNodes, profile)
+	s, err := newStandOf(ctx, cfg, trafficNodes, "--profile", profile)
 	defer func() { err = s.end(err) }()
 	if err != nil {
 		return nil, err
