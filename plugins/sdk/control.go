@@ -316,6 +316,7 @@ var errStopped = errors.New("the instance has stopped")
 func (s *control) Restore(in grpc.ClientStreamingServer[componentv1.StateFrame, componentv1.RestoreReply]) error {
 	s.in.lifecycle.Lock()
 	defer s.in.lifecycle.Unlock()
+	defer s.in.beginFilling()()
 	if s.in.comp.Opaque != nil {
 		return s.in.opaqueRestore(in)
 	}

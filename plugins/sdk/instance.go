@@ -47,6 +47,7 @@ type Instance struct {
 	leased   bool          // by the last grant, or by Start: nothing may act past the end of the grant
 	leaseEnd time.Duration // of the last grant, on bootTime
 	granted  chan struct{} // closed with the first grant; nil without a node
+	filling  time.Duration // until when, on bootTime, it may outlive its lease, for it is being given its state and has not begun; 0: it may not
 	opening  bool          // Start is running: Update may write though no call may come yet
 	run      *background
 }

@@ -106,21 +106,62 @@ const (
 // that leases count by does not.
 const leaseLook = 100 * time.Millisecond
 
+// fillWithin is for how long a process that is being given its state outlives its lease: a large state takes all of a small machine, and the lease's beats
+// may wait behind it. A process that has not begun acts upon nothing; it asks for a valid lease before it begins.
+const fillWithin = time.Minute
+
+// beginFilling notes that a process which has not begun is being given its state; done: that it has it. Grants that waited behind it have one lease's time
+// to come in.
+func (in *Instance) beginFilling() (done func()) {
+	set := func(d time.Duration) {
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		in.filling = bootTime() + d
+	}
+	set(fillWithin)
+	return func() { set(defaultTTL) }
+}
+
+// lapsed says whether no lease is left that this process may go on with.
+func (in *Instance) lapsed(until time.Duration) bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	now := bootTime()
+	begun := in.state != componentv1.State_CREATED || in.opening
+	return now >= until && (begun || now >= in.filling)
+}
+
 // awaitLease has a start that is exactly-one wait for the first grant: if the node died right now, nothing else would end this process before the next
-// owner starts.
+// owner starts. Any start waits for the next grant where the last one ran out while the state came (beginFilling).
 func (in *Instance) awaitLease(ctx context.Context, req *componentv1.StartRequest) error {
-	if !req.GetLeased() || in.granted == nil {
+	if in.granted == nil {
 		return nil
 	}
-	in.mu.Lock()
-	in.leased = true
-	in.mu.Unlock()
+	late := status.Errorf(codes.DeadlineExceeded, "start: its node granted no lease in time")
+	if req.GetLeased() {
+		in.mu.Lock()
+		in.leased = true
+		in.mu.Unlock()
+		late = status.Errorf(codes.DeadlineExceeded, "start: the component is exactly-one, and its node granted no lease in time")
+		select {
+		case <-in.granted:
+		case <-ctx.Done():
+			return late
+		}
+	}
 	select {
 	case <-in.granted:
-		return nil
-	case <-ctx.Done():
-		return status.Errorf(codes.DeadlineExceeded, "start: the component is exactly-one, and its node granted no lease in time")
+	default:
+		return nil // firstTTL has not passed
 	}
+	for in.LeaseLeft() == 0 { // it ran out while the state came
+		select {
+		case <-time.After(leaseLook / 10):
+		case <-ctx.Done():
+			return late
+		}
+	}
+	return nil
 }
 
 // keepLease asks for the lease until the context ends, and ends the process when the lease has lapsed. The lease counts from when it was asked for, so
@@ -131,8 +172,8 @@ func (in *Instance) keepLease(ctx context.Context) {
 	until := bootTime() + firstTTL
 	for first := true; ; {
 		wait := until - bootTime()
-		if in.isLeased() {
-			wait = min(wait, leaseLook)
+		if in.isLeased() || wait <= 0 {
+			wait = min(max(wait, leaseLook/10), leaseLook)
 		}
 		timer := time.NewTimer(wait)
 		select {
@@ -149,12 +190,12 @@ func (in *Instance) keepLease(ctx context.Context) {
 			}
 		case <-timer.C:
 		}
-		if late := bootTime() - until; late >= 0 {
+		if in.lapsed(until) {
 			exit := in.env.Exit
 			if exit == nil {
 				exit = os.Exit
 			}
-			in.lapse(late, exit)
+			in.lapse(bootTime()-until, exit)
 			return
 		}
 	}

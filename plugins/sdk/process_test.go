@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/coppice-project/coppice/plugins/contract/component/frames"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 	counterv1 "github.com/coppice-project/coppice/plugins/counter/v1"
 	"github.com/coppice-project/coppice/plugins/sdk"
@@ -331,6 +332,56 @@ func TestLeaseLapseEndsTheProcess(t *testing.T) {
 		t.Fatalf("exit %d\n%s", code, p.stderr)
 	}
 	server.Stop()
+}
+
+// A large state may take longer than a lease, on a machine that has no time for its beats: the process is not ended over it, and begins with a lease.
+func TestAProcessOutlivesItsLeaseWhileItIsGivenItsState(t *testing.T) {
+	dir, err := os.MkdirTemp("", "n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	socket := filepath.Join(dir, "n")
+	node := &leaser{}
+	node.epoch.Store(1)
+	node.serve(t, socket)
+	p := startProcess(t, componentv1.EnvNodeSocket+"="+socket)
+	control := componentv1.NewComponentClient(p.conn)
+	if !waitFor(t, func() bool {
+		b, err := control.Heartbeat(trusted(t.Context()), &componentv1.Beat{})
+		return err == nil && b.GetToken().GetEpoch() == 1
+	}) {
+		t.Fatal("the first grant's token")
+	}
+	in, err := control.Restore(trusted(t.Context()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	send := func(f *componentv1.StateFrame) {
+		t.Helper()
+		f.Xxh64 = frames.Digest(f)
+		if err := in.Send(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	send(&componentv1.StateFrame{Section: componentv1.SectionHeader, Schema: 1, Mark: 7})
+	if _, err := control.Heartbeat(trusted(t.Context()), &componentv1.Beat{}); err != nil {
+		t.Fatal(err)
+	}
+	const many = 1 << 30
+	node.skip.Store(many) // grants stay away for several leases
+	if !waitFor(t, func() bool { return many-node.skip.Load() > 8 }) {
+		t.Fatalf("it does not ask any more\n%s", p.stderr)
+	}
+	send(&componentv1.StateFrame{Section: componentv1.SectionEnd, Mark: 7, Last: true})
+	if _, err := in.CloseAndRecv(); err != nil {
+		t.Fatalf("its state could not be restored: %v\n%s", err, p.stderr)
+	}
+	node.skip.Store(0)
+	req := &componentv1.StartRequest{Instance: "a/counter-0", Token: &componentv1.Token{Incarnation: 1, Epoch: 1}, Leased: true}
+	if _, err := control.Start(trusted(t.Context()), req); err != nil {
+		t.Fatalf("%v\n%s", err, p.stderr)
+	}
 }
 
 // Exactly-one: nothing of the component runs before the node has granted the first lease, whoever calls Start.
