@@ -126,7 +126,15 @@ func TestAPlannedEndHandsTheLeaseOver(t *testing.T) {
 		do  func(owner, other *cluster.Node)
 	}{
 		{"SIGTERM", func(owner, _ *cluster.Node) { must(t, owner.Term(t.Context())) }},
-		{"coppice down", func(owner, _ *cluster.Node) { g.do(owner, "down") }},
+		{"coppice down", func(owner, _ *cluster.Node) {
+			g.do(owner, "down") // which answers before the process has ended
+			g.wait("its process to end", func(context.Context) error {
+				if owner.Running() {
+					return fmt.Errorf("%s runs", owner.Name)
+				}
+				return nil
+			})
+		}},
 		{"coppice drain", func(owner, other *cluster.Node) { g.do(other, "drain", owner.Name) }},
 	} {
 		in, err := cluster.Calm(t.Context(), g.Alive()[0], "light/lamp")
