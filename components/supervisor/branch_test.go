@@ -317,6 +317,41 @@ func TestABranchThatNobodyClaimedAgainstIsCommitted(t *testing.T) {
 	})
 }
 
+// What has a branch changes neither its version nor its node before that is committed: else the branch would be brought together with a state that holds it
+// already.
+func TestABranchIsCommittedBeforeAnythingElseChanges(t *testing.T) {
+	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		w.shelf.add(&binary{name: "counter", version: "1.1.0", merge: mergeCounts})
+		n[0].adds(10)
+		for _, x := range n {
+			w.net.Isolate(x.id)
+		}
+		n[0].adds(5)
+		to, err := w.shelf.get("sha256:counter-1.1.0")
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		wish := Wish{Digest: to.digest(), Trigger: "operator", Cause: "test"}
+		if _, err := n[0].sup.Swap(within(w.t, time.Second), testInstance, wish); !errors.Is(err, ErrBranch) {
+			w.t.Errorf("a swap in the middle of a branch: %v", err)
+		}
+		w.net.Heal()
+		w.eventually(20*time.Second, "the swap, once the branch is committed", func() bool {
+			_, err := w.swap(n[0], "1.1.0")
+			return err == nil
+		})
+		w.eventually(20*time.Second, "the move", func() bool {
+			_, err := w.move(n[0], n[1])
+			return err == nil
+		})
+		w.reads(15)
+		if len(w.storedBranches()) != 0 {
+			w.t.Errorf("%d branches are stored", len(w.storedBranches()))
+		}
+	})
+}
+
 // Autonomy: a node that restarts without an uplink starts what keeps, from what lies on its disk.
 func TestANodeThatRestartsWhileItIsCutOffGoesOn(t *testing.T) {
 	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
