@@ -82,7 +82,13 @@ type succession struct {
 // succeed begins to take an instance over if its owner is known to have died. It is asked again and again: a register may say only later that
 // the dead node owned it, and a successor that comes first may die as well.
 func (s *Supervisor) succeed(reg arbiter.Register) {
+	paused := s.paused()
 	s.mu.Lock()
+	if t := s.successions[reg.Key]; paused && (t == nil || !t.busy) {
+		delete(s.successions, reg.Key) // the turns begin when the cluster goes on: who owned it may be back by then
+		s.mu.Unlock()
+		return
+	}
 	d, dead := s.deaths[reg.Owner]
 	t := s.successions[reg.Key]
 	if !dead || d.boot != reg.Boot {
