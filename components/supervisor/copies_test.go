@@ -116,6 +116,7 @@ func TestTheCopiesOfABranchAreRepaired(t *testing.T) {
 		held := func() arbiter.Register { reg, _ := w.up()[0].arb.Get(key); return reg }
 		w.eventually(20*time.Second, "its register names its holders", func() bool { return len(held().Holders) >= replicas })
 		for range 2 { // the node it is from first, if it holds it, then another one
+			w.eventually(20*time.Second, "who was started knows it", func() bool { return len(held().Holders) > 0 })
 			gone := w.node(held().Holders[0])
 			if slices.Contains(held().Holders, n[0].id) {
 				gone = n[0]
