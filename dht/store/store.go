@@ -20,7 +20,7 @@ var ErrClosed = errors.New("store is closed")
 // Options tune a Store. The zero value is what a node uses.
 type Options struct {
 	Log *slog.Logger // nil: slog.Default()
-	// CacheBytes is the block cache (default 12 MiB), MemTableBytes one memtable (default 12 MiB, which it grows to as it is written; at most three at a time).
+	// CacheBytes is the block cache (default 8 MiB), MemTableBytes one memtable (default 8 MiB, which it grows to as it is written; at most three at a time).
 	CacheBytes, MemTableBytes int64
 	// OnFatal is called once when Pebble cannot go on; it should bring the node down. nil: the process exits with status 1.
 	OnFatal func(error)
@@ -53,10 +53,10 @@ func Open(fs vfs.FS, dir string, opts Options) (*Store, error) {
 		opts.Log = slog.Default()
 	}
 	if opts.CacheBytes <= 0 {
-		opts.CacheBytes = 12 << 20
+		opts.CacheBytes = 8 << 20
 	}
 	if opts.MemTableBytes <= 0 {
-		opts.MemTableBytes = 12 << 20
+		opts.MemTableBytes = 8 << 20
 	}
 	if err := MkdirAll(fs, dir); err != nil {
 		return nil, fmt.Errorf("create data directory %s: %w", dir, err)
