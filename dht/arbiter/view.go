@@ -146,6 +146,16 @@ func (v *view) fromFeed(u *feedUpdate) error {
 		return errOtherLife
 	}
 	next := *st
+	if u.whole != nil && u.at.before(st.at) {
+		// From a feeder that is behind with what is told at once. What an earlier feeder held back it may have, and does not send again: it takes this for
+		// the follower's state.
+		if u.life == st.meta.incarnation() && u.complete > st.complete {
+			changes := caughtUp(st, u.whole)
+			next.tree, next.complete = edited(st.tree, changes), u.complete
+			v.publish(&next, changes)
+		}
+		return nil
+	}
 	switch {
 	case u.meta != nil && u.meta.incarnation() == u.life: // else it was read after another one began
 		next.meta = *u.meta
@@ -154,9 +164,6 @@ func (v *view) fromFeed(u *feedUpdate) error {
 	}
 	var changes []change
 	if u.whole != nil {
-		if u.at.before(st.at) {
-			return nil // from a feeder that is behind
-		}
 		next.tree, next.at, next.complete = u.whole, u.at, u.complete
 		changes = difference(st, &next)
 	} else {
@@ -193,6 +200,20 @@ func newer(st *viewState, regs []*Register) []change {
 			continue
 		}
 		out = append(out, change{key: r.Key, old: old, new: r, index: r.Index})
+	}
+	return out
+}
+
+// caughtUp is what a whole state that is behind knows better: newer versions of registers that are here. What is not here is no news, it was deleted since; nor
+// is what is there no more, for deletions are never held back.
+func caughtUp(st *viewState, whole *iradix.Tree) []change {
+	var out []change
+	it := whole.Root().Iterator()
+	for _, v, ok := it.Next(); ok; _, v, ok = it.Next() {
+		r := v.(*Register)
+		if old := treeGet(st.tree, r.Key); old != nil && (point{old.Incarnation, old.Index}).before(point{r.Incarnation, r.Index}) {
+			out = append(out, change{key: r.Key, old: old, new: r, index: r.Index})
+		}
 	}
 	return out
 }

@@ -80,3 +80,43 @@ func TestAViewNeverMixesTwoLives(t *testing.T) {
 		t.Errorf("the registers of %s are said to be of %s", low, v.now().meta.incarnation())
 	}
 }
+
+// TestAViewTakesFromAFeederThatIsBehindWhatItLacked: a follower that changes its feeder may have been told of a claim by the first, while that still held
+// checkpoints back, and get a whole state of the second from before the claim, with the checkpoints. The second does not send them again.
+func TestAViewTakesFromAFeederThatIsBehindWhatItLacked(t *testing.T) {
+	life := incarnation{1, 7}
+	reg := func(key string, index, epoch uint64) *Register {
+		return &Register{Key: key, Incarnation: 1, Index: index, Epoch: epoch}
+	}
+	v := newView()
+	must := func(u *feedUpdate) {
+		t.Helper()
+		u.life, u.meta = life, &meta{Cluster: "c", Incarnation: life.number, Lineage: life.lineage}
+		if err := v.fromFeed(u); err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(&feedUpdate{whole: treeOf(reg("a", 5, 1), reg("b", 6, 1), reg("gone", 7, 1)), at: point{1, 7}, complete: 7})
+	must(&feedUpdate{registers: []*Register{reg("b", 20, 2), {Key: "gone", Incarnation: 1, Index: 19, Deleted: true}}, at: point{1, 20}, complete: 7})
+
+	var told []uint64
+	v.watch.add(func(_, now *Register) { told = append(told, now.Index) })
+	must(&feedUpdate{whole: treeOf(reg("a", 12, 1), reg("b", 11, 1), reg("gone", 7, 1)), at: point{1, 12}, complete: 12})
+	if at := v.now().at; at != (point{1, 20}) || v.now().complete != 12 {
+		t.Errorf("the view went to %v, complete to %d", at, v.now().complete)
+	}
+	if v.get("a").Index != 12 || v.get("b").Index != 20 || v.get("gone") != nil {
+		t.Errorf("after the whole of a feeder that is behind: %+v", v.list(""))
+	}
+	if len(told) != 1 || told[0] != 12 {
+		t.Errorf("watchers were told of the changes at %d", told)
+	}
+	must(&feedUpdate{whole: treeOf(reg("a", 5, 1)), at: point{1, 8}, complete: 8})
+	if v.get("a").Index != 12 || v.now().complete != 12 {
+		t.Error("the view went back")
+	}
+	must(&feedUpdate{registers: []*Register{reg("b", 20, 2)}, at: point{1, 21}, complete: 21})
+	if v.get("a").Index != 12 || v.now().complete != 21 {
+		t.Errorf("after the next update: %+v, complete %d", v.get("a"), v.now().complete)
+	}
+}
