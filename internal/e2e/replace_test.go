@@ -148,7 +148,7 @@ func TestDrainOfTheLeaderUnderLoad(t *testing.T) {
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"))
 	g.deploy(n1, kvApp)
-	leader := g.Node(g.arbiter(n1).GetLeader())
+	leader := g.leader(n1)
 	g.moveTo(n1, "data/kv-0", leader.Name)
 	g.running(n1, "data/kv-0", protected(3))
 	if overlay := g.run(n1, "unpin", "data/kv"); overlay.code != 0 {

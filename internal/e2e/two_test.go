@@ -42,6 +42,20 @@ func (g *grove) arbiter(n *cluster.Node) *apiv1.ArbiterStatus {
 	return st.GetArbiter()
 }
 
+// leader waits until the node knows one: there is none for a moment when one has handed over, or was late.
+func (g *grove) leader(n *cluster.Node) *cluster.Node {
+	g.t.Helper()
+	var leader *cluster.Node
+	g.wait("a leader", func(ctx context.Context) error {
+		st, err := g.status(ctx, n)
+		if leader = g.Node(st.GetArbiter().GetLeader()); err == nil && leader == nil {
+			err = fmt.Errorf("%s knows of none", n.Name)
+		}
+		return err
+	})
+	return leader
+}
+
 // Of two nodes either one is killed, under load: the other serves and commits on, nothing that was answered is lost, and the dead one
 // returns, puts aside what it held, and votes again. Then the other one.
 func TestTwoNodesKillEither(t *testing.T) {
