@@ -35,9 +35,7 @@ func TestLeaderAndOwnerStandStill(t *testing.T) {
 		at := g.Alive()[0]
 		_, err := cluster.Calm(t.Context(), at, "light/lamp")
 		must(t, err)
-		st, err := g.status(t.Context(), at)
-		must(t, err)
-		leader := g.Node(st.GetArbiter().GetLeader())
+		leader := g.leader(at)
 		in := g.running(at, "light/lamp-0", nil)
 		if in.GetNode() != leader.Name {
 			g.do(at, "move", "light/lamp", leader.Name)
