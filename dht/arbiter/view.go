@@ -72,7 +72,10 @@ func machineState(m *machine) *viewState {
 func (v *view) fromMachine(next *viewState, changes []change) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.now().fromRaft {
+	if st := v.now(); st.fromRaft {
+		if !st.at.before(next.at) {
+			return // takeMachine was faster, and has told of these changes
+		}
 		v.remember(changes)
 		v.publish(next, changes)
 		return

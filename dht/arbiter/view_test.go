@@ -2,6 +2,7 @@ package arbiter
 
 import (
 	"errors"
+	"slices"
 	"testing"
 
 	iradix "github.com/hashicorp/go-immutable-radix"
@@ -118,5 +119,25 @@ func TestAViewTakesFromAFeederThatIsBehindWhatItLacked(t *testing.T) {
 	must(&feedUpdate{registers: []*Register{reg("b", 20, 2)}, at: point{1, 21}, complete: 21})
 	if v.get("a").Index != 12 || v.now().complete != 21 {
 		t.Errorf("after the next update: %+v, complete %d", v.get("a"), v.now().complete)
+	}
+}
+
+// TestAViewTellsOfNoChangeTwice: the machine's state may be taken as a whole between its making and its being shown. Who watches is told of the newest, and then
+// of nothing older.
+func TestAViewTellsOfNoChangeTwice(t *testing.T) {
+	v := newView()
+	was, middle, now := &Register{Key: "a", Incarnation: 1, Index: 5}, &Register{Key: "a", Incarnation: 1, Index: 6}, &Register{Key: "a", Incarnation: 1, Index: 7}
+	at := func(r *Register) *viewState {
+		return &viewState{tree: treeOf(r), meta: meta{Cluster: "c", Incarnation: 1}, at: point{1, r.Index}, complete: r.Index, fromRaft: true}
+	}
+	v.takeMachine(at(was))
+	var told []uint64
+	v.watch.add(func(_, now *Register) { told = append(told, now.Index) })
+	v.takeMachine(at(now))
+	v.fromMachine(at(now), []change{{key: "a", old: was, new: middle, index: 6}, {key: "a", old: middle, new: now, index: 7}})
+	next := &Register{Key: "a", Incarnation: 1, Index: 8}
+	v.fromMachine(at(next), []change{{key: "a", old: now, new: next, index: 8}})
+	if !slices.IsSorted(told) || len(told) == 0 || told[len(told)-1] != 8 || v.get("a").Index != 8 {
+		t.Errorf("told of the changes at %d, shown %d", told, v.get("a").Index)
 	}
 }

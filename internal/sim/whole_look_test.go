@@ -130,7 +130,9 @@ func (w *whole) holders() {
 				continue
 			}
 			if missing, err := lacks(p.blobs, blobs.Hash(reg.Root)); err == nil && missing > 0 && n.part() == p {
-				w.failf("I6: %s is named as a holder of checkpoint %d of %s and lacks %d nodes of it", n.name, reg.Seq, name, missing)
+				own, _ := p.l.arb.Get(reg.Key)
+				w.failf("I6: %s is named as a holder of checkpoint %d of %s and lacks %d nodes of it (%x; in its own view checkpoint %d, %.4x, told %s ago)",
+					n.name, reg.Seq, name, missing, reg.Root[:4], own.Seq, own.Root, p.l.arb.Status().FeedAge)
 			}
 		}
 	}

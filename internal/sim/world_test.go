@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -314,7 +316,7 @@ func (l *life) ended(err error) {
 	w.failf("%s: the arbiter ended: %v", n.name, err)
 }
 
-// folder is where a node keeps files that are not in fs: what is written there survives a crash.
+// folder is where a node's life keeps files that are not in fs: what is there when it dies survives.
 func (n *node) folder() string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -322,6 +324,38 @@ func (n *node) folder() string {
 		n.dir = memoryDir(n.w.t)
 	}
 	return n.dir
+}
+
+// copyOf is a copy of a node's folder as it is now: the life that is being killed goes on for a moment, and must not write where the next one reads.
+func (w *world) copyOf(dir string) string {
+	if dir == "" {
+		return ""
+	}
+	to := memoryDir(w.t)
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // it was renamed or removed meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			return os.MkdirAll(filepath.Join(to, rel), 0o700)
+		}
+		data, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return errors.Join(err, os.WriteFile(filepath.Join(to, rel), data, 0o600))
+	})
+	if err != nil {
+		w.failf("copy the folder of a node that dies: %v", err)
+	}
+	return to
 }
 
 // memoryDir is a folder that ends with the test, in memory where there is such a place: what is synced there costs no time of a disk.
@@ -345,6 +379,8 @@ func (n *node) kill() {
 		return
 	}
 	n.mu.Lock()
+	// The folder first: what a life writes there is about what is in fs already.
+	n.dir = n.w.copyOf(n.dir)
 	n.fs = n.fs.CrashClone(vfs.CrashCloneCfg{})
 	n.mu.Unlock()
 	n.w.net.Kill(n.id)
