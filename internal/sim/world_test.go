@@ -378,12 +378,13 @@ func (n *node) kill() {
 	if l == nil {
 		return
 	}
+	// The life goes on for a moment. So it is silenced first, for nobody may be told what its disk then lacks; and its folder is copied before fs, for what it
+	// writes there is about what is in fs already.
+	n.w.net.Kill(n.id)
 	n.mu.Lock()
-	// The folder first: what a life writes there is about what is in fs already.
 	n.dir = n.w.copyOf(n.dir)
 	n.fs = n.fs.CrashClone(vfs.CrashCloneCfg{})
 	n.mu.Unlock()
-	n.w.net.Kill(n.id)
 	l.leave()
 }
 
