@@ -15,6 +15,7 @@ import (
 
 func (c *cli) conformCmd() *cobra.Command {
 	var given []string
+	var only string
 	cmd := c.command(spec{
 		group: groupTool, use: "conform FILE [--call 'METHOD {JSON}']…", short: "Play every rule of the contract with a component's binary",
 		long: "Run a component's binary as a node would, play every rule of the contract between a node and a component with it, and say which hold: what it\n" +
@@ -29,13 +30,10 @@ func (c *cli) conformCmd() *cobra.Command {
 			if st, err := os.Stat(args[0]); err != nil || !st.Mode().IsRegular() {
 				return usagef("%s is no file that can be read; want a component's binary or script", args[0])
 			}
-			cfg := conform.Config{File: args[0]}
+			cfg := conform.Config{File: args[0], Only: only}
 			for _, g := range given {
-				method, request, _ := strings.Cut(g, " ")
-				if request == "" {
-					request = "{}"
-				}
-				if !json.Valid([]byte(request)) {
+				method, request, some := strings.Cut(g, " ")
+				if some && !json.Valid([]byte(request)) {
 					return usagef("--call %q: want the method, a space, and the request as JSON", g)
 				}
 				cfg.Calls = append(cfg.Calls, conform.Call{Method: method, JSON: request})
@@ -57,6 +55,7 @@ func (c *cli) conformCmd() *cobra.Command {
 		},
 	})
 	cmd.Flags().StringArrayVar(&given, "call", nil, "a call of the component's own services to try the rules of calls with: the method, a space, the request as JSON (several: again)")
+	cmd.Flags().StringVar(&only, "only", "", "play only the rules with this text, such as lease, or txn-calls:")
 	return cmd
 }
 

@@ -2,6 +2,7 @@ package conform
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -63,7 +64,7 @@ func (r *rig) given(readOnly bool) ([]givenCall, error) {
 			return nil, fmt.Errorf("--call %s: a stream; want a method that answers once", c.Method)
 		}
 		if found.readOnly == readOnly {
-			out = append(out, givenCall{found, c.JSON})
+			out = append(out, givenCall{found, cmp.Or(c.JSON, "{}")})
 		}
 	}
 	return out, nil

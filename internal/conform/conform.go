@@ -11,7 +11,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
 
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
@@ -37,7 +41,7 @@ type Result struct {
 // Call is one call of the component's own services, to try its promises with. It must be one that succeeds on an empty state.
 type Call struct {
 	Method string // Method, or Service.Method where two services have one of that name
-	JSON   string // the request, in protobuf's JSON
+	JSON   string // the request, in protobuf's JSON; "" is an empty one
 }
 
 // Config says what to try.
@@ -46,6 +50,8 @@ type Config struct {
 	Calls []Call
 	// Each is told every result as it comes; may be nil.
 	Each func(Result)
+	// Only plays the checks that have this text in "group: check"; "" all.
+	Only string
 	// Patience bounds each single check; 0 = 30 s.
 	Patience time.Duration
 }
@@ -95,26 +101,69 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	if err := errors.Join(err, first.close()); err != nil {
 		return nil, err
 	}
+	if err := cfg.resolves(desc); err != nil {
+		return nil, err
+	}
 	report := &Report{File: cfg.File, Type: desc.GetType(), Version: desc.GetVersion(), Features: desc.GetFeatures(), Description: desc}
-	for _, c := range suite() {
-		if err := ctx.Err(); err != nil {
-			return report, fmt.Errorf("conform: %w", err)
-		}
-		res := Result{Group: c.group, Check: c.name, Outcome: Passed}
-		var why skip
-		switch err := c.play(ctx, &cfg, desc); {
-		case err == nil:
-		case errors.As(err, &why):
-			res.Outcome, res.Why = Skipped, string(why)
-		default:
-			res.Outcome, res.Why = Failed, err.Error()
-		}
+	all := slices.DeleteFunc(suite(), func(c check) bool { return !strings.Contains(c.group+": "+c.name, cfg.Only) })
+	if len(all) == 0 {
+		return nil, fmt.Errorf("no check is about %q", cfg.Only)
+	}
+	// Several at once, for most of them wait for time to pass; told in their order.
+	results := make([]chan Result, len(all))
+	turn := make(chan struct{}, atOnce)
+	for i, c := range all {
+		results[i] = make(chan Result, 1)
+		go func() {
+			turn <- struct{}{}
+			results[i] <- c.result(ctx, &cfg, desc)
+			<-turn
+		}()
+	}
+	for _, r := range results {
+		res := <-r
 		report.Results = append(report.Results, res)
-		if cfg.Each != nil {
+		if cfg.Each != nil && ctx.Err() == nil {
 			cfg.Each(res)
 		}
 	}
+	if err := ctx.Err(); err != nil {
+		return report, fmt.Errorf("conform: %w", err)
+	}
 	return report, nil
+}
+
+// atOnce is how many checks are played at the same time.
+const atOnce = 4
+
+// resolves says whether the calls that were given are calls of this component.
+func (cfg *Config) resolves(desc *componentv1.Description) error {
+	r := &rig{cfg: cfg, desc: desc}
+	for _, readOnly := range []bool{false, true} {
+		calls, err := r.given(readOnly)
+		if err != nil {
+			return err
+		}
+		for _, c := range calls {
+			if err := protojson.Unmarshal([]byte(c.json), c.empty()); err != nil {
+				return fmt.Errorf("--call %s: %w", c.name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (c *check) result(ctx context.Context, cfg *Config, desc *componentv1.Description) Result {
+	res := Result{Group: c.group, Check: c.name, Outcome: Passed}
+	var why skip
+	switch err := c.play(ctx, cfg, desc); {
+	case err == nil:
+	case errors.As(err, &why):
+		res.Outcome, res.Why = Skipped, string(why)
+	default:
+		res.Outcome, res.Why = Failed, err.Error()
+	}
+	return res
 }
 
 func (c *check) play(ctx context.Context, cfg *Config, desc *componentv1.Description) (err error) {

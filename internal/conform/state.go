@@ -189,9 +189,17 @@ func garbage(ctx context.Context, r *rig) error {
 		return err
 	}
 	damaged := slices.Clone(good)
-	last := proto.CloneOf(damaged[len(damaged)-1])
-	last.Mark++
-	damaged[len(damaged)-1] = last
+	for i, f := range slices.Backward(good) { // a bit of its data, or of its end where it has none
+		if i == 0 && len(f.GetData()) == 0 {
+			last := proto.CloneOf(good[len(good)-1])
+			last.Mark ^= 1
+			damaged[len(damaged)-1] = last
+		} else if n := len(f.GetData()); n > 0 {
+			damaged[i] = proto.CloneOf(f)
+			damaged[i].Data[n-1] ^= 1
+			break
+		}
+	}
 	foreign := slices.Clone(good)
 	head := proto.CloneOf(foreign[0])
 	head.Schema += 1 << 20
