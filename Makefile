@@ -10,7 +10,7 @@ GOFILES  = $(shell git ls-files '*.go' | grep -v -E '\.pb\.go$$|\.connect\.go$$'
 PROTOS   = $(shell git ls-files '*.proto')
 export CGO_ENABLED ?= 0
 
-.PHONY: build demo test test-long race sim planted lint bench gen clean help
+.PHONY: build demo test test-long race sim planted lint bench gen gen-python clean help
 
 build: ## build bin/coppice and the shipped components (the default)
 	@[ -x $(BIN)/coppice ] || echo "building coppice; the first build of its libraries takes some minutes"
@@ -74,6 +74,13 @@ gen: ## generate code from the .proto files (needs protoc)
 		--go-grpc_out=. --go-grpc_opt=module=$(MODULE) $(filter-out node/api/%,$(PROTOS))
 	PATH=$(CURDIR)/$(BIN)/tools:$$PATH protoc -I . --go_out=. --go_opt=module=$(MODULE) \
 		--connect-go_out=. --connect-go_opt=module=$(MODULE),simple=true $(filter node/api/%,$(PROTOS))
+
+PYTHON_KV = plugins/kv/python
+gen-python: ## generate the Python stubs of plugins/kv/python (needs protoc and gRPC's plugin for Python)
+	@command -v grpc_python_plugin >/dev/null || { echo "gRPC's plugin for Python is missing: apt-get install protobuf-compiler protobuf-compiler-grpc"; exit 1; }
+	protoc -I plugins/kv -I plugins/contract/component/v1 -I plugins/sdk/statev1 --python_out=$(PYTHON_KV) kv.proto component.proto state.proto
+	protoc -I plugins/kv -I plugins/contract/component/v1 --plugin=protoc-gen-grpc_python="$$(command -v grpc_python_plugin)" \
+		--grpc_python_out=$(PYTHON_KV) kv.proto component.proto
 
 clean: ## remove what build made
 	rm -rf $(BIN)

@@ -10,6 +10,9 @@ import (
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 )
 
+// AnyPlatform stands among an artifact's platforms for a file that runs on every one: a script, whose interpreter the node has to have.
+const AnyPlatform = "any"
+
 // Effective is one component as it should be now: the manifest, with what the application says for all of its components, and what
 // commands laid over it. It is a copy; changing it changes no desired state.
 type Effective struct {

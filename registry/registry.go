@@ -41,7 +41,7 @@ const (
 	// KindComponent speaks component.v1, KindProgram is any other executable.
 	KindComponent = "component"
 	KindProgram   = components.KindProgram
-	anyPlatform   = "any"
+	anyPlatform   = components.AnyPlatform
 )
 
 // Describer runs a file in the sandbox and asks it what it is. It returns ErrNoHandshake for an executable that is no component.

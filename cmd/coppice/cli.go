@@ -109,7 +109,7 @@ func (c *cli) addCommands(root *cobra.Command) {
 		c.inspectCmd(), c.attrCmd(), c.bindCmd(), c.unbindCmd(), c.startCmd(), c.stopCmd(), c.freezeCmd(), c.thawCmd(),
 		c.swapCmd(), c.undoCmd(), c.moveCmd(), c.unpinCmd(), c.checkpointCmd(), c.checkpointsCmd(), c.restoreCmd(), c.forkCmd(), c.callCmd(), c.forwardCmd(), c.whyCmd(),
 		c.logsCmd(), c.eventsCmd(), c.queryCmd(), c.dhtCmd(),
-		c.demoCmd(), c.benchCmd(), c.completionCmd(), c.docsCmd(),
+		c.demoCmd(), c.benchCmd(), c.conformCmd(), c.completionCmd(), c.docsCmd(),
 	)
 	root.SetHelpCommand(c.helpCmd())
 	root.SetHelpCommandGroupID(groupTool)

@@ -62,7 +62,7 @@ func refused(n *node, c *placementv1.Component, requires []constraint, facts *co
 	if !n.receives {
 		return n.refusal
 	}
-	if len(c.GetPlatforms()) > 0 && !slices.Contains(c.GetPlatforms(), n.GetPlatform()) {
+	if has := c.GetPlatforms(); len(has) > 0 && !slices.Contains(has, n.GetPlatform()) && !slices.Contains(has, components.AnyPlatform) {
 		return refusal{"platform", fmt.Sprintf("it is %s, the artifact has %s", n.GetPlatform(), strings.Join(c.GetPlatforms(), ", "))}
 	}
 	if r, ok := fits(n, c.GetCpuMillis(), c.GetMemoryBytes(), c.GetDiskBytes()); !ok {
