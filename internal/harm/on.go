@@ -63,7 +63,7 @@ func read(p *atomic.Pointer[Orders], path, last string) string {
 
 // FS returns a file system whose fsync obeys the orders.
 func FS(fs vfs.FS) vfs.FS {
-	return errorfs.Wrap(fs, errorfs.InjectorFunc(func(op errorfs.Op) error {
+	return harmed{errorfs.Wrap(fs, errorfs.InjectorFunc(func(op errorfs.Op) error {
 		switch op.Kind {
 		case errorfs.OpFileSync, errorfs.OpFileSyncData, errorfs.OpFileSyncTo:
 		default:
@@ -77,7 +77,19 @@ func FS(fs vfs.FS) vfs.FS {
 			return fmt.Errorf("fsync %s: %w (ordered)", op.Path, syscall.EIO)
 		}
 		return nil
-	}))
+	}))}
+}
+
+// harmed is errorfs's file system but for one thing: of a file that is used again, as Pebble's logs are once a few megabytes are written, it would give the file
+// as it is. Another one is as good.
+type harmed struct{ *errorfs.FS }
+
+// ReuseForWrite implements vfs.FS.
+func (h harmed) ReuseForWrite(was, name string, category vfs.DiskWriteCategory) (vfs.File, error) {
+	if err := h.Remove(was); err != nil {
+		return nil, err
+	}
+	return h.Create(name, category)
 }
 
 func in(path string, folders []string) bool {
