@@ -149,7 +149,15 @@ func (n *Node) desire(ctx context.Context, file string, manifest []byte, local [
 		d.changed = !d.have || !sameDesired(old, d.next)
 		out = append(out, d)
 	}
-	return out, nil
+	next := make([]*componentsv1.Application, 0, len(out))
+	for _, d := range out {
+		next = append(next, d.next)
+	}
+	w, err := n.wiringWith(next...)
+	if err != nil {
+		return nil, err
+	}
+	return out, w.check(ctx, "read "+file)
 }
 
 func sameDesired(a, b *componentsv1.Application) bool {

@@ -10,9 +10,11 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/coppice-project/coppice/components"
 	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/node/api"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
 )
 
 func (v *verbs) Attr(ctx context.Context, r *apiv1.AttrRequest) (*apiv1.AttrResponse, error) {
@@ -88,12 +90,17 @@ func (v *verbs) Bind(ctx context.Context, r *apiv1.BindRequest) (*apiv1.BindResp
 	if err != nil {
 		return nil, fail(what, err)
 	}
-	var required []string
-	for _, i := range desc.GetRequires() {
-		required = append(required, i.GetName())
+	i := slices.IndexFunc(desc.GetRequires(), func(i *componentv1.Interface) bool { return i.GetName() == r.GetInterface() })
+	if i < 0 {
+		return nil, api.Fail(connect.CodeNotFound, what, fmt.Sprintf("it requires no interface of this name; it requires %s", listed(requiredBy(desc))), "coppice inspect "+s.component)
 	}
-	if !slices.Contains(required, r.GetInterface()) {
-		return nil, api.Fail(connect.CodeNotFound, what, fmt.Sprintf("it requires no interface of this name; it requires %s", listed(required)), "coppice inspect "+s.component)
+	provider, err := n.artifacts().Description(ctx, target.eff.Digest)
+	if err != nil {
+		return nil, fail(what, err)
+	}
+	if err := components.Provides(provider, desc.GetRequires()[i]); err != nil {
+		return nil, api.Fail(connect.CodeFailedPrecondition, what, fmt.Sprintf("%s (%s@%s) does not fit: %s", target.component, target.eff.ArtifactName, target.eff.Version, err),
+			"coppice registry show "+target.eff.ArtifactName)
 	}
 	to := target.component
 	if len(target.instances) == 1 && strings.HasSuffix(r.GetTarget(), target.instances[0]) {

@@ -164,6 +164,13 @@ func (v *verbs) Swap(ctx context.Context, r *apiv1.SwapRequest) (*apiv1.ReplaceR
 				fmt.Sprintf("%s@%s does not offer txn-calls, which durable: each-call needs: answers would not wait until they are durable", art.GetName(), art.GetVersion()),
 				"deploy it with durable: 5s; or the same with --force, and it is saved every "+components.MinInterval.String())
 		}
+		if lost := n.unfit(ctx, s.eff.Digest, art.GetDigest()); len(lost) > 0 {
+			return nil, api.Fail(connect.CodeFailedPrecondition, what, fmt.Sprintf("%s@%s cannot take the place of %s: %s", art.GetName(), art.GetVersion(), s.eff.Version, strings.Join(lost, "; ")),
+				"the same with --force, if nobody calls what is missing")
+		}
+	}
+	if err := n.fitsBindings(ctx, what, s, art); err != nil {
+		return nil, err
 	}
 	out := &apiv1.ReplaceResponse{Component: s.component}
 	for _, name := range s.instances {
@@ -199,6 +206,19 @@ func (n *Node) wanted(what string, s subject, version string) (*componentsv1.Art
 		return nil, err
 	}
 	return art, nil
+}
+
+// fitsBindings checks the bindings of a component, and those that lead to it, as they are with another artifact.
+func (n *Node) fitsBindings(ctx context.Context, what string, s subject, art *componentsv1.Artifact) error {
+	w, err := n.wiringWith()
+	if err != nil {
+		return fail(what, err)
+	}
+	next := *s.eff
+	next.Digest, next.ArtifactName, next.Version = art.GetDigest(), art.GetName(), art.GetVersion()
+	w.effs[s.component] = &next
+	w.affected = func(component string) bool { return component == s.component }
+	return w.check(ctx, what)
 }
 
 // wish is a swap together with the desired state that says the same.

@@ -23,6 +23,7 @@ func (v *verbs) Plan(ctx context.Context, r *apiv1.PlanRequest) (*apiv1.PlanResp
 	for _, u := range n.zoneRisks() {
 		out.Warnings = append(out.Warnings, u.GetSubject()+": "+u.GetWhy())
 	}
+	out.Warnings = append(out.Warnings, n.changedTypes(ctx, apps)...)
 	for _, d := range apps {
 		_, plan, err := n.coord.Plan(ctx, d.next)
 		if err != nil {

@@ -15,7 +15,9 @@ func (c *cli) swapCmd() *cobra.Command {
 		group: groupOne, use: "swap COMPONENT@VERSION", short: "Replace a running component by another version, keeping its state",
 		long: "Replace a running component by another version of its artifact, with its state and without a failed call: callers wait for the pause.\n" +
 			"If the new version does not become healthy, the old one goes on. VERSION is a version, a constraint or sha256:….\n" +
-			"A version that cannot keep what `durable` promises (each-call without txn-calls) is refused, unless --force says that it may be.",
+			"A version that cannot keep what `durable` promises (each-call without txn-calls), or that lacks an interface, a method or the form of a message\n" +
+			"that the running one has, is refused, unless --force says that it may be. One that would leave another component's binding without what it\n" +
+			"requires is refused in any case.",
 		example: examples(
 			"coppice swap shop/store@1.1", "",
 			"coppice swap store@^2", "the newest 2.x",
@@ -37,6 +39,6 @@ func (c *cli) swapCmd() *cobra.Command {
 			return c.replaced(res)
 		},
 	})
-	cmd.Flags().BoolVar(&force, "force", false, "also to a version that cannot keep what durable promises; it is shown as degraded then")
+	cmd.Flags().BoolVar(&force, "force", false, "also to a version that cannot keep what durable promises (it is shown as degraded then), or that lacks what callers may call")
 	return cmd
 }

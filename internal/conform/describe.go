@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/Masterminds/semver/v3"
@@ -151,7 +152,7 @@ func sameAgain(ctx context.Context, r *rig) error {
 
 // files are the descriptors that the component gives, and what every program knows besides.
 func (r *rig) files() (*protoregistry.Files, error) {
-	set := proto.CloneOf(r.desc.GetServices())
+	set := &descriptorpb.FileDescriptorSet{File: slices.Clone(r.desc.GetServices().GetFile())}
 	have := map[string]bool{}
 	for _, f := range set.GetFile() {
 		have[f.GetName()] = true
