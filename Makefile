@@ -32,6 +32,7 @@ test: build ## every test that ends within minutes (TESTFLAGS=-race: with the ra
 	$(if $(findstring -race,$(TESTFLAGS)),@true,$(PLANTED) ./internal/sim)
 	@# by unit tests, within seconds
 	$(PLANTED) $(UNITS)
+	$(GO) test -tags harm ./internal/harm
 
 PLANTED = $(GO) test -tags planted -count=1 -timeout 15m -run Planted
 # The packages whose unit tests show rules that the simulation does not.
