@@ -105,7 +105,7 @@ func (c *cli) addCommands(root *cobra.Command) {
 	root.AddCommand(
 		c.upCmd(), c.tokenCmd(), c.nodesCmd(), c.statusCmd(), c.doctorCmd(), c.drainCmd(), c.leaveCmd(), c.downCmd(), c.revokeCmd(), c.readmitCmd(), c.drillCmd(), c.recoverCmd(),
 		c.backupCmd(), c.restoreClusterCmd(),
-		c.registryCmd(), c.planCmd(), c.deployCmd(), c.removeCmd(), c.appsCmd(), c.psCmd(),
+		c.newCmd(), c.registryCmd(), c.planCmd(), c.deployCmd(), c.removeCmd(), c.appsCmd(), c.psCmd(),
 		c.inspectCmd(), c.attrCmd(), c.bindCmd(), c.unbindCmd(), c.startCmd(), c.stopCmd(), c.freezeCmd(), c.thawCmd(),
 		c.swapCmd(), c.undoCmd(), c.moveCmd(), c.unpinCmd(), c.checkpointCmd(), c.checkpointsCmd(), c.restoreCmd(), c.forkCmd(), c.callCmd(), c.forwardCmd(), c.whyCmd(),
 		c.logsCmd(), c.eventsCmd(), c.queryCmd(), c.dhtCmd(),

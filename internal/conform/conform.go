@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -93,6 +94,11 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	if cfg.Patience <= 0 {
 		cfg.Patience = 30 * time.Second
 	}
+	file, err := filepath.Abs(cfg.File) // processes have folders of their own
+	if err != nil {
+		return nil, fmt.Errorf("conform: %w", err)
+	}
+	cfg.File = file
 	first, err := newRig(&cfg, nil)
 	if err != nil {
 		return nil, err

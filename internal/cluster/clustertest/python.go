@@ -11,13 +11,19 @@ import (
 // python is the interpreter of the system: one in a home directory is out of a component's reach.
 const python = "/usr/bin/python3"
 
-// PythonKV packs plugins/kv/python as one file of this version, as docs/writing-a-component.md says it. edit changes its sources before that: pairs of old and
-// new text. The test is skipped where the machine has no Python with gRPC.
-func PythonKV(t testing.TB, version string, edit ...string) string {
+// NeedPython skips the test where the machine has no Python with gRPC.
+func NeedPython(t testing.TB) {
 	t.Helper()
 	if out, err := exec.CommandContext(t.Context(), python, "-c", "import grpc, google.protobuf, xxhash").CombinedOutput(); err != nil {
 		t.Skipf("SKIPPED: no Python with gRPC here (Debian: apt-get install python3-grpcio python3-protobuf python3-xxhash): %v %s", err, out)
 	}
+}
+
+// PythonKV packs plugins/kv/python as one file of this version, as docs/writing-a-component.md says it. edit changes its sources before that: pairs of old and
+// new text. The test is skipped where the machine has no Python with gRPC.
+func PythonKV(t testing.TB, version string, edit ...string) string {
+	t.Helper()
+	NeedPython(t)
 	root, err := moduleRoot()
 	if err != nil {
 		t.Fatal(err)
