@@ -406,6 +406,31 @@ func TestARestartedNodeCommitsItsBranch(t *testing.T) {
 	})
 }
 
+// What was answered last before a power cut need not be known to the disk as acknowledged. A node that comes back without an uplink goes on from before it;
+// in touch again that answer is not overwritten by what it did alone, though nobody has claimed against it.
+func TestABranchNeverComesOnTopOfWhatItDidNotKnow(t *testing.T) {
+	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		n[0].adds(10)
+		n[0].kill()
+		for _, x := range n {
+			w.net.Isolate(x.id)
+		}
+		n[0].start(false)
+		w.net.Isolate(n[0].id)
+		if v := n[0].adds(1); v > 11 {
+			w.t.Errorf("restarted alone it counts %d, want 11 at most", v)
+		}
+		n[0].adds(2)
+		w.net.Heal()
+		w.reads(13)
+		w.eventually(20*time.Second, "the branch is gone", func() bool { return len(n[0].sup.Branches()) == 0 })
+		if v := n[2].adds(1); v != 14 {
+			w.t.Errorf("the next one is answered %d", v)
+		}
+	})
+}
+
 // A merge that fails costs neither state: the branch stays beside.
 func TestAMergeThatFailsKeepsBoth(t *testing.T) {
 	refuse := func(_, _, _, _ *sdk.Txn) error { return errors.New("these cannot be added up") }

@@ -63,6 +63,8 @@ type generation struct {
 	saver    *saver
 	endSaver context.CancelFunc
 	since    time.Time // it has run as owner since then
+	// recalled: it was started from what this node's disk showed, with nobody to ask whether that is the last that was acknowledged.
+	recalled bool
 }
 
 // stopSaver has the saver end; it may be finishing a commit for a moment yet.
