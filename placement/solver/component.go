@@ -57,12 +57,15 @@ func compileAll(sources []string) []constraint {
 	return out
 }
 
+// anyPlatform is what the registry calls the platform of a script.
+const anyPlatform = "any"
+
 // refused is why a node is not for a component whatever else runs where; zero: it is.
 func refused(n *node, c *placementv1.Component, requires []constraint, facts *components.ComponentFacts) refusal {
 	if !n.receives {
 		return n.refusal
 	}
-	if len(c.GetPlatforms()) > 0 && !slices.Contains(c.GetPlatforms(), n.GetPlatform()) {
+	if p := c.GetPlatforms(); len(p) > 0 && !slices.Contains(p, n.GetPlatform()) && !slices.Contains(p, anyPlatform) {
 		return refusal{"platform", fmt.Sprintf("it is %s, the artifact has %s", n.GetPlatform(), strings.Join(c.GetPlatforms(), ", "))}
 	}
 	if r, ok := fits(n, c.GetCpuMillis(), c.GetMemoryBytes(), c.GetDiskBytes()); !ok {
