@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
@@ -504,6 +505,23 @@ func TestABranchIsDecidedOnce(t *testing.T) {
 		})
 		time.Sleep(time.Second)
 		w.reads(19)
+	})
+}
+
+// A node that had been cut off, and held others for dead, may have named itself alone for what it did not run yet. Who runs it now sees that, and names all who
+// have it, though nothing is written any more.
+func TestHoldersThatAreNotNamedAreNamedAgain(t *testing.T) {
+	scene(t, 3, func(w *world) {
+		n := w.nodes
+		n[0].adds(3)
+		holders := func() int { reg, _ := n[1].arb.Get(testKey); return len(reg.Holders) }
+		w.eventually(10*time.Second, "three have it", func() bool { return holders() == 3 })
+		reg, _ := n[1].arb.Get(testKey)
+		if _, err := n[1].arb.SetHolders(within(w.t, 5*time.Second), testKey, reg.Seq, []peer.ID{n[0].id}); err != nil {
+			w.t.Fatal(err)
+		}
+		w.eventually(10*time.Second, "one is named", func() bool { return holders() == 1 })
+		w.eventually(10*time.Second, "three are named again", func() bool { return holders() == 3 })
 	})
 }
 

@@ -180,7 +180,7 @@ func (f *nodeFaults) loseDisk() string {
 	}
 	// Nothing else is broken meanwhile: with three voters of which one is down, a lost disk would be a lost majority.
 	f.wg.Wait()
-	if _, ok := f.w.eventually(wellWithin, func() bool { return f.w.unwell() == "" }); !ok {
+	if _, ok := f.w.eventually(wellWithin, f.w.well); !ok {
 		f.w.failf("I10: not well before a disk is to be lost: %s", f.w.unwell())
 		return ""
 	}
@@ -343,7 +343,7 @@ func (f *nodeFaults) longCut() {
 	heal()
 	f.w.count.Faults++
 	f.w.logf("the long cut is over")
-	if took, ok := f.w.eventually(wellWithin, func() bool { return f.w.unwell() == "" }); !ok {
+	if took, ok := f.w.eventually(wellWithin, f.w.well); !ok {
 		f.w.failf("I10: %s after a long cut: %s", took, f.w.unwell())
 	}
 }

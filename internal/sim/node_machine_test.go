@@ -15,7 +15,6 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/cockroachdb/pebble/v2/vfs"
-	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/coppice-project/coppice/components/runner"
 	coppice "github.com/coppice-project/coppice/node"
@@ -58,7 +57,7 @@ type nodeLife struct {
 	node    atomic.Pointer[coppice.Node]
 	off     atomic.Bool // it was ended from outside
 	doorsMu sync.Mutex  // guards doors
-	doors   map[string]*bufconn.Listener
+	doors   map[string]*pipes
 }
 
 // add makes a machine that has never run.
@@ -78,7 +77,7 @@ func (m *machine) power(token string) *nodeLife {
 	m.mu.Lock()
 	fs := m.fs
 	m.mu.Unlock()
-	l := &nodeLife{m: m, procs: &processes{}, ready: make(chan struct{}), done: make(chan struct{}), doors: map[string]*bufconn.Listener{}}
+	l := &nodeLife{m: m, procs: &processes{}, ready: make(chan struct{}), done: make(chan struct{}), doors: map[string]*pipes{}}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.procs.component = l.component
 	l.web = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -137,9 +136,9 @@ func (l *nodeLife) build(cfg coppice.Config) (*coppice.Node, error) {
 func (l *nodeLife) door(path string) (net.Listener, error) {
 	l.doorsMu.Lock()
 	defer l.doorsMu.Unlock()
-	b := bufconn.Listen(64 << 10)
-	l.doors[path] = b
-	return b, nil
+	p := &pipes{path: path, come: make(chan net.Conn), over: make(chan struct{})}
+	l.doors[path] = p
+	return p, nil
 }
 
 func (l *nodeLife) dial(ctx context.Context, path string) (net.Conn, error) {
@@ -149,7 +148,7 @@ func (l *nodeLife) dial(ctx context.Context, path string) (net.Conn, error) {
 	if b == nil {
 		return nil, fmt.Errorf("dial %s: connection refused", path)
 	}
-	return b.DialContext(ctx)
+	return b.dial(ctx)
 }
 
 func (l *nodeLife) closeDoors() {
@@ -159,6 +158,45 @@ func (l *nodeLife) closeDoors() {
 		_ = b.Close() // of a node that is gone
 	}
 }
+
+// pipes is a socket in memory.
+type pipes struct {
+	path string
+	come chan net.Conn
+	once sync.Once
+	over chan struct{} // closed with it
+}
+
+func (p *pipes) dial(ctx context.Context) (net.Conn, error) {
+	here, there := net.Pipe()
+	select {
+	case p.come <- there:
+		return here, nil
+	case <-p.over:
+		return nil, fmt.Errorf("dial %s: connection refused", p.path)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// Accept implements net.Listener.
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.come:
+		return c, nil
+	case <-p.over:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (p *pipes) Close() error {
+	p.once.Do(func() { close(p.over) })
+	return nil
+}
+
+// Addr implements net.Listener.
+func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Name: p.path, Net: "unix"} }
 
 // serves says whether the node is ready for commands.
 func (l *nodeLife) serves() bool {

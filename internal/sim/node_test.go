@@ -35,19 +35,20 @@ type nodes struct {
 	guarantee string
 	instances []string
 	deployed  bool
+	ails      string // what was in the way when all was looked at last
 
 	mu    sync.Mutex // guards list
 	list  []*machine
 	acts  sync.Mutex // guards the rest
 	epoch map[string][2]uint64
 	actor map[string]*machine // by instance and epoch: who carried calls out
-	hist  map[string][]history.Op[int64]
+	hist  map[string][]history.Count
 }
 
 func newNodes(s *schedule) *nodes {
 	w := &nodes{
 		schedule: s, air: newAir(s.dice().Uint64), opening: make(chan struct{}, 1), guarantee: components.Safe,
-		epoch: map[string][2]uint64{}, actor: map[string]*machine{}, hist: map[string][]history.Op[int64]{},
+		epoch: map[string][2]uint64{}, actor: map[string]*machine{}, hist: map[string][]history.Count{},
 	}
 	if w.oneIn(2) {
 		w.guarantee = components.ExactlyOne
@@ -68,7 +69,7 @@ func (w *nodes) run() {
 	}
 	end := time.Now().Add(w.between(15*time.Second, 30*time.Second))
 	f := &nodeFaults{w: w, losses: 1, joins: 1}
-	long := w.oneIn(8)
+	long := w.oneIn(12)
 	if long {
 		end = end.Add(longest)
 	}
@@ -91,8 +92,10 @@ func (w *nodes) run() {
 	w.afterwards()
 	for _, name := range w.instances {
 		w.checks = append(w.checks, func() (history.Verdict, string) {
-			v, why := history.Check(int64(0), w.hist[name], decide)
-			return v, "the calls of " + name + ": " + why
+			if why := history.CheckCount(w.hist[name]); why != "" {
+				return history.Impossible, "the calls of " + name + ": " + why
+			}
+			return history.Fits, ""
 		})
 	}
 }
@@ -210,7 +213,7 @@ func (w *nodes) once(number int, m *machine, name string, limit time.Duration) e
 	}
 	ctx, cancel := within(limit)
 	defer cancel()
-	o := history.Op[int64]{Client: number, Call: w.now()}
+	o := history.Count{Call: w.now()}
 	res, err := l.client.Call(ctx, &apiv1.CallRequest{Component: strings.TrimSuffix(name, "-0"), Method: "Add", Json: `{"n": 1}`, TimeoutMs: uint64(limit.Milliseconds())})
 	o.Return = w.now()
 	var v struct {
@@ -219,12 +222,8 @@ func (w *nodes) once(number int, m *machine, name string, limit time.Duration) e
 	if err == nil {
 		err = json.Unmarshal([]byte(res.GetJson()), &v)
 	}
-	o.Step = func(s int64) (int64, bool) { return s + 1, err != nil || s+1 == v.Value }
-	o.Name = fmt.Sprintf("add to %s at %s = %d", name, m.name, v.Value)
-	if err != nil {
-		o.Name += " " + err.Error()
-	}
-	w.logf("caller %d: %s, since %.4f", number, o.Name, o.Call.Seconds())
+	o.Value = v.Value
+	w.logf("caller %d: add to %s at %s = %d, since %.4f: %v", number, name, m.name, v.Value, o.Call.Seconds(), err)
 	w.acts.Lock()
 	defer w.acts.Unlock()
 	if err != nil {
@@ -235,6 +234,16 @@ func (w *nodes) once(number int, m *machine, name string, limit time.Duration) e
 	}
 	w.hist[name] = append(w.hist[name], o)
 	return err
+}
+
+// well says whether all is as it must be, and logs what is in the way.
+func (w *nodes) well() bool {
+	why := w.unwell()
+	if why != w.ails {
+		w.logf("not yet: %s", why)
+		w.ails = why
+	}
+	return why == ""
 }
 
 // unwell says what is not as it must be; "": nothing.
@@ -317,14 +326,14 @@ func (w *nodes) unwellInstance(in *apiv1.Instance, live []*machine) string {
 		return fmt.Sprintf("%s is said to run on %s and runs on %v", name, in.GetNode(), on)
 	}
 	if in.GetCheckpointSeq() > 0 && in.GetReplicasAlive() < 2 {
-		return fmt.Sprintf("checkpoint %d of %s lies on %d living nodes", in.GetCheckpointSeq(), name, in.GetReplicasAlive())
+		return fmt.Sprintf("checkpoint %d of %s lies on %d living nodes of %v", in.GetCheckpointSeq(), name, in.GetReplicasAlive(), in.GetReplicas())
 	}
 	return ""
 }
 
 // afterwards asserts that all is well again, and stays so while every node is called (I10).
 func (w *nodes) afterwards() {
-	took, ok := w.eventually(wellWithin, func() bool { return w.unwell() == "" })
+	took, ok := w.eventually(wellWithin, w.well)
 	if !ok {
 		w.failf("I10: %s after healing: %s", took, w.unwell())
 		return
