@@ -14,7 +14,7 @@ import (
 )
 
 // kinds are all there are.
-var kinds = []kind{registersKind, pagesKind, wholeKind, leasesKind, alwaysKind, nodeKind}
+var kinds = []kind{registersKind, pagesKind, wholeKind, leasesKind, alwaysKind, darkKind, nodeKind}
 
 func kindOf(name string) (kind, bool) {
 	for _, k := range kinds {
@@ -114,7 +114,7 @@ func TestSim(t *testing.T) {
 }
 
 // shares of the kinds, of a thousand schedules.
-var shares = map[string]int{"registers": 615, "pages": 200, "whole": 100, "leases": 50, "always": 20, "node": 15}
+var shares = map[string]int{"registers": 610, "pages": 200, "whole": 100, "leases": 50, "always": 20, "dark": 5, "node": 15}
 
 // TestReplay plays one schedule, named by COPPICE_SIM_SEED ("registers/17"), and prints all its events. COPPICE_SIM_TIMES plays it more than
 // once: what a seed leaves open is the order of goroutines.
