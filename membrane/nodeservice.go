@@ -36,6 +36,8 @@ type NodeServices struct {
 type NodeSocketConfig struct {
 	Path     string        // of the unix socket; what an earlier daemon left there is replaced
 	LeaseTTL time.Duration // of each grant; default 2 s
+	// Open opens the path in its own way; nil: a unix socket.
+	Open     func(path string) (net.Listener, error)
 	Services NodeServices
 	// Lease says of an instance under a lease of the arbiter for how long a process may still be granted to run: grants are no longer than that, and
 	// none is given without. nil: it is not leased.
@@ -51,7 +53,7 @@ type NodeSocket struct {
 	m        *Membrane
 	cfg      NodeSocketConfig
 	server   *grpc.Server
-	file     os.FileInfo // of the socket that it made
+	file     os.FileInfo // of the socket that it made; nil: Open made none
 	withheld atomic.Bool
 	draining atomic.Bool
 
@@ -64,21 +66,9 @@ func (r *Router) ServeNode(m *Membrane, cfg NodeSocketConfig) (*NodeSocket, erro
 	if cfg.LeaseTTL <= 0 {
 		cfg.LeaseTTL = defaultLease
 	}
-	if err := os.MkdirAll(filepath.Dir(cfg.Path), 0o700); err != nil {
-		return nil, fmt.Errorf("node socket of %s: %w", m.Instance(), err)
-	}
-	if err := os.Remove(cfg.Path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("node socket of %s: %w", m.Instance(), err)
-	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: cfg.Path, Net: "unix"})
+	l, file, err := cfg.open()
 	if err != nil {
 		return nil, fmt.Errorf("node socket of %s: %w", m.Instance(), err)
-	}
-	l.SetUnlinkOnClose(false) // the path may be another one's by then
-	err = os.Chmod(cfg.Path, 0o600)
-	file, serr := os.Stat(cfg.Path)
-	if err = errors.Join(err, serr); err != nil {
-		return nil, fmt.Errorf("node socket of %s: %w", m.Instance(), errors.Join(err, l.Close(), os.Remove(cfg.Path)))
 	}
 	s := &NodeSocket{m: m, cfg: cfg, file: file, credentials: map[string]chan struct{}{}}
 	s.server = NewServer(r.bindingHandler(m), grpc.ChainUnaryInterceptor(s.checkUnary), grpc.ChainStreamInterceptor(s.checkStream))
@@ -89,6 +79,31 @@ func (r *Router) ServeNode(m *Membrane, cfg NodeSocketConfig) (*NodeSocket, erro
 		}
 	}()
 	return s, nil
+}
+
+// open makes the socket, and says which file it is.
+func (cfg *NodeSocketConfig) open() (net.Listener, os.FileInfo, error) {
+	if cfg.Open != nil {
+		l, err := cfg.Open(cfg.Path)
+		return l, nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(cfg.Path), 0o700); err != nil {
+		return nil, nil, err
+	}
+	if err := os.Remove(cfg.Path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: cfg.Path, Net: "unix"})
+	if err != nil {
+		return nil, nil, err
+	}
+	l.SetUnlinkOnClose(false) // the path may be another one's by then
+	err = os.Chmod(cfg.Path, 0o600)
+	file, serr := os.Stat(cfg.Path)
+	if err = errors.Join(err, serr); err != nil {
+		return nil, nil, errors.Join(err, l.Close(), os.Remove(cfg.Path))
+	}
+	return l, file, nil
 }
 
 // Allow lets a process with this credential in. A replacement allows two.
@@ -119,6 +134,9 @@ func (s *NodeSocket) SetDrain(drain bool) { s.draining.Store(drain) }
 // Close stops serving and removes the socket.
 func (s *NodeSocket) Close() error {
 	s.server.Stop()
+	if s.file == nil {
+		return nil
+	}
 	now, err := os.Stat(s.cfg.Path)
 	if err == nil && os.SameFile(now, s.file) {
 		err = os.Remove(s.cfg.Path)

@@ -13,9 +13,11 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/multiformats/go-multiaddr"
 
 	"github.com/coppice-project/coppice/components/runner"
+	"github.com/coppice-project/coppice/dht"
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/records"
 )
@@ -49,6 +51,11 @@ type Config struct {
 	FS        vfs.FS               // default: the disk
 	BootTime  func() time.Duration // default: CLOCK_BOOTTIME
 	NewRunner func() (runner.Runner, error)
+	// NewHost builds the libp2p host; default: one over TCP.
+	NewHost func(dht.HostParams) (host.Host, error)
+	// Door opens what is a unix socket on a machine, by its path: that of commands in the data folder, and one for each component. Default: the socket. A simulation
+	// opens them in memory, for a goroutine that waits for the kernel holds virtual time up.
+	Door func(path string) (net.Listener, error)
 	// Format is the highest format of the arbiter's entries that this node knows; default arbiter.MaxFormat, another one in tests of mixed
 	// versions.
 	Format uint32

@@ -243,7 +243,7 @@ func (n *Node) openOverlay() (err error) {
 	isMember := func(id peer.ID) bool { return n.members != nil && n.members.IsMember(id) }
 	validator := records.NewValidator(isMember)
 	n.overlay, err = dht.New(dht.Config{
-		Cluster: n.state.Cluster, Identity: n.key, Profile: n.cfg.Profile, Listen: n.listenAddrs(), Advertise: n.cfg.Advertise,
+		Cluster: n.state.Cluster, Identity: n.key, Profile: n.cfg.Profile, Listen: n.listenAddrs(), Advertise: n.cfg.Advertise, NewHost: n.cfg.NewHost,
 		Datastore: late, Validator: record.NamespacedValidator{"kb": validator},
 		Member: isMember, Alive: n.isAlive, Members: n.routed, Addrs: n.addrsOf,
 		Certificate: func() []byte { return n.state.Certificate }, Info: func() []byte { return members.EncodeInfo(n.members.Self().Info) },

@@ -97,9 +97,18 @@ func (n *Node) newRunner() (runner.Runner, error) {
 	return runner.New(runner.Config{Log: n.log})
 }
 
+// describer is a runner that can ask a file itself.
+type describer interface {
+	Describe(ctx context.Context, exec runner.ExecFile, limits runner.Limits) (*componentv1.Description, error)
+}
+
 // describe runs a file in the sandbox and asks it what it is.
 func (n *Node) describe(ctx context.Context, f *os.File) (*componentv1.Description, error) {
-	desc, err := runner.Describe(ctx, runner.ExecFile{File: f, Path: filepath.Base(f.Name())}, runner.Limits{})
+	ask := runner.Describe
+	if own, ok := n.runner.(describer); ok {
+		ask = own.Describe
+	}
+	desc, err := ask(ctx, runner.ExecFile{File: f, Path: filepath.Base(f.Name())}, runner.Limits{})
 	if errors.Is(err, runner.ErrNoHandshake) {
 		return nil, fmt.Errorf("%w: %w", registry.ErrNoHandshake, err)
 	}
@@ -307,7 +316,7 @@ func (n *Node) background(what string, serve func() error, stop func(), over err
 }
 
 func (n *Node) serveAPI(ctx context.Context) (string, error) {
-	ln, addr, err := api.Listen(n.cfg.Data, n.cfg.API)
+	ln, addr, err := n.listenAPI()
 	if err != nil {
 		return "", err
 	}
@@ -317,6 +326,15 @@ func (n *Node) serveAPI(ctx context.Context) (string, error) {
 		}
 	})
 	return addr, nil
+}
+
+func (n *Node) listenAPI() (net.Listener, string, error) {
+	if n.cfg.Door == nil {
+		return api.Listen(n.cfg.Data, n.cfg.API)
+	}
+	path := filepath.Join(n.cfg.Data, api.SocketFile)
+	ln, err := n.cfg.Door(path)
+	return ln, "unix://" + path, err
 }
 
 func (n *Node) serveHTTP(ctx context.Context) (string, error) {

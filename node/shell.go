@@ -45,7 +45,7 @@ func (n *Node) newShell(instance string, eff *components.Effective, hooks superv
 	sum := sha256.Sum256([]byte(instance))
 	s := &shell{n: n, m: m, path: filepath.Join(n.runDir(), hex.EncodeToString(sum[:4]), "n.sock")}
 	var err error
-	if s.socket, err = n.router.ServeNode(m, membrane.NodeSocketConfig{Path: s.path, Services: n.services(), Lease: hooks.Lease}); err != nil {
+	if s.socket, err = n.router.ServeNode(m, membrane.NodeSocketConfig{Path: s.path, Open: n.cfg.Door, Services: n.services(), Lease: hooks.Lease}); err != nil {
 		return nil, err
 	}
 	n.router.Add(m)

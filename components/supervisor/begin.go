@@ -139,7 +139,8 @@ func (i *instance) settled(ctx context.Context, reg arbiter.Register) (arbiter.R
 // launchEpoch brings up the process of an epoch with its state, opens the gate and makes it i.gen.
 func (i *instance) launchEpoch(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective) error {
 	b := i.sup.branch(i.name, tokenIn(reg))
-	if b == nil && !(eff.Keeps() && i.sup.CutOff()) { // else nothing can be settled now: what was in doubt is part of the branch
+	alone := eff.Keeps() && i.sup.CutOff()
+	if b == nil && !alone { // else nothing can be settled now: what was in doubt is part of the branch
 		var err error
 		if reg, err = i.settled(ctx, reg); err != nil {
 			return err
@@ -177,6 +178,7 @@ func (i *instance) launchEpoch(ctx context.Context, reg arbiter.Register, body *
 		return err
 	}
 	clock.lap("start")
+	g.recalled = b == nil && alone
 	i.gen = g
 	i.save(g, reg, eff, nil)
 	i.note(g, eff)

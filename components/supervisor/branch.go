@@ -17,6 +17,7 @@ import (
 	"github.com/coppice-project/coppice/dht/arbiter"
 	"github.com/coppice-project/coppice/dht/blobs"
 	"github.com/coppice-project/coppice/dht/events"
+	"github.com/coppice-project/coppice/internal/planted"
 )
 
 // on_partition: keep (notes: consistency §1 G6, §6). An owner that has lost touch with the arbiter goes on. What it saves is a branch: the chain of its
@@ -188,7 +189,7 @@ func (i *instance) branched(g *generation, head *chainHead, before Saved) error 
 	if first {
 		b = &componentsv1.Branch{
 			Format: 1, Instance: i.name, Node: i.sup.cfg.Self.String(), NodeName: i.sup.cfg.Name, Incarnation: t.Incarnation, Epoch: t.Epoch,
-			BaseSeq: before.Seq, BaseRoot: rootBytes(before.Root), SinceUnixMs: now,
+			BaseSeq: before.Seq, BaseRoot: rootBytes(before.Root), SinceUnixMs: now, Recalled: g.recalled,
 		}
 	}
 	b.Root, b.Commits, b.Mark = head.link.Hash[:], b.GetCommits()+1, head.meta.GetMark()
@@ -217,6 +218,32 @@ func (i *instance) goesAlone(reg arbiter.Register, body *componentsv1.InstanceBo
 		return nil, false
 	}
 	return eff, true
+}
+
+// untilAlone is the time until the instance goes on without the arbiter: a node that has just started asks that for what it owned, and waits for no answer once
+// it is known to be cut off. What it asked may be carried out later all the same; then its branch has another rival, itself.
+func (i *instance) untilAlone(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(aloneLook)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			if _, yes := i.goesAlone(reg, body); yes {
+				cancel()
+			}
+		}
+	}()
+	return ctx, func() {
+		cancel()
+		<-ended
+	}
 }
 
 // alone keeps the instance running without the arbiter: nothing is claimed, committed or changed.
@@ -342,6 +369,9 @@ func (i *instance) rejoin(ctx context.Context, reg arbiter.Register, b *componen
 }
 
 func (i *instance) tryRejoin(ctx context.Context, reg arbiter.Register, body *componentsv1.InstanceBody, eff *components.Effective, b *componentsv1.Branch) error {
+	if more, err := i.outran(ctx, reg, b); err != nil || more {
+		return err
+	}
 	if i.gen != nil && !i.gen.dead() {
 		if err := i.quiesce(ctx, reasonFreeze); err != nil {
 			return err
@@ -381,6 +411,32 @@ func (i *instance) tryRejoin(ctx context.Context, reg arbiter.Register, body *co
 		return nil
 	}
 	return i.continueIn(ctx, claimed, eff, kept)
+}
+
+// outran says whether more was acknowledged than a branch began from: the last of what was answered before a power cut need not have been known to the disk,
+// where that is not the log's majority. The branch must not come on top of it then. The instance goes on from what was acknowledged, in the next epoch, and the
+// branch is reconciled with that like any other whose epoch is over.
+func (i *instance) outran(ctx context.Context, reg arbiter.Register, b *componentsv1.Branch) (bool, error) {
+	if !b.GetRecalled() || planted.Bug("branch-over-newer") {
+		return false, nil
+	}
+	now, there, err := i.sup.cfg.Arbiter.Read(ctx, i.key)
+	switch {
+	case err != nil:
+		return false, err
+	case !there || now.Epoch != reg.Epoch || now.Owner != i.sup.cfg.Self:
+		i.sup.adopt(now)
+		return true, nil // the next look ends it
+	case now.Seq == b.GetBaseSeq() && hashFrom(now.Root) == hashFrom(b.GetBaseRoot()):
+		return false, nil
+	}
+	claimed, err := i.sup.claimOver(ctx, now, arbiter.ClaimRequest{Body: now.Body})
+	if err != nil {
+		return false, fmt.Errorf("go on from checkpoint %d, which is newer than what the branch of %s began from: %w", now.Seq, i.name, err)
+	}
+	i.sup.adopt(claimed)
+	i.sup.cfg.Log.Info("more was acknowledged than a branch began from: it is reconciled", "instance", i.name, "acknowledged", now.Seq, "began_from", b.GetBaseSeq())
+	return true, nil
 }
 
 // continueIn takes the process of a branch, which is at rest, into the epoch that its branch was committed in.

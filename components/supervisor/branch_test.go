@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
@@ -406,6 +407,31 @@ func TestARestartedNodeCommitsItsBranch(t *testing.T) {
 	})
 }
 
+// What was answered last before a power cut need not be known to the disk as acknowledged. A node that comes back without an uplink goes on from before it;
+// in touch again that answer is not overwritten by what it did alone, though nobody has claimed against it.
+func TestABranchNeverComesOnTopOfWhatItDidNotKnow(t *testing.T) {
+	kept(t, "each-call", components.ReconMerge, mergeCounts, func(w *world) {
+		n := w.nodes
+		n[0].adds(10)
+		n[0].kill()
+		for _, x := range n {
+			w.net.Isolate(x.id)
+		}
+		n[0].start(false)
+		w.net.Isolate(n[0].id)
+		if v := n[0].adds(1); v > 11 {
+			w.t.Errorf("restarted alone it counts %d, want 11 at most", v)
+		}
+		n[0].adds(2)
+		w.net.Heal()
+		w.reads(13)
+		w.eventually(20*time.Second, "the branch is gone", func() bool { return len(n[0].sup.Branches()) == 0 })
+		if v := n[2].adds(1); v != 14 {
+			w.t.Errorf("the next one is answered %d", v)
+		}
+	})
+}
+
 // A merge that fails costs neither state: the branch stays beside.
 func TestAMergeThatFailsKeepsBoth(t *testing.T) {
 	refuse := func(_, _, _, _ *sdk.Txn) error { return errors.New("these cannot be added up") }
@@ -479,6 +505,23 @@ func TestABranchIsDecidedOnce(t *testing.T) {
 		})
 		time.Sleep(time.Second)
 		w.reads(19)
+	})
+}
+
+// A node that had been cut off, and held others for dead, may have named itself alone for what it did not run yet. Who runs it now sees that, and names all who
+// have it, though nothing is written any more.
+func TestHoldersThatAreNotNamedAreNamedAgain(t *testing.T) {
+	scene(t, 3, func(w *world) {
+		n := w.nodes
+		n[0].adds(3)
+		holders := func() int { reg, _ := n[1].arb.Get(testKey); return len(reg.Holders) }
+		w.eventually(10*time.Second, "three have it", func() bool { return holders() == 3 })
+		reg, _ := n[1].arb.Get(testKey)
+		if _, err := n[1].arb.SetHolders(within(w.t, 5*time.Second), testKey, reg.Seq, []peer.ID{n[0].id}); err != nil {
+			w.t.Fatal(err)
+		}
+		w.eventually(10*time.Second, "one is named", func() bool { return holders() == 1 })
+		w.eventually(10*time.Second, "three are named again", func() bool { return holders() == 3 })
 	})
 }
 

@@ -325,7 +325,7 @@ func (s *saver) repair(ctx context.Context) error {
 	}
 	slices.Sort(have)
 	have = slices.Compact(have)
-	if len(have) == 0 || slices.Equal(have, slices.Sorted(slices.Values(saved.Holders))) {
+	if len(have) == 0 || slices.Equal(have, slices.Sorted(slices.Values(saved.Holders))) && s.areNamed(saved.Seq, have) {
 		return nil
 	}
 	// In a cut it is given up: carried out when that is over, it could name holders of a root that has become another meanwhile (rejoin).
@@ -344,6 +344,16 @@ func (s *saver) repair(ctx context.Context) error {
 		s.saved.Holders = have
 	}
 	return nil
+}
+
+// areNamed says that the register does not name others than these. Before a process runs somebody else looks after the copies (keepRestingCopies), who may finish
+// only when it does, and in whose view a node that had been cut off some of them were dead.
+func (s *saver) areNamed(seq uint64, have []peer.ID) bool {
+	if s.cfg.named == nil {
+		return true
+	}
+	named, known := s.cfg.named(seq)
+	return !known || slices.Equal(have, slices.Sorted(slices.Values(named)))
 }
 
 // pause waits for d or the end of ctx, whose error it returns.

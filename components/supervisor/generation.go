@@ -63,6 +63,8 @@ type generation struct {
 	saver    *saver
 	endSaver context.CancelFunc
 	since    time.Time // it has run as owner since then
+	// recalled: it was started from what this node's disk showed, with nobody to ask whether that is the last that was acknowledged.
+	recalled bool
 }
 
 // stopSaver has the saver end; it may be finishing a commit for a moment yet.
@@ -338,7 +340,7 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 	g.saver = newSaver(saverConfig{
 		self: i.sup.cfg.Self, key: reg.Key, instance: i.name, digest: g.digest, version: g.version, schema: g.desc.GetState().GetWritesSchema(),
 		incarnation: reg.Incarnation, epoch: reg.Epoch, nonce: reg.Nonce, mode: mode(g, eff), interval: interval(g, eff), incremental: g.has(componentv1.FeatureIncremental),
-		component: g.comp, store: i.sup.cfg.Blobs, ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive, apart: i.sup.apart,
+		component: g.comp, store: i.sup.cfg.Blobs, ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive, apart: i.sup.apart, named: i.named,
 		committed: g.back.SetCommitted, log: i.sup.cfg.Log, cut: i.sup.cutFor(eff),
 		branched: func(head *chainHead, before Saved) error { return i.branched(g, head, before) }, local: i.sup.branch(i.name, g.token) != nil,
 		history:  func(ctx context.Context, s *saver) { i.hist.keep(ctx, s, token) },
@@ -355,6 +357,12 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 	}) {
 		sv.finish(errStopping)
 	}
+}
+
+// named says who the register names as holders of a checkpoint.
+func (i *instance) named(seq uint64) (holders []peer.ID, known bool) {
+	reg, ok := i.sup.register(i.key)
+	return reg.Holders, ok && reg.Seq == seq
 }
 
 // faulty tells that the process gives what is no state, or nothing. The checkpoint before stands.

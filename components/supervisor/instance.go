@@ -299,6 +299,8 @@ func (i *instance) reclaim(ctx context.Context, reg arbiter.Register, body *comp
 		claim = i.sup.fallbackRoot(ctx, reg, body)
 	}
 	next.Fallback, next.Settled = nil, false
+	ctx, stop := i.untilAlone(ctx, reg, body)
+	defer stop()
 	if err := i.claim(ctx, reg, next, claim); err != nil {
 		i.show(components.Pending, err.Error())
 		return time.Second

@@ -63,6 +63,8 @@ type saverConfig struct {
 	holders func() (to []peer.ID, w int)
 	// alive says whether a holder still counts.
 	alive func(peer.ID) bool
+	// named says who is named as a holder of a checkpoint, as far as this node knows; nil: nobody knows more than the saver.
+	named func(seq uint64) (holders []peer.ID, known bool)
 	// apart says whether nodes are in more than one zone, as far as that matters; nil: it does not.
 	apart func([]peer.ID) bool
 	// committed is told every mark whose effects cannot be lost any more.

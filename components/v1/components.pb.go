@@ -1428,6 +1428,7 @@ type Branch struct {
 	Reason        string                 `protobuf:"bytes,19,opt,name=reason,proto3" json:"reason,omitempty"`
 	Schema        uint32                 `protobuf:"varint,20,opt,name=schema,proto3" json:"schema,omitempty"` // of its last checkpoint
 	Bytes         uint64                 `protobuf:"varint,21,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Recalled      bool                   `protobuf:"varint,23,opt,name=recalled,proto3" json:"recalled,omitempty"`                               // it was begun by a node that had been started anew, from what its disk showed: the cluster may have acknowledged more since base_seq
 	StoredUnixMs  uint64                 `protobuf:"varint,22,opt,name=stored_unix_ms,json=storedUnixMs,proto3" json:"stored_unix_ms,omitempty"` // when it became a register, by the cluster's clock; the oldest go first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1608,6 +1609,13 @@ func (x *Branch) GetBytes() uint64 {
 		return x.Bytes
 	}
 	return 0
+}
+
+func (x *Branch) GetRecalled() bool {
+	if x != nil {
+		return x.Recalled
+	}
+	return false
 }
 
 func (x *Branch) GetStoredUnixMs() uint64 {
@@ -2396,7 +2404,7 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\teach_node\x18\x0f \x01(\tR\beachNode\x12;\n" +
 	"\bprevious\x18\x10 \x01(\v2\x1f.coppice.components.v1.PreviousR\bprevious\x12\x16\n" +
 	"\x06leased\x18\x12 \x01(\bR\x06leased\x12#\n" +
-	"\rreturned_from\x18\x11 \x01(\tR\freturnedFrom\"\xcd\x04\n" +
+	"\rreturned_from\x18\x11 \x01(\tR\freturnedFrom\"\xe9\x04\n" +
 	"\x06Branch\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x12\n" +
@@ -2419,7 +2427,8 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\aoutcome\x18\x12 \x01(\tR\aoutcome\x12\x16\n" +
 	"\x06reason\x18\x13 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06schema\x18\x14 \x01(\rR\x06schema\x12\x14\n" +
-	"\x05bytes\x18\x15 \x01(\x04R\x05bytes\x12$\n" +
+	"\x05bytes\x18\x15 \x01(\x04R\x05bytes\x12\x1a\n" +
+	"\brecalled\x18\x17 \x01(\bR\brecalled\x12$\n" +
 	"\x0estored_unix_ms\x18\x16 \x01(\x04R\fstoredUnixMs\"\x90\x01\n" +
 	"\aHistory\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +

@@ -35,6 +35,7 @@ type Arbiter struct {
 	caller *peers.Caller
 	where  *whereabouts
 	follow *follower
+	recall *recall
 	queue  *queue
 	reads  *rounds
 	keeper *keeper
@@ -103,7 +104,10 @@ func New(cfg Config) (*Arbiter, error) {
 	d.guard.onFailure(a.halt)
 	a.trans.Store(a.newTransport())
 	a.two = newTwo(a)
-	a.follow = &follower{a: a}
+	a.follow, a.recall = &follower{a: a}, &recall{a: a}
+	if err := a.recall.load(); err != nil {
+		return nil, errors.Join(fmt.Errorf("raft database %s: %w", cfg.Dir, err), d.Close())
+	}
 	a.queue = newQueue()
 	a.reads = &rounds{a: a}
 	a.keeper = newKeeper(a)
@@ -155,7 +159,7 @@ func (a *Arbiter) Bootstrap(cluster string) (string, error) {
 		return "", fmt.Errorf("bootstrap: %w", err)
 	}
 	// The cluster's id is the group's first command. It stands in the log as the configuration does, and commits with it.
-	e := &wirev1.ArbiterEntry{Format: 1, Proposer: []byte(a.cfg.Self), Commands: []*wirev1.ArbiterCommand{
+	e := &wirev1.ArbiterEntry{Format: 1, Shard: thisShard, Proposer: []byte(a.cfg.Self), Commands: []*wirev1.ArbiterCommand{
 		{Kind: &wirev1.ArbiterCommand_SetMeta{SetMeta: &wirev1.ArbiterSetMeta{Cluster: cluster, Format: 1, Coordinator: []byte(a.cfg.Self)}}},
 	}}
 	b, err := proto.Marshal(e)
@@ -233,6 +237,7 @@ func (a *Arbiter) Run(ctx context.Context) error {
 		a.cfg.Links.Notify(a.linkChanged)
 	}
 	run(a.follow.run)
+	run(a.recall.run)
 	run(a.proposeLoop)
 	refused := make(chan error, 1)
 	run(func(ctx context.Context) {

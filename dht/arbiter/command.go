@@ -38,8 +38,8 @@ func decodeEntry(data []byte, most uint32) (*wirev1.ArbiterEntry, error) {
 	if f := e.GetFormat(); f == 0 || f > most {
 		return nil, fmt.Errorf("%w: format %d, this build knows up to %d", errUnknown, f, most)
 	}
-	if e.GetShard() != 0 {
-		return nil, fmt.Errorf("%w: shard %d", errUnknown, e.GetShard())
+	if err := ours(e.GetShard()); err != nil {
+		return nil, fmt.Errorf("%w: %w", errUnknown, err)
 	}
 	if err := strict(e.ProtoReflect()); err != nil {
 		return nil, err

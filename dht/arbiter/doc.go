@@ -44,5 +44,6 @@
 // # Limits
 //
 // MaxKey, MaxBody, MaxHolders, MaxOps; entries of 4 MiB; 65,536 commands waiting on a node; 4,096 feeds served; all registers in memory,
-// about 300 B each besides their bodies. A shard number, always 0, stands in every entry.
+// about 300 B each besides their bodies. A node outside of the group keeps a copy of what it shows on disk, a second behind that at most (recall.go). A shard
+// number, always 0, stands in every entry, snapshot, call, feed and raft stream (shard.go).
 package arbiter

@@ -139,7 +139,7 @@ func (f *follower) follow(ctx context.Context, to peer.ID, failed map[peer.ID]ti
 	stop := context.AfterFunc(ctx, func() { _ = s.Reset() })
 	defer stop()
 	st := f.a.view.now()
-	req := &wirev1.ArbiterFeedRequest{Cluster: st.meta.Cluster, Incarnation: st.at.inc, Lineage: st.meta.Lineage, Index: st.complete}
+	req := &wirev1.ArbiterFeedRequest{Cluster: st.meta.Cluster, Incarnation: st.at.inc, Lineage: st.meta.Lineage, Index: st.complete, Shard: thisShard}
 	if err := s.SetWriteDeadline(time.Now().Add(f.a.t.RPC)); err != nil {
 		return false, err
 	}
@@ -182,6 +182,9 @@ func (f *follower) setStream(s peers.Stream, from peer.ID) {
 
 // take gives an update to the view. It returns the snapshot being gathered.
 func (f *follower) take(u *wirev1.ArbiterFeedUpdate, whole *iradix.Txn) (*iradix.Txn, error) {
+	if err := ours(u.GetShard()); err != nil {
+		return nil, err
+	}
 	if in := (incarnation{u.GetIncarnation(), u.GetLineage()}); !in.none() && u.GetIndex() > 0 {
 		f.a.meet(in)
 		if _, seen := f.a.disk.incarnations(); in.before(seen) {

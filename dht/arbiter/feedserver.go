@@ -56,6 +56,10 @@ func (a *Arbiter) serveFeed(from peer.ID, s peers.Stream) {
 	if err := (protodelim.UnmarshalOptions{MaxSize: 4 << 10}).UnmarshalFrom(r, req); err != nil {
 		return
 	}
+	if err := ours(req.GetShard()); err != nil {
+		a.log.Warn("arbiter: feed refused", "node", from, "err", err)
+		return
+	}
 	st := a.view.now()
 	a.meet(incarnation{req.GetIncarnation(), req.GetLineage()})
 	if !st.fromRaft || a.superseded() || req.GetCluster() != "" && req.GetCluster() != st.meta.Cluster {
@@ -145,7 +149,7 @@ func (f *feeder) snapshot(st *viewState) error {
 		r := toWire(v.(*Register))
 		regs = append(regs, r)
 		if size += proto.Size(r); size >= feedPart {
-			if err := f.send(&wirev1.ArbiterFeedUpdate{Snapshot: true, Registers: regs}); err != nil {
+			if err := f.send(&wirev1.ArbiterFeedUpdate{Shard: thisShard, Snapshot: true, Registers: regs}); err != nil {
 				return err
 			}
 			regs, size = nil, 0
@@ -155,7 +159,7 @@ func (f *feeder) snapshot(st *viewState) error {
 	clear(f.held)
 	clear(f.sent)
 	f.where = nil
-	return f.send(f.stamp(&wirev1.ArbiterFeedUpdate{Snapshot: true, Done: true, Registers: regs}, st))
+	return f.send(f.stamp(&wirev1.ArbiterFeedUpdate{Shard: thisShard, Snapshot: true, Done: true, Registers: regs}, st))
 }
 
 func (f *feeder) changes(changes []change, st *viewState, flush bool) error {
@@ -216,13 +220,13 @@ func (f *feeder) sendChanges(order []string, index map[string]uint64, st *viewSt
 		}
 		regs = append(regs, r)
 		if size += proto.Size(r); size >= feedPart {
-			if err := f.send(&wirev1.ArbiterFeedUpdate{Registers: regs, Incarnation: st.at.inc, Lineage: st.meta.Lineage}); err != nil {
+			if err := f.send(&wirev1.ArbiterFeedUpdate{Shard: thisShard, Registers: regs, Incarnation: st.at.inc, Lineage: st.meta.Lineage}); err != nil {
 				return err
 			}
 			regs, size = nil, 0
 		}
 	}
-	u := f.stamp(&wirev1.ArbiterFeedUpdate{Registers: regs}, st)
+	u := f.stamp(&wirev1.ArbiterFeedUpdate{Shard: thisShard, Registers: regs}, st)
 	if len(regs) == 0 && u.GetWhere() == nil && !flush && time.Since(f.last) < f.a.t.FeedKeepalive {
 		return nil
 	}

@@ -163,6 +163,7 @@ func (a *Arbiter) whereNow() *wirev1.ArbiterWhere {
 	st := a.view.now()
 	at := a.where.incarnation()
 	return &wirev1.ArbiterWhere{
+		Shard:  thisShard,
 		Leader: []byte(leader), Voters: idsToWire(voters), Learners: idsToWire(learners), Term: term,
 		Incarnation: at.number, Lineage: at.lineage, Index: st.at.index, Meta: metaToWire(st.meta),
 	}
@@ -208,7 +209,7 @@ func (a *Arbiter) likely(n int) []peer.ID {
 	voters = slices.DeleteFunc(slices.Clone(voters), func(id peer.ID) bool { return id == a.cfg.Self })
 	shuffle(voters, a.cfg.Rand)
 	out := voters[:min(len(voters), n-1)]
-	for _, id := range keys.Sort(keys.Of(PlacementKey), slices.Clone(alive)) {
+	for _, id := range keys.Sort(keys.Of(shardKey(thisShard)), slices.Clone(alive)) {
 		if len(out) < n && !slices.Contains(out, id) {
 			out = append(out, id)
 		}

@@ -152,7 +152,7 @@ func (a *Arbiter) hello() (*wirev1.ArbiterHello, []peer.ID, error) {
 			others = append(others, id)
 		}
 	}
-	return h, keys.Sort(keys.Of(PlacementKey), others), nil
+	return h, keys.Sort(keys.Of(shardKey(thisShard)), others), nil
 }
 
 // configuration returns the latest group on disk and the last index.

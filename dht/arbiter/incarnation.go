@@ -33,7 +33,7 @@ func (i incarnation) wire() *wirev1.ArbiterIncarnation {
 	if i.none() {
 		return nil
 	}
-	return &wirev1.ArbiterIncarnation{Number: i.number, Lineage: i.lineage}
+	return &wirev1.ArbiterIncarnation{Number: i.number, Lineage: i.lineage, Shard: thisShard}
 }
 
 func incarnationOf(w *wirev1.ArbiterIncarnation) incarnation {
@@ -122,8 +122,11 @@ func (a *Arbiter) superseded() bool {
 	return !group.none() && group.before(seen)
 }
 
-// hear takes another node's word about the group.
+// hear takes another node's word about the group. What it knows of another group is not this one's business.
 func (a *Arbiter) hear(w *wirev1.ArbiterWhere) {
+	if ours(w.GetShard()) != nil {
+		return
+	}
 	a.meet(incarnation{w.GetIncarnation(), w.GetLineage()})
 	a.heedFormat(w.GetMeta().GetFormat())
 	a.where.hint(w)
@@ -161,6 +164,6 @@ func (a *Arbiter) speaks() (incarnation, error) {
 // request stamps a call with the highest incarnation met.
 func (a *Arbiter) request(r *wirev1.ArbiterRequest) *wirev1.ArbiterRequest {
 	_, seen := a.disk.incarnations()
-	r.Incarnation = seen.wire()
+	r.Incarnation, r.Shard = seen.wire(), thisShard
 	return r
 }

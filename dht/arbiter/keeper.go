@@ -353,7 +353,7 @@ func (k *keeper) do(ctx context.Context, r *raft.Raft, st step, index uint64) er
 // setMeta commits what the group keeps about itself. It goes straight into this leader's log, not through the queue: a wish that another
 // leader carried out later could end or begin the rule of two nodes at the wrong time.
 func (k *keeper) setMeta(ctx context.Context, m *wirev1.ArbiterSetMeta) error {
-	e := &wirev1.ArbiterEntry{Format: 1, Proposer: []byte(k.a.cfg.Self), Commands: []*wirev1.ArbiterCommand{{Kind: &wirev1.ArbiterCommand_SetMeta{SetMeta: m}}}}
+	e := &wirev1.ArbiterEntry{Format: 1, Shard: thisShard, Proposer: []byte(k.a.cfg.Self), Commands: []*wirev1.ArbiterCommand{{Kind: &wirev1.ArbiterCommand_SetMeta{SetMeta: m}}}}
 	b, err := proto.Marshal(e)
 	if err != nil {
 		return err

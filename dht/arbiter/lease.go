@@ -99,7 +99,7 @@ func (a *Arbiter) Lease(ctx context.Context, r LeaseRequest) (Leases, error) {
 	if len(r.Keys)+len(r.GiveUp) > maxLeaseKeys {
 		return Leases{}, fmt.Errorf("renew leases: %d at once, at most %d are possible", len(r.Keys)+len(r.GiveUp), maxLeaseKeys)
 	}
-	req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Lease{Lease: &wirev1.ArbiterLeaseRequest{
+	req := &wirev1.ArbiterRequest{Shard: thisShard, Kind: &wirev1.ArbiterRequest_Lease{Lease: &wirev1.ArbiterLeaseRequest{
 		Boot: r.Boot, Seq: r.Seq, Keys: leasesToWire(r.Keys), GiveUp: leasesToWire(r.GiveUp),
 	}}}
 	for pause := newPause(); ; pause.wait(ctx) {

@@ -87,7 +87,9 @@ func eligible(m Member, former, young bool, settle time.Duration) bool {
 }
 
 // nearest orders by distance to the placement key.
-func nearest(ids []peer.ID) []peer.ID { return keys.Sort(keys.Of(PlacementKey), slices.Clone(ids)) }
+func nearest(ids []peer.ID) []peer.ID {
+	return keys.Sort(keys.Of(shardKey(thisShard)), slices.Clone(ids))
+}
 
 // ideal picks n of the candidates, closest first, at most ceil(n/2)-1 of a zone while there are others; an unknown zone is no zone.
 func ideal(sorted []peer.ID, zone func(peer.ID) string, n int) []peer.ID {

@@ -184,7 +184,7 @@ func (a *Arbiter) proposeLoop(ctx context.Context) {
 
 func (a *Arbiter) newBatch(commands []*pending) (*batch, error) {
 	known := a.known.now()
-	e := &wirev1.ArbiterEntry{Format: 1, Since: known.index, Proposer: []byte(a.cfg.Self)}
+	e := &wirev1.ArbiterEntry{Format: 1, Shard: thisShard, Since: known.index, Proposer: []byte(a.cfg.Self)}
 	for _, p := range commands {
 		e.Commands = append(e.Commands, p.cmd)
 	}

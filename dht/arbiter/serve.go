@@ -22,8 +22,13 @@ func (a *Arbiter) serveCall(ctx context.Context, from peer.ID, req *wirev1.Arbit
 }
 
 func (a *Arbiter) serve(ctx context.Context, from peer.ID, req *wirev1.ArbiterRequest) *wirev1.ArbiterResponse {
-	a.meet(incarnationOf(req.GetIncarnation()))
-	resp := a.answer(ctx, from, req)
+	var resp *wirev1.ArbiterResponse
+	if err := ours(req.GetShard()); err != nil {
+		resp = invalid("%v", err)
+	} else {
+		a.meet(incarnationOf(req.GetIncarnation()))
+		resp = a.answer(ctx, from, req)
+	}
 	resp.Where = a.whereNow()
 	return resp
 }

@@ -29,7 +29,7 @@ func (m *machine) freeze() *frozen {
 	return &frozen{
 		tree: m.tree,
 		header: &wirev1.ArbiterSnapshotHeader{
-			Format: snapshotFormat, Meta: metaToWire(m.meta), Index: m.index, EpochFloor: m.epochFloor, RevisionFloor: m.revisionFloor,
+			Format: snapshotFormat, Shard: thisShard, Meta: metaToWire(m.meta), Index: m.index, EpochFloor: m.epochFloor, RevisionFloor: m.revisionFloor,
 			Deleted: m.deleted, Forgotten: m.txns.forgotten, Former: idsToWire(m.former), Voted: idsToWire(m.voted),
 		},
 		txns: append([]*txnResult(nil), m.txns.order...),
@@ -85,6 +85,9 @@ func readSnapshot(in io.Reader) (*machine, error) {
 		case *wirev1.ArbiterSnapshotItem_Header:
 			if f := k.Header.GetFormat(); f != snapshotFormat {
 				return nil, fmt.Errorf("%w: format %d, this build knows %d", errSnapshotFormat, f, snapshotFormat)
+			}
+			if err := ours(k.Header.GetShard()); err != nil {
+				return nil, fmt.Errorf("snapshot: %w", err)
 			}
 			m.header(k.Header)
 		case *wirev1.ArbiterSnapshotItem_Register:

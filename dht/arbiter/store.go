@@ -23,6 +23,8 @@ import (
 const (
 	keyDisk   = "i"  // ArbiterDisk
 	keyCommit = "c"  // highest index known to be committed
+	keyRecall = "v"  // ArbiterRecall
+	preRecall = "v/" // + key: a register of what a node outside of the group shows
 	preStable = "k/" // raft's stable store
 	preLog    = "l/" // + index: entries
 	preMeta   = "m/" // + index, term, serial: published snapshots
@@ -230,7 +232,7 @@ func (d *disk) wipe() error {
 		return err
 	}
 	b := d.db.NewBatch()
-	err = errors.Join(b.Set([]byte(keyDisk), label, nil), b.Delete([]byte(keyCommit), nil))
+	err = errors.Join(b.Set([]byte(keyDisk), label, nil), b.Delete([]byte(keyCommit), nil), dropRecall(b))
 	for _, pre := range []string{preStable, preLog, preMeta, preChunk} {
 		err = errors.Join(err, b.DeleteRange([]byte(pre), after(pre), nil))
 	}

@@ -101,8 +101,12 @@ func (s *streams) greeted(c *conn) bool {
 	if err := readSmall(c, in); err != nil {
 		return false
 	}
-	at, ok := s.door.greet(incarnationOf(in))
-	if _, err := protodelim.MarshalTo(c, &wirev1.ArbiterIncarnation{Number: at.number, Lineage: at.lineage, Refused: !ok}); err != nil || !ok {
+	var at incarnation
+	ok := ours(in.GetShard()) == nil // else nothing of what it says is about this group
+	if ok {
+		at, ok = s.door.greet(incarnationOf(in))
+	}
+	if _, err := protodelim.MarshalTo(c, &wirev1.ArbiterIncarnation{Number: at.number, Lineage: at.lineage, Refused: !ok, Shard: thisShard}); err != nil || !ok {
 		if err == nil {
 			_ = c.CloseWrite() // so that the answer gets there before the reset does
 			_, _ = c.Read(make([]byte, 1))
@@ -127,6 +131,9 @@ func (s *streams) greeting(c *conn, deadline time.Time) error {
 	answer := new(wirev1.ArbiterIncarnation)
 	if err := readSmall(c, answer); err != nil {
 		return err
+	}
+	if err := ours(answer.GetShard()); err != nil {
+		return fmt.Errorf("raft stream refused: the other is %w", err)
 	}
 	s.door.met(incarnationOf(answer))
 	if answer.GetRefused() {

@@ -190,7 +190,7 @@ func (t *two) beat(ctx context.Context, to peer.ID, inc incarnation) {
 	defer cancel()
 	sent := t.a.cfg.BootTime()
 	resp := new(wirev1.ArbiterResponse)
-	req := &wirev1.ArbiterRequest{Kind: &wirev1.ArbiterRequest_Beat{Beat: true}, Incarnation: inc.wire()}
+	req := &wirev1.ArbiterRequest{Shard: thisShard, Kind: &wirev1.ArbiterRequest_Beat{Beat: true}, Incarnation: inc.wire()}
 	if err := t.a.caller.Call(ctx, to, protoCall, req, resp); err != nil {
 		return // silence is what counts
 	}

@@ -87,7 +87,7 @@ func (w *whereabouts) hint(h *wirev1.ArbiterWhere) {
 }
 
 func (w *whereabouts) set(leader peer.ID, term uint64, voters, learners []peer.ID) {
-	target := keys.Of(PlacementKey)
+	target := keys.Of(shardKey(thisShard))
 	voters = keys.Sort(target, slices.Clone(voters))
 	learners = keys.Sort(target, slices.Clone(learners))
 	w.mu.Lock()

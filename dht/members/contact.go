@@ -1,6 +1,9 @@
 package members
 
 import (
+	"cmp"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -30,6 +33,7 @@ func (m *Members) redial(now time.Time) {
 		return
 	}
 	m.nextDue = now.Add(redialMost)
+	beyond := m.beyondTail()
 	first := 0 // contacts with nodes that were not met yet
 	for _, e := range m.order {
 		if e.dialing && !e.met {
@@ -44,7 +48,7 @@ func (m *Members) redial(now time.Time) {
 		if e.met && !lost {
 			continue
 		}
-		if lost && now.Sub(e.lastSeen()) > keepLost && (!e.unheard || e.backoff == redialMost) {
+		if lost && (now.Sub(e.lastSeen()) > keepLost || beyond[e]) && (!e.unheard || e.backoff == redialMost) {
 			continue // it has to come by itself
 		}
 		// One that was met tells of all the others: a newcomer need not ask each of a thousand.
@@ -66,6 +70,27 @@ func (m *Members) redial(now time.Time) {
 			return
 		}
 	}
+}
+
+// beyondTail are the lost members that are too many to look for: not those that were seen last. Locked.
+func (m *Members) beyondTail() map[*entry]bool {
+	var lost []*entry
+	for _, e := range m.order {
+		if e != m.self && e.member() && (e.unheard || e.verdict.covers(e.info.version())) {
+			lost = append(lost, e)
+		}
+	}
+	if len(lost) <= keepTail {
+		return nil
+	}
+	slices.SortFunc(lost, func(a, b *entry) int {
+		return cmp.Or(b.lastSeen().Compare(a.lastSeen()), strings.Compare(string(a.id), string(b.id)))
+	})
+	beyond := make(map[*entry]bool, len(lost)-keepTail)
+	for _, e := range lost[keepTail:] {
+		beyond[e] = true
+	}
+	return beyond
 }
 
 // contact exchanges views with a node not known to run; success is what brings it back.

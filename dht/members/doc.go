@@ -27,5 +27,6 @@
 //
 // # Limits
 //
-// See limits.go.
+// See limits.go. The view holds whoever was admitted and not revoked, 0.4 KiB each besides what the node says of itself: as many as the arbiter has registers of
+// members. Strangers are at most maxUnknown. Of the lost those that were seen last are looked for, keepTail of them, each every five minutes at the least.
 package members

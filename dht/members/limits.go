@@ -25,7 +25,8 @@ const (
 	maxStates    = 4096 // in one push
 	maxBeat      = 64 << 10
 
-	keepLost     = 7 * 24 * time.Hour // the long tail: lost members are redialled for so long
+	keepLost     = 7 * 24 * time.Hour // the long tail: lost members are redialled for so long,
+	keepTail     = 1024               // and so many of them, those that were seen last; the others have to come by themselves
 	redialFirst  = time.Second
 	redialUnmet  = 200 * time.Millisecond // first wait for members not met since this node started
 	redialMost   = 5 * time.Minute

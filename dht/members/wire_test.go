@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -295,4 +296,26 @@ func TestACopiedIdentityMakesNoStorm(t *testing.T) {
 		}
 		c.eventually(time.Minute, "the real one prevails", func() error { return c.agree(c.ids) })
 	})
+}
+
+// However many were lost, only so many are looked for: those that were seen last.
+func TestOnlyThoseLostLastAreLookedFor(t *testing.T) {
+	m := &Members{entries: map[peer.ID]*entry{}}
+	begun := time.Now()
+	for i := range keepTail + 100 {
+		e := &entry{id: peer.ID(fmt.Sprintf("n%05d", i)), info: &Info{}, admitted: true, unheard: true, seen: begun.Add(time.Duration(i) * time.Second)}
+		m.order = append(m.order, e)
+	}
+	alive := &entry{id: "alive", info: &Info{}, admitted: true, met: true}
+	m.order = append(m.order, alive)
+	beyond := m.beyondTail()
+	for i, e := range m.order {
+		if beyond[e] != (i < 100) {
+			t.Fatalf("number %d of %d: beyond the tail is %v", i, len(m.order), beyond[e])
+		}
+	}
+	m.order = m.order[100:]
+	if beyond := m.beyondTail(); len(beyond) != 0 {
+		t.Errorf("%d are beyond a tail of %d", len(beyond), keepTail)
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -92,6 +93,86 @@ func TestAlwaysOnRunsOnBothSidesOfACut(t *testing.T) {
 	g.event(survivor, "/apps/tally", "reconciled", func(ev *apiv1.Event) bool { return ev.GetType() == "reconciled" })
 	if now := g.running(survivor, "tally/counter-0", notOn(owner.Name)); now.GetEpoch() <= in.GetEpoch() {
 		t.Errorf("epoch %d after %d", now.GetEpoch(), in.GetEpoch())
+	}
+}
+
+// onTheWorker is an application that only a worker runs, with each of the policies for a cut.
+const onTheWorker = `application: tally
+require: ["node.role == 'worker'"]
+components:
+  - {name: counter, artifact: counter@^1, guarantee: always-on}
+  - {name: stops, artifact: counter@^1, guarantee: safe}
+  - {name: alone, artifact: counter@^1, guarantee: exactly-one}
+`
+
+// A node that never votes, and so has no log of what was decided, loses power and comes back without its uplink. What its policy keeps it starts by itself, from
+// what it remembers, with everything that was answered; what is to stop it does not start. With the uplink back all of it runs, and nothing is lost.
+func TestAWorkerRebootedWithoutItsUplinkGoesOn(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	g := seedIn(t, clustertest.Config{Nodes: 4, Namespaces: true, Args: func(i int) []string {
+		if i == 4 {
+			return []string{"--role", "worker"}
+		}
+		return nil
+	}})
+	clustertest.Cuttable(t, g.Cluster)
+	must(t, g.Up(t.Context()))
+	g.waitVoters()
+	n1, worker := g.Nodes[0], g.Nodes[3]
+	g.push(n1, component(t, "counter", "1.0.0"))
+	g.deploy(n1, onTheWorker)
+	for _, name := range []string{"counter", "stops", "alone"} {
+		if in := g.running(n1, "tally/"+name+"-0", nil); in.GetNode() != worker.Name {
+			t.Fatalf("%s runs on %s", name, in.GetNode())
+		}
+	}
+	g.running(n1, "tally/counter-0", func(in *apiv1.Instance) error {
+		if len(in.GetReplicas()) < 2 {
+			return fmt.Errorf("its checkpoint is on %v", in.GetReplicas())
+		}
+		return nil
+	})
+	if v := g.addAt(n1, "before", 5); v != "5" {
+		t.Fatalf("five calls count %s", v)
+	}
+	g.wait("the worker to show what was decided", func(ctx context.Context) error {
+		ps, err := g.api(worker).Ps(ctx, &apiv1.PsRequest{Application: "tally"})
+		if err == nil && len(ps.GetInstances()) != 3 {
+			err = fmt.Errorf("%d instances", len(ps.GetInstances()))
+		}
+		return err
+	})
+
+	_, err := worker.Kill()
+	must(t, err)
+	must(t, worker.Cut())
+	must(t, worker.Start(t.Context()))
+	// What its disk remembers may be a second or two old: then the last calls are not in it yet.
+	if v, err := strconv.Atoi(g.addAt(worker, "rebooted", 2)); err != nil || v < 2 || v > 7 {
+		t.Errorf("restarted without an uplink the worker counts %d (%v), want 2 to 7", v, err)
+	}
+	ps, err := g.api(worker).Ps(t.Context(), &apiv1.PsRequest{Application: "tally"})
+	must(t, err)
+	for _, in := range ps.GetInstances() {
+		if keeps := in.GetComponent() == "tally/counter"; keeps != (in.GetState() == "running") {
+			t.Errorf("without an uplink %s is %s: %s", in.GetInstance(), in.GetState(), in.GetReason())
+		}
+	}
+
+	must(t, worker.Heal())
+	g.wait("every node to count what the worker did alone", func(ctx context.Context) error {
+		for _, n := range g.Nodes {
+			if out, err := countAt(ctx, g, n); err != nil || out != "7" {
+				return fmt.Errorf("%s says %s, want 7 (%w)", n.Name, out, err)
+			}
+		}
+		return nil
+	})
+	for _, name := range []string{"stops", "alone"} {
+		g.running(n1, "tally/"+name+"-0", nil)
+	}
+	if v := g.addAt(n1, "after", 1); v != "8" {
+		t.Errorf("the next call counts %s, want 8", v)
 	}
 }
 

@@ -4,6 +4,7 @@ package nemesis
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +12,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/anishathalye/porcupine"
 
 	"github.com/coppice-project/coppice/internal/cluster"
 	"github.com/coppice-project/coppice/internal/cluster/clustertest"
@@ -236,6 +239,70 @@ func TestPlantedLeaseUnverified(t *testing.T) {
 			}
 			if bug != "" {
 				t.Errorf("%s was not found in %d cycles", bug, standstillBudget)
+			}
+		})
+	}
+}
+
+// rolledBack writes three drafts with a checkpoint after each, kills their owner, and returns the history with what is read afterwards, and that.
+func rolledBack(t *testing.T, bug string) (*drafts, string) {
+	t.Helper()
+	c := clustertest.New(t, clustertest.Config{Nodes: 3, Planted: true, Bug: bug})
+	must(t, c.Up(t.Context()))
+	must(t, c.AllAlive(t.Context()))
+	path := filepath.Join(c.Dir, "draft.yaml")
+	kv := filepath.Join(filepath.Dir(clustertest.Binary(t)), "components", "kv")
+	must(t, os.WriteFile(path, fmt.Appendf(nil, manifest, "draft", "kv", kv, "on-demand", "exactly-one"), 0o600))
+	must(t, c.Coppice(t.Context(), c.Nodes[0], nil, "deploy", path, "--wait", "--timeout", "60s"))
+	in, err := cluster.Calm(t.Context(), c.Nodes[0], draftsComponent)
+	must(t, err)
+	d := newDrafts()
+	ask := func(n *cluster.Node, method, body string) (out string) {
+		must(t, cluster.WaitFor(t.Context(), back, method+" "+body+" to be answered by "+n.Name, func(ctx context.Context) (bool, error) {
+			api, err := n.Client()
+			if err != nil {
+				return false, err
+			}
+			res, err := api.Call(ctx, &apiv1.CallRequest{Component: draftsComponent, Method: method, Json: body, IdempotencyKey: method + body, TimeoutMs: 2000})
+			out = res.GetJson()
+			return err == nil, err
+		}))
+		return out
+	}
+	owner := c.Node(in.GetNode())
+	api, err := owner.Client()
+	must(t, err)
+	for _, value := range []string{"a", "b", "c"} {
+		at := d.now()
+		ask(owner, "Put", fmt.Sprintf(`{"key":"k0","value":%q}`, value))
+		d.add(0, put{"k0", value}, at, nil, d.now())
+		at = d.now()
+		_, err := api.Checkpoint(t.Context(), &apiv1.CheckpointRequest{Component: draftsComponent, TimeoutMs: 10_000})
+		must(t, err)
+		d.add(0, checkpoint{}, at, nil, d.now())
+	}
+	over := d.during()
+	_, err = owner.Kill()
+	must(t, err)
+	reader := c.Alive()[0]
+	ask(reader, "Get", `{"key":"k0"}`)
+	over()
+	at := d.now()
+	var pair struct{ Value string }
+	must(t, json.Unmarshal([]byte(ask(reader, "Get", `{"key": "k0"}`)), &pair))
+	d.add(0, get{"k0"}, at, gotten{pair.Value, true}, d.now())
+	return d, pair.Value
+}
+
+// TestPlantedRestoreOlder shows that the model of what is saved on demand notices real processes that go back behind the last acknowledged checkpoint, and has
+// nothing against those that go back to it.
+func TestPlantedRestoreOlder(t *testing.T) {
+	for bug, want := range map[string]porcupine.CheckResult{"restore-older": porcupine.Illegal, "": porcupine.Ok} {
+		t.Run("with "+bug, func(t *testing.T) {
+			t.Parallel() // it mostly waits
+			d, value := rolledBack(t, bug)
+			if got := porcupine.CheckOperationsTimeout(draftModel.ToModel(), d.keyed("k0"), time.Minute); got != want {
+				t.Errorf("after the failover %q was read of a, b and c, of which each was saved; the model says %s, want %s", value, got, want)
 			}
 		})
 	}

@@ -26,6 +26,14 @@ import (
 // It is a kind of its own, and no third guarantee of whole: so that a seed of whole means what it meant.
 var alwaysKind = kind{"always", func(s *schedule) { newAlways(s).run() }}
 
+// darkKind is always, with owners that lose power and uplink at once and come back without the latter, most of which are no voters: they go on from what their
+// disks remember, which need not be the last that was answered.
+var darkKind = kind{"dark", func(s *schedule) {
+	w := newAlways(s)
+	w.dark = true
+	w.run()
+}}
+
 // decidedWithin is when no branch is open any more, after all instances are served.
 const decidedWithin = 30 * time.Second
 
@@ -52,6 +60,26 @@ func (w *whole) alwaysHarms(f *faults) {
 	f.losses = 0 // a branch that is lost with its disk is lost
 	f.harms = slices.DeleteFunc(f.harms, func(h harm) bool { return h.name == "crash of all" })
 	f.more(harm{"long cut", 12, w.longCut}, harm{"all apart", 3, w.allApart})
+	if w.dark {
+		f.more(harm{"reboot without an uplink", 20, w.darkReboot})
+	}
+}
+
+// darkReboot cuts the power of an owner, and its uplink with it, which comes back later.
+func (w *whole) darkReboot(f *faults) string {
+	n, name := w.takeOwner()
+	if n == nil {
+		return ""
+	}
+	defer n.give()
+	w.logf("%s, who owns %s, loses power and uplink", n.name, name)
+	heal := w.cut(func(a, b *node) bool { return a == n || b == n })
+	defer heal()
+	w.kill(n)
+	f.pause(20*time.Millisecond, time.Second)
+	w.begin(n)
+	f.pause(6*time.Second, 12*time.Second)
+	return n.name
 }
 
 // longCut cuts the owner off for long enough to go on alone, alone or with another node, and has its process die, or all of it.

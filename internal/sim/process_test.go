@@ -34,10 +34,11 @@ const (
 
 type counter struct {
 	counterv1.UnimplementedCounterServer
+	acts func(incarnation, epoch uint64) // told of each call that is carried out; nil: nobody is
 }
 
 // Add implements the service.
-func (counter) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv1.Value, error) {
+func (c counter) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv1.Value, error) {
 	tx, err := sdk.Tx(ctx)
 	if err != nil {
 		return nil, err
@@ -45,6 +46,9 @@ func (counter) Add(ctx context.Context, req *counterv1.AddRequest) (*counterv1.V
 	value := int64(tx.Uint64("value")) + req.GetN()
 	tx.PutUint64("value", uint64(value))
 	incarnation, epoch := sdk.Token(ctx)
+	if c.acts != nil {
+		c.acts(incarnation, epoch)
+	}
 	err = grpc.SetHeader(ctx, metadata.Pairs(lineHeader, fmt.Sprintf("%d/%d", incarnation, epoch)))
 	return &counterv1.Value{Value: value}, err
 }
@@ -58,13 +62,13 @@ func (counter) Get(ctx context.Context, _ *counterv1.GetRequest) (*counterv1.Val
 	return &counterv1.Value{Value: int64(tx.Uint64("value"))}, nil
 }
 
-func counterComponent() *sdk.Component {
+func counterComponent(acts func(incarnation, epoch uint64)) *sdk.Component {
 	return &sdk.Component{
 		Type: counterName, Version: counterVersion, State: &sdk.State{Schema: 1, Merge: func(base, ours, theirs, into *sdk.Txn) error {
 			into.PutUint64("value", ours.Uint64("value")+theirs.Uint64("value")-base.Uint64("value"))
 			return nil
 		}},
-		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, counter{}) },
+		Register: func(r grpc.ServiceRegistrar) { counterv1.RegisterCounterServer(r, counter{acts: acts}) },
 	}
 }
 
@@ -103,6 +107,9 @@ func (s *shelf) Cached(string) bool { return true }
 
 // processes starts a node's processes. Nothing outlives a simulated node.
 type processes struct {
+	// component is what a process is to be; nil: the counter.
+	component func(spec runner.Spec, p *process) *sdk.Component
+
 	mu   sync.Mutex // guards list
 	list []*process
 }
@@ -113,8 +120,12 @@ func (r *processes) Start(ctx context.Context, spec runner.Spec) (runner.Process
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
-	p, err := startProcess(spec)
-	if err != nil {
+	p := newProcess(spec)
+	comp := counterComponent(nil)
+	if r.component != nil {
+		comp = r.component(spec, p)
+	}
+	if err := p.run(comp); err != nil {
 		return nil, err
 	}
 	r.mu.Lock()
@@ -165,16 +176,26 @@ type process struct {
 }
 
 func startProcess(spec runner.Spec) (*process, error) {
-	in, err := sdk.New(counterComponent(), sdk.Env{Log: slog.New(slog.DiscardHandler)})
+	p := newProcess(spec)
+	return p, p.run(counterComponent(nil))
+}
+
+func newProcess(spec runner.Spec) *process {
+	return &process{spec: spec, pid: int(lastPid.Add(1)), lis: bufconn.Listen(64 << 10), done: make(chan struct{})}
+}
+
+// run begins what the process is.
+func (p *process) run(comp *sdk.Component) error {
+	in, err := sdk.New(comp, sdk.Env{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	p := &process{spec: spec, pid: int(lastPid.Add(1)), server: in.Server(), lis: bufconn.Listen(64 << 10), done: make(chan struct{})}
+	p.server = in.Server()
 	go p.server.Serve(p.lis) //nolint:errcheck // ends with the process
 	p.conn, err = grpc.NewClient("passthrough:component", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return p.lis.DialContext(ctx) }),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(runner.MaxMessage)))
-	return p, err
+	return err
 }
 
 // die ends the process; signal "" is an exit of its own.

@@ -14,7 +14,7 @@ import (
 )
 
 // kinds are all there are.
-var kinds = []kind{registersKind, pagesKind, wholeKind, leasesKind, alwaysKind}
+var kinds = []kind{registersKind, pagesKind, wholeKind, leasesKind, alwaysKind, darkKind, nodeKind}
 
 func kindOf(name string) (kind, bool) {
 	for _, k := range kinds {
@@ -109,12 +109,12 @@ func TestSim(t *testing.T) {
 		if only := os.Getenv("COPPICE_SIM_KIND"); only != "" && only != k.name {
 			continue
 		}
-		runAll(t, k, uint64(number(t, "COPPICE_SIM_FIRST", 1)), total*shares[k.name]/100, time.Time{})
+		runAll(t, k, uint64(number(t, "COPPICE_SIM_FIRST", 1)), max(1, total*shares[k.name]/1000), time.Time{})
 	}
 }
 
-// shares of the kinds, in percent of all schedules.
-var shares = map[string]int{"registers": 63, "pages": 20, "whole": 10, "leases": 5, "always": 2}
+// shares of the kinds, of a thousand schedules.
+var shares = map[string]int{"registers": 610, "pages": 200, "whole": 100, "leases": 50, "always": 20, "dark": 5, "node": 15}
 
 // TestReplay plays one schedule, named by COPPICE_SIM_SEED ("registers/17"), and prints all its events. COPPICE_SIM_TIMES plays it more than
 // once: what a seed leaves open is the order of goroutines.
@@ -183,6 +183,6 @@ func TestLongSim(t *testing.T) {
 		if each > 0 {
 			until = time.Now().Add(each)
 		}
-		runAll(t, k, first, total*shares[k.name]/100, until)
+		runAll(t, k, first, max(1, total*shares[k.name]/1000), until)
 	}
 }

@@ -52,6 +52,7 @@ type whole struct {
 	shelf     *shelf
 	guarantee string
 	reconcile string // of always-on
+	dark      bool   // owners are rebooted without their uplink
 	instances []string
 
 	hist   sync.Mutex // guards the rest
@@ -88,6 +89,9 @@ func (w *whole) run() {
 	}
 	w.net.SetTimeout(netTimeout)
 	size := 4 + w.intn(2)
+	if w.dark {
+		size += 2 // some are outside of the group
+	}
 	for range size {
 		w.add()
 	}

@@ -192,7 +192,7 @@ func (x ArbiterResponse_Code) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ArbiterResponse_Code.Descriptor instead.
 func (ArbiterResponse_Code) EnumDescriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{21, 0}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{22, 0}
 }
 
 // ArbiterRegister is one register. A register whose `deleted` is set tells of its end.
@@ -444,6 +444,7 @@ type ArbiterIncarnation struct {
 	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"` // 0: this node's raft database is empty
 	Lineage       uint64                 `protobuf:"varint,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
 	Refused       bool                   `protobuf:"varint,3,opt,name=refused,proto3" json:"refused,omitempty"` // of the answer
+	Shard         uint32                 `protobuf:"varint,4,opt,name=shard,proto3" json:"shard,omitempty"`     // always 0 for now; another one is refused
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -497,6 +498,13 @@ func (x *ArbiterIncarnation) GetRefused() bool {
 		return x.Refused
 	}
 	return false
+}
+
+func (x *ArbiterIncarnation) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
 }
 
 // ArbiterEntry is one entry of the log: the commands of one node, gathered.
@@ -1614,6 +1622,7 @@ type ArbiterSnapshotHeader struct {
 	Forgotten     uint64                 `protobuf:"varint,7,opt,name=forgotten,proto3" json:"forgotten,omitempty"` // index of the last forgotten transaction
 	Former        [][]byte               `protobuf:"bytes,8,rep,name=former,proto3" json:"former,omitempty"`        // peer ids that ever voted
 	Voted         [][]byte               `protobuf:"bytes,9,rep,name=voted,proto3" json:"voted,omitempty"`          // peer ids that voted in this incarnation
+	Shard         uint32                 `protobuf:"varint,10,opt,name=shard,proto3" json:"shard,omitempty"`        // always 0 for now; another one is refused
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1709,6 +1718,13 @@ func (x *ArbiterSnapshotHeader) GetVoted() [][]byte {
 		return x.Voted
 	}
 	return nil
+}
+
+func (x *ArbiterSnapshotHeader) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
 }
 
 type ArbiterSnapshotTxn struct {
@@ -1916,6 +1932,75 @@ func (x *ArbiterDisk) GetSettled() bool {
 	return false
 }
 
+// ArbiterRecall is the state that a node outside of the group showed last; its registers lie beside it.
+type ArbiterRecall struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Meta          *ArbiterMeta           `protobuf:"bytes,2,opt,name=meta,proto3" json:"meta,omitempty"`
+	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	Complete      uint64                 `protobuf:"varint,4,opt,name=complete,proto3" json:"complete,omitempty"` // no change up to here is missing
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ArbiterRecall) Reset() {
+	*x = ArbiterRecall{}
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ArbiterRecall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ArbiterRecall) ProtoMessage() {}
+
+func (x *ArbiterRecall) ProtoReflect() protoreflect.Message {
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ArbiterRecall.ProtoReflect.Descriptor instead.
+func (*ArbiterRecall) Descriptor() ([]byte, []int) {
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ArbiterRecall) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *ArbiterRecall) GetMeta() *ArbiterMeta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *ArbiterRecall) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *ArbiterRecall) GetComplete() uint64 {
+	if x != nil {
+		return x.Complete
+	}
+	return 0
+}
+
 type ArbiterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -1932,13 +2017,14 @@ type ArbiterRequest struct {
 	Kind          isArbiterRequest_Kind `protobuf_oneof:"kind"`
 	Incarnation   *ArbiterIncarnation   `protobuf:"bytes,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // the highest that the caller has met
 	Since         uint64                `protobuf:"varint,9,opt,name=since,proto3" json:"since,omitempty"`            // of propose: number of the incarnation that the entry's since is an index of
+	Shard         uint32                `protobuf:"varint,12,opt,name=shard,proto3" json:"shard,omitempty"`           // always 0 for now; another one is refused
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterRequest) Reset() {
 	*x = ArbiterRequest{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[20]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1950,7 +2036,7 @@ func (x *ArbiterRequest) String() string {
 func (*ArbiterRequest) ProtoMessage() {}
 
 func (x *ArbiterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[20]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1963,7 +2049,7 @@ func (x *ArbiterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterRequest.ProtoReflect.Descriptor instead.
 func (*ArbiterRequest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{20}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ArbiterRequest) GetKind() isArbiterRequest_Kind {
@@ -2068,6 +2154,13 @@ func (x *ArbiterRequest) GetSince() uint64 {
 	return 0
 }
 
+func (x *ArbiterRequest) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
 type isArbiterRequest_Kind interface {
 	isArbiterRequest_Kind()
 }
@@ -2143,7 +2236,7 @@ type ArbiterResponse struct {
 
 func (x *ArbiterResponse) Reset() {
 	*x = ArbiterResponse{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[21]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2248,7 @@ func (x *ArbiterResponse) String() string {
 func (*ArbiterResponse) ProtoMessage() {}
 
 func (x *ArbiterResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[21]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2168,7 +2261,7 @@ func (x *ArbiterResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterResponse.ProtoReflect.Descriptor instead.
 func (*ArbiterResponse) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{21}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ArbiterResponse) GetCode() ArbiterResponse_Code {
@@ -2245,13 +2338,14 @@ type ArbiterWhere struct {
 	Index         uint64                 `protobuf:"varint,6,opt,name=index,proto3" json:"index,omitempty"`
 	Meta          *ArbiterMeta           `protobuf:"bytes,7,opt,name=meta,proto3" json:"meta,omitempty"`
 	Lineage       uint64                 `protobuf:"varint,8,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	Shard         uint32                 `protobuf:"varint,9,opt,name=shard,proto3" json:"shard,omitempty"` // always 0 for now; what is told of another one is not taken
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterWhere) Reset() {
 	*x = ArbiterWhere{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[22]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2263,7 +2357,7 @@ func (x *ArbiterWhere) String() string {
 func (*ArbiterWhere) ProtoMessage() {}
 
 func (x *ArbiterWhere) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[22]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2276,7 +2370,7 @@ func (x *ArbiterWhere) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterWhere.ProtoReflect.Descriptor instead.
 func (*ArbiterWhere) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{22}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ArbiterWhere) GetLeader() []byte {
@@ -2335,6 +2429,13 @@ func (x *ArbiterWhere) GetLineage() uint64 {
 	return 0
 }
 
+func (x *ArbiterWhere) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
 // ArbiterLog is what a node's own raft database holds.
 type ArbiterLog struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -2358,7 +2459,7 @@ type ArbiterLog struct {
 
 func (x *ArbiterLog) Reset() {
 	*x = ArbiterLog{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[23]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2370,7 +2471,7 @@ func (x *ArbiterLog) String() string {
 func (*ArbiterLog) ProtoMessage() {}
 
 func (x *ArbiterLog) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[23]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2383,7 +2484,7 @@ func (x *ArbiterLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterLog.ProtoReflect.Descriptor instead.
 func (*ArbiterLog) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{23}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ArbiterLog) GetTerm() uint64 {
@@ -2501,7 +2602,7 @@ type ArbiterHello struct {
 
 func (x *ArbiterHello) Reset() {
 	*x = ArbiterHello{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2513,7 +2614,7 @@ func (x *ArbiterHello) String() string {
 func (*ArbiterHello) ProtoMessage() {}
 
 func (x *ArbiterHello) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[24]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2526,7 +2627,7 @@ func (x *ArbiterHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterHello.ProtoReflect.Descriptor instead.
 func (*ArbiterHello) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{24}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ArbiterHello) GetBoots() uint64 {
@@ -2591,7 +2692,7 @@ type ArbiterLeaseRequest struct {
 
 func (x *ArbiterLeaseRequest) Reset() {
 	*x = ArbiterLeaseRequest{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2603,7 +2704,7 @@ func (x *ArbiterLeaseRequest) String() string {
 func (*ArbiterLeaseRequest) ProtoMessage() {}
 
 func (x *ArbiterLeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[25]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2616,7 +2717,7 @@ func (x *ArbiterLeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterLeaseRequest.ProtoReflect.Descriptor instead.
 func (*ArbiterLeaseRequest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{25}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ArbiterLeaseRequest) GetBoot() uint64 {
@@ -2658,7 +2759,7 @@ type ArbiterLease struct {
 
 func (x *ArbiterLease) Reset() {
 	*x = ArbiterLease{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2670,7 +2771,7 @@ func (x *ArbiterLease) String() string {
 func (*ArbiterLease) ProtoMessage() {}
 
 func (x *ArbiterLease) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[26]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2683,7 +2784,7 @@ func (x *ArbiterLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterLease.ProtoReflect.Descriptor instead.
 func (*ArbiterLease) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{26}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ArbiterLease) GetKey() string {
@@ -2718,7 +2819,7 @@ type ArbiterLeases struct {
 
 func (x *ArbiterLeases) Reset() {
 	*x = ArbiterLeases{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2730,7 +2831,7 @@ func (x *ArbiterLeases) String() string {
 func (*ArbiterLeases) ProtoMessage() {}
 
 func (x *ArbiterLeases) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[27]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2743,7 +2844,7 @@ func (x *ArbiterLeases) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterLeases.ProtoReflect.Descriptor instead.
 func (*ArbiterLeases) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{27}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ArbiterLeases) GetTtlMs() uint64 {
@@ -2767,13 +2868,14 @@ type ArbiterFeedRequest struct {
 	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
 	Flush         bool                   `protobuf:"varint,4,opt,name=flush,proto3" json:"flush,omitempty"`     // of a later request: send at once what is being held back
 	Lineage       uint64                 `protobuf:"varint,5,opt,name=lineage,proto3" json:"lineage,omitempty"` // of the incarnation
+	Shard         uint32                 `protobuf:"varint,6,opt,name=shard,proto3" json:"shard,omitempty"`     // always 0 for now; another one is refused
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterFeedRequest) Reset() {
 	*x = ArbiterFeedRequest{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2785,7 +2887,7 @@ func (x *ArbiterFeedRequest) String() string {
 func (*ArbiterFeedRequest) ProtoMessage() {}
 
 func (x *ArbiterFeedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[28]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2798,7 +2900,7 @@ func (x *ArbiterFeedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterFeedRequest.ProtoReflect.Descriptor instead.
 func (*ArbiterFeedRequest) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{28}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ArbiterFeedRequest) GetCluster() string {
@@ -2836,6 +2938,13 @@ func (x *ArbiterFeedRequest) GetLineage() uint64 {
 	return 0
 }
 
+func (x *ArbiterFeedRequest) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
 type ArbiterFeedUpdate struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Snapshot      bool                   `protobuf:"varint,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // part of a snapshot: registers is a slice of all; the last part has done
@@ -2847,13 +2956,14 @@ type ArbiterFeedUpdate struct {
 	AgeMs         uint64                 `protobuf:"varint,7,opt,name=age_ms,json=ageMs,proto3" json:"age_ms,omitempty"` // how long ago the feeder heard the leader
 	Where         *ArbiterWhere          `protobuf:"bytes,8,opt,name=where,proto3" json:"where,omitempty"`               // when it changed
 	Lineage       uint64                 `protobuf:"varint,9,opt,name=lineage,proto3" json:"lineage,omitempty"`          // of the incarnation
+	Shard         uint32                 `protobuf:"varint,10,opt,name=shard,proto3" json:"shard,omitempty"`             // always 0 for now; another one is refused
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ArbiterFeedUpdate) Reset() {
 	*x = ArbiterFeedUpdate{}
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[29]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2865,7 +2975,7 @@ func (x *ArbiterFeedUpdate) String() string {
 func (*ArbiterFeedUpdate) ProtoMessage() {}
 
 func (x *ArbiterFeedUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[29]
+	mi := &file_dht_wire_v1_arbiter_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2878,7 +2988,7 @@ func (x *ArbiterFeedUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArbiterFeedUpdate.ProtoReflect.Descriptor instead.
 func (*ArbiterFeedUpdate) Descriptor() ([]byte, []int) {
-	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{29}
+	return file_dht_wire_v1_arbiter_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ArbiterFeedUpdate) GetSnapshot() bool {
@@ -2944,6 +3054,13 @@ func (x *ArbiterFeedUpdate) GetLineage() uint64 {
 	return 0
 }
 
+func (x *ArbiterFeedUpdate) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
 var File_dht_wire_v1_arbiter_proto protoreflect.FileDescriptor
 
 const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
@@ -2972,11 +3089,12 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\vcoordinator\x18\x04 \x01(\fR\vcoordinator\x12\x19\n" +
 	"\btwo_node\x18\x05 \x01(\fR\atwoNode\x12\x18\n" +
 	"\alineage\x18\x06 \x01(\x04R\alineage\x12\x14\n" +
-	"\x05begun\x18\a \x01(\x04R\x05begun\"`\n" +
+	"\x05begun\x18\a \x01(\x04R\x05begun\"v\n" +
 	"\x12ArbiterIncarnation\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x18\n" +
 	"\alineage\x18\x02 \x01(\x04R\alineage\x12\x18\n" +
-	"\arefused\x18\x03 \x01(\bR\arefused\"\xaa\x01\n" +
+	"\arefused\x18\x03 \x01(\bR\arefused\x12\x14\n" +
+	"\x05shard\x18\x04 \x01(\rR\x05shard\"\xaa\x01\n" +
 	"\fArbiterEntry\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\rR\x05shard\x12\x14\n" +
@@ -3075,7 +3193,7 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\bregister\x18\x02 \x01(\v2\x1f.coppice.dht.v1.ArbiterRegisterH\x00R\bregister\x126\n" +
 	"\x03txn\x18\x03 \x01(\v2\".coppice.dht.v1.ArbiterSnapshotTxnH\x00R\x03txn\x126\n" +
 	"\x03end\x18\x04 \x01(\v2\".coppice.dht.v1.ArbiterSnapshotEndH\x00R\x03endB\x06\n" +
-	"\x04kind\"\xa4\x02\n" +
+	"\x04kind\"\xba\x02\n" +
 	"\x15ArbiterSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04meta\x18\x02 \x01(\v2\x1b.coppice.dht.v1.ArbiterMetaR\x04meta\x12\x14\n" +
@@ -3086,7 +3204,9 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\adeleted\x18\x06 \x01(\x04R\adeleted\x12\x1c\n" +
 	"\tforgotten\x18\a \x01(\x04R\tforgotten\x12\x16\n" +
 	"\x06former\x18\b \x03(\fR\x06former\x12\x14\n" +
-	"\x05voted\x18\t \x03(\fR\x05voted\"w\n" +
+	"\x05voted\x18\t \x03(\fR\x05voted\x12\x14\n" +
+	"\x05shard\x18\n" +
+	" \x01(\rR\x05shard\"w\n" +
 	"\x12ArbiterSnapshotTxn\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x125\n" +
@@ -3101,7 +3221,12 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x04boot\x18\x04 \x01(\x04R\x04boot\x128\n" +
 	"\x05group\x18\x05 \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x05group\x126\n" +
 	"\x04seen\x18\x06 \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\x04seen\x12\x18\n" +
-	"\asettled\x18\a \x01(\bR\asettled\"\xa1\x03\n" +
+	"\asettled\x18\a \x01(\bR\asettled\"\x8a\x01\n" +
+	"\rArbiterRecall\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
+	"\x04meta\x18\x02 \x01(\v2\x1b.coppice.dht.v1.ArbiterMetaR\x04meta\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x1a\n" +
+	"\bcomplete\x18\x04 \x01(\x04R\bcomplete\"\xb7\x03\n" +
 	"\x0eArbiterRequest\x12\x1a\n" +
 	"\apropose\x18\x01 \x01(\fH\x00R\apropose\x12\x14\n" +
 	"\x04read\x18\x02 \x01(\tH\x00R\x04read\x12\x1f\n" +
@@ -3115,7 +3240,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x04beat\x18\b \x01(\bH\x00R\x04beat\x12\x16\n" +
 	"\x05reach\x18\v \x01(\fH\x00R\x05reach\x12D\n" +
 	"\vincarnation\x18\a \x01(\v2\".coppice.dht.v1.ArbiterIncarnationR\vincarnation\x12\x14\n" +
-	"\x05since\x18\t \x01(\x04R\x05sinceB\x06\n" +
+	"\x05since\x18\t \x01(\x04R\x05since\x12\x14\n" +
+	"\x05shard\x18\f \x01(\rR\x05shardB\x06\n" +
 	"\x04kind\"\xf7\x03\n" +
 	"\x0fArbiterResponse\x128\n" +
 	"\x04code\x18\x01 \x01(\x0e2$.coppice.dht.v1.ArbiterResponse.CodeR\x04code\x12\x16\n" +
@@ -3136,7 +3262,7 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\x05DOUBT\x10\x03\x12\n" +
 	"\n" +
 	"\x06FORMAT\x10\x04\x12\v\n" +
-	"\aINVALID\x10\x05\"\xf1\x01\n" +
+	"\aINVALID\x10\x05\"\x87\x02\n" +
 	"\fArbiterWhere\x12\x16\n" +
 	"\x06leader\x18\x01 \x01(\fR\x06leader\x12\x16\n" +
 	"\x06voters\x18\x02 \x03(\fR\x06voters\x12\x1a\n" +
@@ -3145,7 +3271,8 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\vincarnation\x18\x05 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05index\x18\x06 \x01(\x04R\x05index\x12/\n" +
 	"\x04meta\x18\a \x01(\v2\x1b.coppice.dht.v1.ArbiterMetaR\x04meta\x12\x18\n" +
-	"\alineage\x18\b \x01(\x04R\alineage\"\xc8\x03\n" +
+	"\alineage\x18\b \x01(\x04R\alineage\x12\x14\n" +
+	"\x05shard\x18\t \x01(\rR\x05shard\"\xc8\x03\n" +
 	"\n" +
 	"ArbiterLog\x12\x12\n" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x12\n" +
@@ -3185,13 +3312,14 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\arefused\x18\x03 \x01(\tR\arefused\"X\n" +
 	"\rArbiterLeases\x12\x15\n" +
 	"\x06ttl_ms\x18\x01 \x01(\x04R\x05ttlMs\x120\n" +
-	"\x04keys\x18\x02 \x03(\v2\x1c.coppice.dht.v1.ArbiterLeaseR\x04keys\"\x96\x01\n" +
+	"\x04keys\x18\x02 \x03(\v2\x1c.coppice.dht.v1.ArbiterLeaseR\x04keys\"\xac\x01\n" +
 	"\x12ArbiterFeedRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05flush\x18\x04 \x01(\bR\x05flush\x12\x18\n" +
-	"\alineage\x18\x05 \x01(\x04R\alineage\"\xbb\x02\n" +
+	"\alineage\x18\x05 \x01(\x04R\alineage\x12\x14\n" +
+	"\x05shard\x18\x06 \x01(\rR\x05shard\"\xd1\x02\n" +
 	"\x11ArbiterFeedUpdate\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\bR\bsnapshot\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\bR\x04done\x12=\n" +
@@ -3201,7 +3329,9 @@ const file_dht_wire_v1_arbiter_proto_rawDesc = "" +
 	"\bcomplete\x18\x06 \x01(\x04R\bcomplete\x12\x15\n" +
 	"\x06age_ms\x18\a \x01(\x04R\x05ageMs\x122\n" +
 	"\x05where\x18\b \x01(\v2\x1c.coppice.dht.v1.ArbiterWhereR\x05where\x12\x18\n" +
-	"\alineage\x18\t \x01(\x04R\alineageB7Z5github.com/coppice-project/coppice/dht/wire/v1;wirev1b\x06proto3"
+	"\alineage\x18\t \x01(\x04R\alineage\x12\x14\n" +
+	"\x05shard\x18\n" +
+	" \x01(\rR\x05shardB7Z5github.com/coppice-project/coppice/dht/wire/v1;wirev1b\x06proto3"
 
 var (
 	file_dht_wire_v1_arbiter_proto_rawDescOnce sync.Once
@@ -3216,7 +3346,7 @@ func file_dht_wire_v1_arbiter_proto_rawDescGZIP() []byte {
 }
 
 var file_dht_wire_v1_arbiter_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dht_wire_v1_arbiter_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_dht_wire_v1_arbiter_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_dht_wire_v1_arbiter_proto_goTypes = []any{
 	(ArbiterCompare_Field)(0),     // 0: coppice.dht.v1.ArbiterCompare.Field
 	(ArbiterResult_Code)(0),       // 1: coppice.dht.v1.ArbiterResult.Code
@@ -3241,16 +3371,17 @@ var file_dht_wire_v1_arbiter_proto_goTypes = []any{
 	(*ArbiterSnapshotTxn)(nil),    // 20: coppice.dht.v1.ArbiterSnapshotTxn
 	(*ArbiterSnapshotEnd)(nil),    // 21: coppice.dht.v1.ArbiterSnapshotEnd
 	(*ArbiterDisk)(nil),           // 22: coppice.dht.v1.ArbiterDisk
-	(*ArbiterRequest)(nil),        // 23: coppice.dht.v1.ArbiterRequest
-	(*ArbiterResponse)(nil),       // 24: coppice.dht.v1.ArbiterResponse
-	(*ArbiterWhere)(nil),          // 25: coppice.dht.v1.ArbiterWhere
-	(*ArbiterLog)(nil),            // 26: coppice.dht.v1.ArbiterLog
-	(*ArbiterHello)(nil),          // 27: coppice.dht.v1.ArbiterHello
-	(*ArbiterLeaseRequest)(nil),   // 28: coppice.dht.v1.ArbiterLeaseRequest
-	(*ArbiterLease)(nil),          // 29: coppice.dht.v1.ArbiterLease
-	(*ArbiterLeases)(nil),         // 30: coppice.dht.v1.ArbiterLeases
-	(*ArbiterFeedRequest)(nil),    // 31: coppice.dht.v1.ArbiterFeedRequest
-	(*ArbiterFeedUpdate)(nil),     // 32: coppice.dht.v1.ArbiterFeedUpdate
+	(*ArbiterRecall)(nil),         // 23: coppice.dht.v1.ArbiterRecall
+	(*ArbiterRequest)(nil),        // 24: coppice.dht.v1.ArbiterRequest
+	(*ArbiterResponse)(nil),       // 25: coppice.dht.v1.ArbiterResponse
+	(*ArbiterWhere)(nil),          // 26: coppice.dht.v1.ArbiterWhere
+	(*ArbiterLog)(nil),            // 27: coppice.dht.v1.ArbiterLog
+	(*ArbiterHello)(nil),          // 28: coppice.dht.v1.ArbiterHello
+	(*ArbiterLeaseRequest)(nil),   // 29: coppice.dht.v1.ArbiterLeaseRequest
+	(*ArbiterLease)(nil),          // 30: coppice.dht.v1.ArbiterLease
+	(*ArbiterLeases)(nil),         // 31: coppice.dht.v1.ArbiterLeases
+	(*ArbiterFeedRequest)(nil),    // 32: coppice.dht.v1.ArbiterFeedRequest
+	(*ArbiterFeedUpdate)(nil),     // 33: coppice.dht.v1.ArbiterFeedUpdate
 }
 var file_dht_wire_v1_arbiter_proto_depIdxs = []int32{
 	7,  // 0: coppice.dht.v1.ArbiterEntry.commands:type_name -> coppice.dht.v1.ArbiterCommand
@@ -3277,29 +3408,30 @@ var file_dht_wire_v1_arbiter_proto_depIdxs = []int32{
 	17, // 21: coppice.dht.v1.ArbiterSnapshotTxn.result:type_name -> coppice.dht.v1.ArbiterResult
 	5,  // 22: coppice.dht.v1.ArbiterDisk.group:type_name -> coppice.dht.v1.ArbiterIncarnation
 	5,  // 23: coppice.dht.v1.ArbiterDisk.seen:type_name -> coppice.dht.v1.ArbiterIncarnation
-	27, // 24: coppice.dht.v1.ArbiterRequest.hello:type_name -> coppice.dht.v1.ArbiterHello
-	28, // 25: coppice.dht.v1.ArbiterRequest.lease:type_name -> coppice.dht.v1.ArbiterLeaseRequest
-	5,  // 26: coppice.dht.v1.ArbiterRequest.incarnation:type_name -> coppice.dht.v1.ArbiterIncarnation
-	2,  // 27: coppice.dht.v1.ArbiterResponse.code:type_name -> coppice.dht.v1.ArbiterResponse.Code
-	25, // 28: coppice.dht.v1.ArbiterResponse.where:type_name -> coppice.dht.v1.ArbiterWhere
-	17, // 29: coppice.dht.v1.ArbiterResponse.results:type_name -> coppice.dht.v1.ArbiterResult
-	3,  // 30: coppice.dht.v1.ArbiterResponse.register:type_name -> coppice.dht.v1.ArbiterRegister
-	26, // 31: coppice.dht.v1.ArbiterResponse.log:type_name -> coppice.dht.v1.ArbiterLog
-	30, // 32: coppice.dht.v1.ArbiterResponse.leases:type_name -> coppice.dht.v1.ArbiterLeases
-	4,  // 33: coppice.dht.v1.ArbiterWhere.meta:type_name -> coppice.dht.v1.ArbiterMeta
-	5,  // 34: coppice.dht.v1.ArbiterLog.group:type_name -> coppice.dht.v1.ArbiterIncarnation
-	5,  // 35: coppice.dht.v1.ArbiterLog.shown:type_name -> coppice.dht.v1.ArbiterIncarnation
-	5,  // 36: coppice.dht.v1.ArbiterHello.group:type_name -> coppice.dht.v1.ArbiterIncarnation
-	29, // 37: coppice.dht.v1.ArbiterLeaseRequest.keys:type_name -> coppice.dht.v1.ArbiterLease
-	29, // 38: coppice.dht.v1.ArbiterLeaseRequest.give_up:type_name -> coppice.dht.v1.ArbiterLease
-	29, // 39: coppice.dht.v1.ArbiterLeases.keys:type_name -> coppice.dht.v1.ArbiterLease
-	3,  // 40: coppice.dht.v1.ArbiterFeedUpdate.registers:type_name -> coppice.dht.v1.ArbiterRegister
-	25, // 41: coppice.dht.v1.ArbiterFeedUpdate.where:type_name -> coppice.dht.v1.ArbiterWhere
-	42, // [42:42] is the sub-list for method output_type
-	42, // [42:42] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	4,  // 24: coppice.dht.v1.ArbiterRecall.meta:type_name -> coppice.dht.v1.ArbiterMeta
+	28, // 25: coppice.dht.v1.ArbiterRequest.hello:type_name -> coppice.dht.v1.ArbiterHello
+	29, // 26: coppice.dht.v1.ArbiterRequest.lease:type_name -> coppice.dht.v1.ArbiterLeaseRequest
+	5,  // 27: coppice.dht.v1.ArbiterRequest.incarnation:type_name -> coppice.dht.v1.ArbiterIncarnation
+	2,  // 28: coppice.dht.v1.ArbiterResponse.code:type_name -> coppice.dht.v1.ArbiterResponse.Code
+	26, // 29: coppice.dht.v1.ArbiterResponse.where:type_name -> coppice.dht.v1.ArbiterWhere
+	17, // 30: coppice.dht.v1.ArbiterResponse.results:type_name -> coppice.dht.v1.ArbiterResult
+	3,  // 31: coppice.dht.v1.ArbiterResponse.register:type_name -> coppice.dht.v1.ArbiterRegister
+	27, // 32: coppice.dht.v1.ArbiterResponse.log:type_name -> coppice.dht.v1.ArbiterLog
+	31, // 33: coppice.dht.v1.ArbiterResponse.leases:type_name -> coppice.dht.v1.ArbiterLeases
+	4,  // 34: coppice.dht.v1.ArbiterWhere.meta:type_name -> coppice.dht.v1.ArbiterMeta
+	5,  // 35: coppice.dht.v1.ArbiterLog.group:type_name -> coppice.dht.v1.ArbiterIncarnation
+	5,  // 36: coppice.dht.v1.ArbiterLog.shown:type_name -> coppice.dht.v1.ArbiterIncarnation
+	5,  // 37: coppice.dht.v1.ArbiterHello.group:type_name -> coppice.dht.v1.ArbiterIncarnation
+	30, // 38: coppice.dht.v1.ArbiterLeaseRequest.keys:type_name -> coppice.dht.v1.ArbiterLease
+	30, // 39: coppice.dht.v1.ArbiterLeaseRequest.give_up:type_name -> coppice.dht.v1.ArbiterLease
+	30, // 40: coppice.dht.v1.ArbiterLeases.keys:type_name -> coppice.dht.v1.ArbiterLease
+	3,  // 41: coppice.dht.v1.ArbiterFeedUpdate.registers:type_name -> coppice.dht.v1.ArbiterRegister
+	26, // 42: coppice.dht.v1.ArbiterFeedUpdate.where:type_name -> coppice.dht.v1.ArbiterWhere
+	43, // [43:43] is the sub-list for method output_type
+	43, // [43:43] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_dht_wire_v1_arbiter_proto_init() }
@@ -3329,7 +3461,7 @@ func file_dht_wire_v1_arbiter_proto_init() {
 		(*ArbiterSnapshotItem_Txn)(nil),
 		(*ArbiterSnapshotItem_End)(nil),
 	}
-	file_dht_wire_v1_arbiter_proto_msgTypes[20].OneofWrappers = []any{
+	file_dht_wire_v1_arbiter_proto_msgTypes[21].OneofWrappers = []any{
 		(*ArbiterRequest_Propose)(nil),
 		(*ArbiterRequest_Read)(nil),
 		(*ArbiterRequest_ReadIndex)(nil),
@@ -3346,7 +3478,7 @@ func file_dht_wire_v1_arbiter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dht_wire_v1_arbiter_proto_rawDesc), len(file_dht_wire_v1_arbiter_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
