@@ -100,6 +100,7 @@ func (n *Node) instance(app, name string, eff *components.Effective, reports map
 	out := &apiv1.Instance{Application: app, Instance: name, Component: componentOf(name), State: string(components.Pending)}
 	if eff != nil {
 		out.Artifact, out.Version, out.Durable, out.Guarantee = eff.ArtifactName, eff.Version, components.DurableName(eff.Durable, eff.Interval), eff.Guarantee
+		out.Standby, out.ReplicasWanted = eff.Standby, uint32(max(eff.Replicas, eff.MinReplicas))
 	}
 	reg, ok := n.arbiter.Get(components.InstanceRegister(name))
 	if !ok || reg.Owner == "" {
@@ -161,6 +162,11 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 	out.State, out.Reason, out.Restarts, out.DurableNow = r.State, r.Reason, uint32(r.Restarts), r.Durable
 	if components.State(r.State).Serves() {
 		out.Listen = r.Listen
+	}
+	if id, err := peer.Decode(r.Standby); err == nil {
+		if m, ok := n.members.Member(id); ok && m.State == members.Alive {
+			out.StandbyNode, out.StandbyBehind = m.Name, proto.Uint64(r.StandbyBehind)
+		}
 	}
 	if r.State == string(components.Running) || r.State == string(components.Frozen) || r.State == string(components.Degraded) {
 		out.UptimeMs = uint64(max(0, r.UptimeMs+r.age.Milliseconds()))

@@ -68,6 +68,9 @@ type instanceReport struct {
 	Failures   int      `json:"failures,omitempty"` // starts in a row
 	Unsaved    uint64   `json:"unsaved,omitempty"`  // answered since the last acknowledged checkpoint
 	Listen     string   `json:"listen,omitempty"`   // host:port on its node, beside the gate
+	Standby    string   `json:"standby,omitempty"`  // peer id of the node where a process waits that has its state
+	// StandbyBehind is how many acknowledged checkpoints that has not been given yet.
+	StandbyBehind uint64 `json:"standby_behind,omitempty"`
 
 	age time.Duration // since the reader's record was written
 }
@@ -150,7 +153,7 @@ func (n *Node) tell(ctx context.Context, key string, value []byte) error {
 // tellInstances tells about the instances whose state changed, or about all.
 func (n *Node) tellInstances(ctx context.Context, all bool) error {
 	for _, in := range n.sup.Infos() {
-		word := string(in.State) + "\x00" + in.Reason + "\x00" + fmt.Sprint(in.Epoch, in.Restarts, in.Version, in.Failures)
+		word := string(in.State) + "\x00" + in.Reason + "\x00" + fmt.Sprint(in.Epoch, in.Restarts, in.Version, in.Failures, in.Standby)
 		if !all && n.toldInstances[in.Instance] == word {
 			continue
 		}
@@ -174,6 +177,9 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 	}
 	if in.Saved.Seq > 0 && !in.Saved.At.IsZero() {
 		r.SavedAgeMs = time.Since(in.Saved.At).Milliseconds()
+	}
+	if in.Standby != "" {
+		r.Standby, r.StandbyBehind = in.Standby.String(), in.StandbyBehind
 	}
 	for _, h := range in.Saved.Holders {
 		r.Holders = append(r.Holders, h.String())

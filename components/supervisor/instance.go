@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
@@ -58,6 +59,8 @@ type instance struct {
 	sv   *saver // of the running generation
 	back *membrane.Backend
 	hung *hung
+	// follower keeps a standby, or did.
+	follower follower
 }
 
 // unfit is an epoch whose process died or hung before the epoch was settled.
@@ -99,6 +102,9 @@ type Info struct {
 	Failures  int     // starts in a row that failed
 	// Listen is where what it runs listens by itself, beside the gate; "" nowhere.
 	Listen string
+	// Standby is the node where a process waits that has the state, but for so many acknowledged checkpoints; "": none told of it lately.
+	Standby       peer.ID
+	StandbyBehind uint64
 	// Unsaved is how much was answered since the last acknowledged checkpoint: changes, or calls that may have changed something.
 	Unsaved uint64
 }
@@ -179,6 +185,7 @@ func (i *instance) finish() {
 		i.prev.stopSaver()
 	}
 	i.sup.dropClaimed(i.name)
+	i.sup.dropStandby(i.name)
 	if i.shell != nil {
 		reg, ok := i.sup.register(i.key)
 		if ok {

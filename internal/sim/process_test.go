@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,8 +59,9 @@ func (counter) Get(ctx context.Context, _ *counterv1.GetRequest) (*counterv1.Val
 	return &counterv1.Value{Value: int64(tx.Uint64("value"))}, nil
 }
 
-func counterComponent() *sdk.Component {
+func counterComponent(begun *atomic.Bool) *sdk.Component {
 	return &sdk.Component{
+		OnStart: func(context.Context, *sdk.Instance) error { begun.Store(true); return nil },
 		Type: counterName, Version: counterVersion, State: &sdk.State{Schema: 1, Merge: func(base, ours, theirs, into *sdk.Txn) error {
 			into.PutUint64("value", ours.Uint64("value")+theirs.Uint64("value")-base.Uint64("value"))
 			return nil
@@ -141,6 +143,11 @@ func (r *processes) running(instance string) []*process {
 	return out
 }
 
+// begun lists those of them that were started: a standby was not.
+func (r *processes) begun(instance string) []*process {
+	return slices.DeleteFunc(r.running(instance), func(p *process) bool { return !p.begun.Load() })
+}
+
 func (r *processes) killAll() {
 	r.mu.Lock()
 	list := r.list
@@ -162,14 +169,16 @@ type process struct {
 	done   chan struct{}
 	once   sync.Once
 	exit   runner.ExitStatus
+	begun  *atomic.Bool // it was told to start; before that it can serve nobody
 }
 
 func startProcess(spec runner.Spec) (*process, error) {
-	in, err := sdk.New(counterComponent(), sdk.Env{Log: slog.New(slog.DiscardHandler)})
+	begun := new(atomic.Bool)
+	in, err := sdk.New(counterComponent(begun), sdk.Env{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return nil, err
 	}
-	p := &process{spec: spec, pid: int(lastPid.Add(1)), server: in.Server(), lis: bufconn.Listen(64 << 10), done: make(chan struct{})}
+	p := &process{spec: spec, pid: int(lastPid.Add(1)), server: in.Server(), lis: bufconn.Listen(64 << 10), done: make(chan struct{}), begun: begun}
 	go p.server.Serve(p.lis) //nolint:errcheck // ends with the process
 	p.conn, err = grpc.NewClient("passthrough:component", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return p.lis.DialContext(ctx) }),
