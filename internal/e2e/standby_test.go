@@ -48,10 +48,13 @@ func TestAHotStandbyAnswers(t *testing.T) {
 	n1 := g.Nodes[0]
 	g.push(n1, component(t, "kv", "1.0.0"))
 	g.deploy(n1, hotApp)
-	in := g.running(n1, "data/kv-0", ready)
-	owner, next := g.Node(in.GetNode()), g.Node(in.GetStandbyNode())
+	g.running(n1, "data/kv-0", ready)
 	p := g.press("data/kv", g.Nodes, 200, 2*time.Second)
 	p.answered(100)
+	_, err := cluster.Calm(t.Context(), n1, "data/kv")
+	must(t, err)
+	in := g.running(n1, "data/kv-0", ready)
+	owner, next := g.Node(in.GetNode()), g.Node(in.GetStandbyNode())
 	if out := g.do(n1, "ps", "data"); !strings.Contains(out, next.Name+" (hot") {
 		t.Errorf("ps does not show the standby:\n%s", out)
 	}
@@ -59,11 +62,10 @@ func TestAHotStandbyAnswers(t *testing.T) {
 		t.Errorf("inspect does not show the standby:\n%s", out)
 	}
 	g.do(n1, "call", "data/kv", "Put", `{"key":"twice","value":"first"}`, "--key", "one key")
-	g.running(n1, "data/kv-0", ready)
 	at, err := owner.Kill()
 	must(t, err)
 	first := p.answeredBy(load.FirstQuery{After: at, Component: "data/kv", NotNode: owner.Name, Writes: true})
-	t.Logf("%s answered %s after the kill", first.Node, first.Time.Sub(at).Round(time.Millisecond))
+	t.Logf("%s answered %s after the kill; %s had the standby", first.Node, first.Time.Sub(at).Round(time.Millisecond), next.Name)
 	p.answered(50)
 	survivor := g.others(owner)[0]
 	ev := g.event(survivor, "/apps/data", "running", func(ev *apiv1.Event) bool { return ev.GetType() == "running" && ev.GetNode() == next.Name })
@@ -84,18 +86,23 @@ func TestAHotStandbyAnswers(t *testing.T) {
 	p.answered(50)
 	p.audit(false)
 
-	waiting := g.Node(again.GetStandbyNode())
-	old := processesOf(t, waiting, "data/kv-0")
-	if len(old) != 1 {
-		t.Fatalf("%d processes stand by on %s", len(old), waiting.Name)
+	_, err = cluster.Calm(t.Context(), survivor, "data/kv")
+	must(t, err)
+	waiting := g.Node(g.running(survivor, "data/kv-0", ready).GetStandbyNode())
+	one := func(not int) (pid int) {
+		g.wait("one process that stands by", func(context.Context) error {
+			now := processesOf(t, waiting, "data/kv-0")
+			if len(now) != 1 || now[0] == not {
+				return fmt.Errorf("processes %v on %s", now, waiting.Name)
+			}
+			pid = now[0]
+			return nil
+		})
+		return pid
 	}
-	must(t, syscall.Kill(old[0], syscall.SIGKILL))
-	g.wait("another standby", func(context.Context) error {
-		if now := processesOf(t, waiting, "data/kv-0"); len(now) != 1 || now[0] == old[0] {
-			return fmt.Errorf("processes %v", now)
-		}
-		return nil
-	})
+	old := one(0)
+	must(t, syscall.Kill(old, syscall.SIGKILL))
+	one(old)
 	g.deploy(n1, kvApp)
 	g.wait("the standby to end", func(context.Context) error {
 		if now := processesOf(t, waiting, "data/kv-0"); len(now) != 0 {
