@@ -25,6 +25,8 @@ const (
 	clocksEvery   = time.Minute            // once another node's clock is known: each look asks all members
 	retryEvery    = 250 * time.Millisecond // of telling what could not be told
 	scatterWithin = 500 * time.Millisecond
+	// restoreFact is how fast processes of a node take their states, as it measured.
+	restoreFact = "restore_mib_per_s"
 	// maxRTTs bounds how many distances a node tells about: those of its watchers and whom it watches.
 	maxRTTs = 32
 )
@@ -72,6 +74,9 @@ type instanceReport struct {
 	// StandbyBehind is how many acknowledged checkpoints that has not been given yet.
 	StandbyBehind uint64 `json:"standby_behind,omitempty"`
 
+	LaunchMs float64 `json:"launch_ms,omitempty"` // of its process, and of its Start
+	BeginMs  float64 `json:"begin_ms,omitempty"`
+
 	age time.Duration // since the reader's record was written
 }
 
@@ -85,6 +90,9 @@ func (n *Node) report(ctx context.Context) error {
 	for {
 		f, err := n.sensor.Sample(ctx)
 		n.faults.set("facts", err)
+		if speed := n.sup.RestoreSpeed(); speed > 0 && f != nil {
+			f[restoreFact] = speed / (1 << 20)
+		}
 		if !looked || time.Since(lookedAt) >= clocksEvery {
 			looked, lookedAt = n.lookAtClocks(ctx), time.Now()
 		}
@@ -173,7 +181,7 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 	r := instanceReport{
 		Instance: in.Instance, Node: n.id.String(), State: string(in.State), Reason: in.Reason, Epoch: in.Epoch, Version: in.Version, Artifact: in.Artifact,
 		Digest: in.Digest, Pid: in.Pid, UptimeMs: in.Uptime().Milliseconds(), Restarts: in.Restarts, Seq: in.Saved.Seq, SavedAgeMs: -1, Bytes: in.Saved.Bytes,
-		StartedMs: in.StartedMs, Durable: in.Durable, Failures: in.Failures, Unsaved: in.Unsaved, Listen: in.Listen,
+		StartedMs: in.StartedMs, LaunchMs: ms(in.LaunchTook), BeginMs: ms(in.BeginTook), Durable: in.Durable, Failures: in.Failures, Unsaved: in.Unsaved, Listen: in.Listen,
 	}
 	if in.Saved.Seq > 0 && !in.Saved.At.IsZero() {
 		r.SavedAgeMs = time.Since(in.Saved.At).Milliseconds()

@@ -249,7 +249,9 @@ func (i *instance) bring(ctx context.Context, g *generation, token components.To
 	g.back, g.token, g.since = back, token, time.Now()
 	m.SetDurable(waits(g, eff))
 	back.SetCommitted(g.mark)
-	return m.Start(ctx, g.request(token, eff, restored))
+	err = m.Start(ctx, g.request(token, eff, restored))
+	g.beginTook = time.Since(g.since)
+	return err
 }
 
 // install makes a process that was prepared, for a move or as a standby, the instance's own.

@@ -49,6 +49,8 @@ type generation struct {
 	comp     componentv1.ComponentClient
 	back     *membrane.Backend
 	fetched  time.Time // when its artifact was here
+	// launchTook is how long the process took from then until it said what it is, beginTook its Start.
+	launchTook, beginTook time.Duration
 	// credential that its process uses the node socket with.
 	credential string
 
@@ -152,6 +154,7 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 		}
 	}
 	g.back = sh.Membrane().Prepare(proc, g.desc)
+	g.launchTook = time.Since(g.fetched)
 	return g, nil
 }
 
@@ -175,9 +178,14 @@ func (s *Supervisor) replay(ctx context.Context, g *generation, steps []blobs.Ha
 	if head != nil && !s.reads(g, head.meta.GetSchema()) {
 		return fmt.Errorf("%s@%s cannot read the state's schema %d (it reads %v): deploy a version that can", g.artifact, g.version, head.meta.GetSchema(), g.desc.GetState().GetReadsSchemas())
 	}
+	begin, bytes := time.Now(), uint64(0)
 	if err := g.receive(ctx, func(send func(*componentv1.StateFrame) error) error {
+		count := func(f *componentv1.StateFrame) error {
+			bytes += uint64(len(f.GetData()))
+			return send(f)
+		}
 		for _, node := range steps {
-			if err := s.checkedStep(g.instance, node, send); err != nil {
+			if err := s.checkedStep(g.instance, node, count); err != nil {
 				return err
 			}
 		}
@@ -185,6 +193,7 @@ func (s *Supervisor) replay(ctx context.Context, g *generation, steps []blobs.Ha
 	}); err != nil {
 		return fmt.Errorf("restore %s: %w", g.instance, err)
 	}
+	s.restored.note(bytes, time.Since(begin))
 	if head != nil {
 		g.head = head
 	}
@@ -287,6 +296,7 @@ func (g *generation) request(token components.Token, eff *components.Effective, 
 func (g *generation) start(ctx context.Context, sh Shell, token components.Token, eff *components.Effective, restored bool, deadline time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, deadline)
 	defer cancel()
+	begin := time.Now()
 	if err := sh.Membrane().StartBackend(ctx, g.back, g.request(token, eff, restored)); err != nil {
 		return fmt.Errorf("start %s@%s: %w", g.artifact, g.version, err)
 	}
@@ -294,6 +304,7 @@ func (g *generation) start(ctx context.Context, sh Shell, token components.Token
 		return fmt.Errorf("start %s@%s: %w", g.artifact, g.version, err)
 	}
 	g.token, g.since = token, time.Now()
+	g.beginTook = g.since.Sub(begin)
 	return nil
 }
 

@@ -100,6 +100,8 @@ type Info struct {
 	Durable   string  // how it is saved in fact, which may be less than desired (Reason says why)
 	StartedMs float64 // how long its last start took, once its artifact was here: launch, restore, start
 	Failures  int     // starts in a row that failed
+	// LaunchTook and BeginTook are how long its process took to come up, and its Start: what a start takes however large the state.
+	LaunchTook, BeginTook time.Duration
 	// Listen is where what it runs listens by itself, beside the gate; "" nowhere.
 	Listen string
 	// Standby is the node where a process waits that has the state, but for so many acknowledged checkpoints; "": none told of it lately.
@@ -356,5 +358,6 @@ func (i *instance) note(g *generation, eff *components.Effective) {
 	i.info.Started, i.info.Failures, i.info.Settled = g.since, 0, false
 	i.info.Pid, i.info.TxnCalls = g.proc.Ident().Pid, g.has(componentv1.FeatureTxnCalls)
 	i.info.Durable = durableNow(g, eff)
+	i.info.LaunchTook, i.info.BeginTook = g.launchTook, g.beginTook
 	i.hung = nil
 }

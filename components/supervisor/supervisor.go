@@ -120,6 +120,8 @@ type Supervisor struct {
 	kick   chan struct{}
 	// lease is this node's right to serve what it owns.
 	lease *lease
+	// restored is how fast states are restored here.
+	restored restoreSpeed
 	// session renews the leases of single instances.
 	session *session
 	// retiring: nothing is to run here any more.
