@@ -353,7 +353,7 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 		self: i.sup.cfg.Self, key: reg.Key, instance: i.name, digest: g.digest, version: g.version, schema: g.desc.GetState().GetWritesSchema(),
 		incarnation: reg.Incarnation, epoch: reg.Epoch, nonce: reg.Nonce, mode: mode(g, eff), interval: interval(g, eff), incremental: g.has(componentv1.FeatureIncremental),
 		component: g.comp, store: i.sup.cfg.Blobs, ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive, apart: i.sup.apart,
-		wanted: func() int { return i.sup.wantedOf(reg.Key) },
+		wanted:    func() int { return i.sup.wantedOf(reg.Key) },
 		committed: g.back.SetCommitted, log: i.sup.cfg.Log, cut: i.sup.cutFor(eff),
 		branched: func(head *chainHead, before Saved) error { return i.branched(g, head, before) }, local: i.sup.branch(i.name, g.token) != nil,
 		history:  func(ctx context.Context, s *saver) { i.hist.keep(ctx, s, token) },

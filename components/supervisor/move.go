@@ -44,7 +44,7 @@ type prepared struct {
 	finish  bool // the source is frozen and waits for the claim
 	claimed *arbiter.Register
 	timer   *time.Timer
-	restore sync.Mutex    // held while state goes into its process; guards root from when it is prepared
+	restore sync.Mutex // held while state goes into its process; guards root from when it is prepared
 	// Of a standby, which waits for the owner's death instead of a move (standby.go). ready, torn and what it has been given are attend's until done is closed.
 	standby     bool
 	stop        context.CancelFunc // has attend return
@@ -55,7 +55,7 @@ type prepared struct {
 	token       components.Token // in which root was told of
 	seq         uint64
 	ending      bool          // it is being ended; until that is done the instance gets no other membrane here
-	over    chan struct{} // closed when it is ended
+	over        chan struct{} // closed when it is ended
 }
 
 // move hands the running instance to another node with its state. Until the target's claim any failure leaves this process serving.

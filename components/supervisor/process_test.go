@@ -220,15 +220,15 @@ var lastPid atomic.Int64
 
 // simProcess is a component's process: its real SDK behind a connection in memory.
 type simProcess struct {
-	b      *binary
-	spec   runner.Spec
-	pid    int
-	server *grpc.Server
-	lis    *bufconn.Listener
-	conn   *grpc.ClientConn
-	done   chan struct{}
-	once   sync.Once
-	exit   runner.ExitStatus
+	b                *binary
+	spec             runner.Spec
+	pid              int
+	server           *grpc.Server
+	lis              *bufconn.Listener
+	conn             *grpc.ClientConn
+	done             chan struct{}
+	once             sync.Once
+	exit             runner.ExitStatus
 	starts, restored atomic.Int64 // calls of Start; bytes of states that it was given
 
 	mu     sync.Mutex

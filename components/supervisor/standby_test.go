@@ -273,7 +273,9 @@ func TestAStandbyThatDoesNotStart(t *testing.T) {
 func TestAStandbyOfWhatIsExactlyOneWaitsForTheLease(t *testing.T) {
 	inWorld(t, 3, func(w *world) {
 		n := w.nodes
-		w.deploy("1.0.0", hot, func(spec *componentsv1.ComponentSpec, _ *componentsv1.Application) { spec.Guarantee = components.ExactlyOne })
+		w.deploy("1.0.0", hot, func(spec *componentsv1.ComponentSpec, _ *componentsv1.Application) {
+			spec.Guarantee = components.ExactlyOne
+		})
 		w.place(n[0], n[1], n[2])
 		w.running(n[0], "1.0.0")
 		w.standing(n[0], n[1])

@@ -148,7 +148,7 @@ type Supervisor struct {
 	// sightings are the epochs that there are, by register; watching: the view has been that of the arbiter.
 	sightings map[string]sighting
 	watching  bool
-	keepings    map[string]keepingAt // by component
+	keepings  map[string]keepingAt // by component
 	// branches are those of this node that are not stored in the cluster yet, by instance and ownership.
 	branches map[string]*componentsv1.Branch
 	closed   bool // Run has ended: nothing is started any more

@@ -62,7 +62,7 @@ func (counter) Get(ctx context.Context, _ *counterv1.GetRequest) (*counterv1.Val
 func counterComponent(begun *atomic.Bool) *sdk.Component {
 	return &sdk.Component{
 		OnStart: func(context.Context, *sdk.Instance) error { begun.Store(true); return nil },
-		Type: counterName, Version: counterVersion, State: &sdk.State{Schema: 1, Merge: func(base, ours, theirs, into *sdk.Txn) error {
+		Type:    counterName, Version: counterVersion, State: &sdk.State{Schema: 1, Merge: func(base, ours, theirs, into *sdk.Txn) error {
 			into.PutUint64("value", ours.Uint64("value")+theirs.Uint64("value")-base.Uint64("value"))
 			return nil
 		}},
