@@ -48,10 +48,10 @@ race: ## the same with the race detector (needs a C compiler); what CI runs
 
 LONG = COPPICE_LONG=1 $(GO) test -count=1 -run Long -v -p 1
 
-test-long: build ## the long runs, one after the other: simulation schedules, the nemesis, 100 kill -9 cycles under load and the rest
-	@# 50,000 schedules are 1.8 hours of one core; the nemesis takes an hour of its own; the rest takes minutes each
+test-long: build ## the long runs, one after the other: simulation schedules, the nemesis, 1,000 kill -9 cycles (COPPICE_CYCLES), 100 of a demo's, and the rest
+	@# 50,000 schedules are 1.8 hours of one core; the nemesis takes an hour of its own, 1,000 cycles some hours; the rest takes minutes each
 	$(LONG) -timeout 8h ./internal/sim
-	$(LONG) -timeout 3h ./internal/nemesis
+	$(LONG) -timeout 12h ./internal/nemesis
 	$(LONG) -timeout 2h ./internal/e2e ./internal/demo
 	$(LONG) -timeout 2h $$($(GO) list ./... | grep -v -E '/internal/(sim|nemesis|e2e|demo)$$')
 	$(PLANTED) ./internal/nemesis

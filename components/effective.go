@@ -1,6 +1,7 @@
 package components
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"time"
@@ -37,6 +38,10 @@ type Effective struct {
 	Interval  time.Duration // with DURABILITY_INTERVAL
 	Guarantee string        // the grade that Policy is, in words
 	Policy
+
+	// Replicas is how many nodes should keep each checkpoint, MinReplicas how many a commit waits for; 0: the manifest does not say.
+	Replicas, MinReplicas int
+	Standby               string // cold | warm | hot
 
 	CPUMillis, MemoryBytes, DiskBytes uint64
 
@@ -93,6 +98,8 @@ func effective(app *componentsv1.Application, spec *componentsv1.ComponentSpec) 
 	if len(e.Spec.Objective) == 0 {
 		e.Spec.Objective = app.GetManifest().GetObjective()
 	}
+	e.Replicas, e.MinReplicas = int(spec.GetState().GetReplicas()), int(spec.GetState().GetMinReplicas())
+	e.Standby = cmp.Or(spec.GetState().GetStandby(), StandbyCold)
 	var err error
 	if e.Count, e.EachNode, err = ParseCount(spec.GetCount()); err != nil {
 		return nil, fmt.Errorf("count: %w", err)

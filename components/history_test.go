@@ -173,7 +173,7 @@ func TestRetentionOfAManifest(t *testing.T) {
 			t.Errorf("%s: %+v", text, got)
 		}
 	}
-	for _, text := range []string{"history: 501", "history: -1", "history_age: 3", "history_age: 5m", "history_age: 0d", "replicas: 3", "standby: hot"} {
+	for _, text := range []string{"history: 501", "history: -1", "history_age: 3", "history_age: 5m", "history_age: 0d", "replicas: 0", "replicas: 8", "min_replicas: 4", "standby: lukewarm"} {
 		if _, err := ParseManifests("x.yaml", []byte("application: a\ncomponents:\n  - name: x\n    artifact: x\n    state: {"+text+"}\n")); err == nil {
 			t.Errorf("%s was taken", text)
 		}

@@ -1,6 +1,7 @@
 package components
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -328,14 +329,10 @@ func (c *checker) state(spec *componentsv1.ComponentSpec, path string) {
 	if s == nil {
 		return
 	}
-	const most = 7
-	if c.said(path+".replicas") && (s.GetReplicas() < 1 || s.GetReplicas() > most) {
-		c.problem(path+".replicas", "found %d, expected a whole number from 1 to %d", s.GetReplicas(), most)
+	if c.said(path+".replicas") && (s.GetReplicas() < 1 || s.GetReplicas() > MaxReplicas) {
+		c.problem(path+".replicas", "found %d, expected a whole number from 1 to %d", s.GetReplicas(), MaxReplicas)
 	}
-	replicas := s.GetReplicas()
-	if replicas == 0 {
-		replicas = 3
-	}
+	replicas := cmp.Or(s.GetReplicas(), DefaultReplicas)
 	if c.said(path+".min_replicas") && (s.GetMinReplicas() < 1 || s.GetMinReplicas() > replicas) {
 		c.problem(path+".min_replicas", "found %d, expected a whole number from 1 to replicas (%d)", s.GetMinReplicas(), replicas)
 	}
@@ -345,11 +342,12 @@ func (c *checker) state(spec *componentsv1.ComponentSpec, path string) {
 	if _, err := parseAge(s.GetHistoryAge()); err != nil && c.said(path+".history_age") {
 		c.problem(path+".history_age", "%s", err)
 	}
-	if why, ok := unsupportedValues["state.standby"][s.GetStandby()]; ok {
-		c.problem(path+".standby", "standby: %s is not supported by this version: %s", s.GetStandby(), why)
+	if !c.oneOf(path+".standby", s.GetStandby(), StandbyCold, StandbyWarm, StandbyHot) {
 		return
 	}
-	c.oneOf(path+".standby", s.GetStandby(), "cold", "warm", "hot")
+	if standsBy := s.GetStandby() == StandbyWarm || s.GetStandby() == StandbyHot; standsBy && spec.GetCount() == EachNode {
+		c.problem(path+".standby", "found standby: %s with count: each-node, expected one of them: an instance of each node runs nowhere else", s.GetStandby())
+	}
 }
 
 func (c *checker) environment(env map[string]string, path string) {

@@ -37,19 +37,6 @@ var notYet = map[string]map[string]string{
 		"restart": "the node chooses when a component that ended is started again",
 	},
 	"Sandbox": {"network": "all components have the same"},
-	"State": {
-		"replicas":     "a checkpoint is kept on the owner and its successors",
-		"min_replicas": "a checkpoint is acknowledged by most of those that should keep it",
-		"standby":      "a successor holds the pages and starts cold",
-	},
-}
-
-// unsupportedValues is the same for single values, by key within a component.
-var unsupportedValues = map[string]map[string]string{
-	"state.standby": {
-		"warm": "a successor holds the pages and starts cold",
-		"hot":  "a successor holds the pages and starts cold",
-	},
 }
 
 // stopSignals are the signals run.stop may name.

@@ -21,6 +21,19 @@ const (
 	MaxInterval = 24 * time.Hour
 )
 
+// How many nodes keep each checkpoint, the owner among them, where the manifest says nothing, and at most.
+const (
+	DefaultReplicas = 3
+	MaxReplicas     = 7
+)
+
+// How ready its likely next owners keep an instance (manifest: state.standby).
+const (
+	StandbyCold = "cold" // they hold its pages, as holders; the first two its artifact, too
+	StandbyWarm = "warm" // each of them holds both
+	StandbyHot  = "hot"  // and the first of them a process that has been given the state
+)
+
 // EachNode is the count of a component that runs on every node.
 const EachNode = "each-node"
 

@@ -142,6 +142,7 @@ func (v *verbs) Inspect(ctx context.Context, r *apiv1.InspectRequest) (*apiv1.In
 			continue
 		}
 		i := n.inspectInstance(ctx, in)
+		i.MinReplicas = uint32(s.eff.MinReplicas)
 		addCalls(out.Calls, i.GetCalls())
 		out.Instances = append(out.Instances, i)
 		if out.State == "" || in.GetState() != string(components.Running) {
@@ -198,6 +199,7 @@ func (n *Node) inspectInstance(ctx context.Context, in *apiv1.Instance) *apiv1.I
 		Successors: in.GetSuccessors(), Version: in.GetVersion(), Calls: &apiv1.CallStats{}, Listen: in.GetListen(),
 		Checkpoint: &apiv1.CheckpointInfo{Seq: in.GetCheckpointSeq(), Bytes: in.GetCheckpointBytes(), AgeMs: in.CheckpointAgeMs, Replicas: in.GetReplicas(), ReplicasAlive: in.GetReplicasAlive(), CallsSince: in.CallsSinceCheckpoint},
 	}
+	out.Standby, out.StandbyNode, out.StandbyBehind, out.ReplicasWanted = in.GetStandby(), in.GetStandbyNode(), in.StandbyBehind, in.GetReplicasWanted()
 	n.inspectHistory(out)
 	reg, ok := n.arbiter.Get(components.InstanceRegister(in.GetInstance()))
 	if !ok {

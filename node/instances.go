@@ -67,7 +67,9 @@ func (n *Node) modelNodes() []components.Node {
 func (n *Node) instances(app string) []*apiv1.Instance {
 	ctx, cancel := context.WithTimeout(context.Background(), scatterWithin)
 	defer cancel()
-	reports := n.reports(ctx)
+	told := n.factRecords(ctx)
+	reports := n.reportsIn(told)
+	hosts, _ := n.hostFactsIn(told)
 	var out []*apiv1.Instance
 	for _, a := range n.applications() {
 		if app != "" && a.GetName() != app {
@@ -81,12 +83,12 @@ func (n *Node) instances(app string) []*apiv1.Instance {
 		seen := map[string]bool{}
 		for _, spec := range expected {
 			seen[spec.Name] = true
-			out = append(out, n.instance(a.GetName(), spec.Name, spec.Component, reports))
+			out = append(out, n.instance(a.GetName(), spec.Name, spec.Component, reports, hosts))
 		}
 		for _, reg := range n.arbiter.List(components.InstancePrefix + a.GetName() + "/") {
 			name := components.InstanceOfKey(reg.Key)
 			if !seen[name] {
-				in := n.instance(a.GetName(), name, nil, reports)
+				in := n.instance(a.GetName(), name, nil, reports, hosts)
 				in.Reason = "it is being removed"
 				out = append(out, in)
 			}
@@ -96,10 +98,11 @@ func (n *Node) instances(app string) []*apiv1.Instance {
 }
 
 // instance puts together what is known about one instance.
-func (n *Node) instance(app, name string, eff *components.Effective, reports map[string]instanceReport) *apiv1.Instance {
+func (n *Node) instance(app, name string, eff *components.Effective, reports map[string]instanceReport, hosts map[peer.ID]hostReport) *apiv1.Instance {
 	out := &apiv1.Instance{Application: app, Instance: name, Component: componentOf(name), State: string(components.Pending)}
 	if eff != nil {
 		out.Artifact, out.Version, out.Durable, out.Guarantee = eff.ArtifactName, eff.Version, components.DurableName(eff.Durable, eff.Interval), eff.Guarantee
+		out.Standby, out.ReplicasWanted = eff.Standby, uint32(max(eff.Replicas, eff.MinReplicas))
 	}
 	reg, ok := n.arbiter.Get(components.InstanceRegister(name))
 	if !ok || reg.Owner == "" {
@@ -117,7 +120,7 @@ func (n *Node) instance(app, name string, eff *components.Effective, reports map
 	out.Node, out.Epoch, out.CheckpointSeq = n.nameOf(reg.Owner), reg.Epoch, reg.Seq
 	out.Artifact, out.Version, out.Quarantined = body.GetArtifactName(), body.GetVersion(), body.GetQuarantined()
 	n.replicas(out, reg.Holders)
-	n.successors(out, &body)
+	next := n.successors(out, &body)
 	owner, alive := n.members.Member(reg.Owner)
 	switch {
 	case body.GetQuarantined():
@@ -126,6 +129,9 @@ func (n *Node) instance(app, name string, eff *components.Effective, reports map
 		out.State, out.Reason = string(components.Pending), "its node "+out.Node+" is "+owner.State.String()+"; a successor takes it over"
 	default:
 		n.told(out, reg, reports)
+		if r := reports[out.Instance]; out.WouldRestartOn != "" && r.Node == reg.Owner.String() {
+			out.PredictedRestartMs = proto.Float64(predictRestart(out, r, next, hosts))
+		}
 	}
 	if owner.State == members.Suspect && components.State(out.State).Serves() {
 		out.State, out.Reason = string(components.Degraded), "its node "+out.Node+" is suspect: it was not heard from for a moment"
@@ -162,6 +168,11 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 	if components.State(r.State).Serves() {
 		out.Listen = r.Listen
 	}
+	if id, err := peer.Decode(r.Standby); err == nil {
+		if m, ok := n.members.Member(id); ok && m.State == members.Alive {
+			out.StandbyNode, out.StandbyBehind = m.Name, proto.Uint64(r.StandbyBehind)
+		}
+	}
 	if r.State == string(components.Running) || r.State == string(components.Frozen) || r.State == string(components.Degraded) {
 		out.UptimeMs = uint64(max(0, r.UptimeMs+r.age.Milliseconds()))
 	}
@@ -188,13 +199,10 @@ func (n *Node) told(out *apiv1.Instance, reg arbiter.Register, reports map[strin
 	} else if r.SavedAgeMs >= 0 {
 		out.WouldLoseMs = out.CheckpointAgeMs
 	}
-	if out.WouldRestartOn != "" {
-		// What a restart elsewhere takes beyond the start that was measured here: the notice of a death and a claim.
-		out.PredictedRestartMs = proto.Float64(r.StartedMs + 30)
-	}
 }
 
-func (n *Node) successors(out *apiv1.Instance, body *componentsv1.InstanceBody) {
+// successors names them, and returns the one where it would restart now; "": nowhere.
+func (n *Node) successors(out *apiv1.Instance, body *componentsv1.InstanceBody) (next peer.ID) {
 	for _, s := range body.GetSuccessors() {
 		id, err := peer.Decode(s)
 		if err != nil {
@@ -202,9 +210,40 @@ func (n *Node) successors(out *apiv1.Instance, body *componentsv1.InstanceBody) 
 		}
 		out.Successors = append(out.Successors, n.nameOf(id))
 		if m, ok := n.members.Member(id); ok && out.WouldRestartOn == "" && m.State == members.Alive && !m.Draining {
-			out.WouldRestartOn = m.Name
+			out.WouldRestartOn, next = m.Name, id
 		}
 	}
+	return next
+}
+
+// noticeMs is what a restart elsewhere takes besides the start: the notice of a death and a claim.
+const noticeMs = 30
+
+// predictRestart says how long it would take until an instance answers on its next owner: the start of a process as its owner has measured it, and the restore of
+// a state of this size as fast as the next owner has restored others, or, where that has restored none yet, the mean of those that have. With a standby that
+// is ready there only the process's Start is left. Where nobody has restored anything the owner's own last start is what is known.
+func predictRestart(in *apiv1.Instance, r instanceReport, next peer.ID, hosts map[peer.ID]hostReport) float64 {
+	if in.GetStandbyNode() != "" && in.GetStandbyNode() == in.GetWouldRestartOn() {
+		return noticeMs + r.BeginMs
+	}
+	fixed := noticeMs + r.LaunchMs + r.BeginMs
+	if in.GetCheckpointBytes() == 0 {
+		return fixed
+	}
+	speed := hosts[next].Facts[restoreFact]
+	if speed <= 0 {
+		var sum, count float64
+		for _, h := range hosts {
+			if x := h.Facts[restoreFact]; x > 0 {
+				sum, count = sum+x, count+1
+			}
+		}
+		if count == 0 {
+			return max(fixed, noticeMs+r.StartedMs)
+		}
+		speed = sum / count
+	}
+	return fixed + float64(in.GetCheckpointBytes())/(1<<20)/speed*1000
 }
 
 func componentOf(instance string) string {

@@ -25,6 +25,8 @@ const (
 	clocksEvery   = time.Minute            // once another node's clock is known: each look asks all members
 	retryEvery    = 250 * time.Millisecond // of telling what could not be told
 	scatterWithin = 500 * time.Millisecond
+	// restoreFact is how fast processes of a node take their states, as it measured.
+	restoreFact = "restore_mib_per_s"
 	// maxRTTs bounds how many distances a node tells about: those of its watchers and whom it watches.
 	maxRTTs = 32
 )
@@ -68,6 +70,12 @@ type instanceReport struct {
 	Failures   int      `json:"failures,omitempty"` // starts in a row
 	Unsaved    uint64   `json:"unsaved,omitempty"`  // answered since the last acknowledged checkpoint
 	Listen     string   `json:"listen,omitempty"`   // host:port on its node, beside the gate
+	Standby    string   `json:"standby,omitempty"`  // peer id of the node where a process waits that has its state
+	// StandbyBehind is how many acknowledged checkpoints that has not been given yet.
+	StandbyBehind uint64 `json:"standby_behind,omitempty"`
+
+	LaunchMs float64 `json:"launch_ms,omitempty"` // of its process, and of its Start
+	BeginMs  float64 `json:"begin_ms,omitempty"`
 
 	age time.Duration // since the reader's record was written
 }
@@ -82,6 +90,9 @@ func (n *Node) report(ctx context.Context) error {
 	for {
 		f, err := n.sensor.Sample(ctx)
 		n.faults.set("facts", err)
+		if speed := n.sup.RestoreSpeed(); speed > 0 && f != nil {
+			f[restoreFact] = speed / (1 << 20)
+		}
 		if !looked || time.Since(lookedAt) >= clocksEvery {
 			looked, lookedAt = n.lookAtClocks(ctx), time.Now()
 		}
@@ -150,7 +161,7 @@ func (n *Node) tell(ctx context.Context, key string, value []byte) error {
 // tellInstances tells about the instances whose state changed, or about all.
 func (n *Node) tellInstances(ctx context.Context, all bool) error {
 	for _, in := range n.sup.Infos() {
-		word := string(in.State) + "\x00" + in.Reason + "\x00" + fmt.Sprint(in.Epoch, in.Restarts, in.Version, in.Failures)
+		word := string(in.State) + "\x00" + in.Reason + "\x00" + fmt.Sprint(in.Epoch, in.Restarts, in.Version, in.Failures, in.Standby)
 		if !all && n.toldInstances[in.Instance] == word {
 			continue
 		}
@@ -170,10 +181,13 @@ func (n *Node) instanceReport(in supervisor.Info) instanceReport {
 	r := instanceReport{
 		Instance: in.Instance, Node: n.id.String(), State: string(in.State), Reason: in.Reason, Epoch: in.Epoch, Version: in.Version, Artifact: in.Artifact,
 		Digest: in.Digest, Pid: in.Pid, UptimeMs: in.Uptime().Milliseconds(), Restarts: in.Restarts, Seq: in.Saved.Seq, SavedAgeMs: -1, Bytes: in.Saved.Bytes,
-		StartedMs: in.StartedMs, Durable: in.Durable, Failures: in.Failures, Unsaved: in.Unsaved, Listen: in.Listen,
+		StartedMs: in.StartedMs, LaunchMs: ms(in.LaunchTook), BeginMs: ms(in.BeginTook), Durable: in.Durable, Failures: in.Failures, Unsaved: in.Unsaved, Listen: in.Listen,
 	}
 	if in.Saved.Seq > 0 && !in.Saved.At.IsZero() {
 		r.SavedAgeMs = time.Since(in.Saved.At).Milliseconds()
+	}
+	if in.Standby != "" {
+		r.Standby, r.StandbyBehind = in.Standby.String(), in.StandbyBehind
 	}
 	for _, h := range in.Saved.Holders {
 		r.Holders = append(r.Holders, h.String())

@@ -223,6 +223,7 @@ func (n *Node) instancesTable() kb.Table {
 			text("instance", ""), text("component", ""), text("application", ""), text("node", ""), text("state", ""), text("reason", ""), text("version", ""), integer("epoch", ""),
 			integer("uptime_ms", ""), integer("restarts", ""), integer("checkpoint_seq", ""), text("would_restart_on", ""), integer("checkpoint_age_ms", "of the last acknowledged"),
 			integer("calls_since_checkpoint", "answered since then; 0 with each-call"), integer("replicas_alive", "living nodes that hold it"), text("durable_now", "how it is saved in fact"),
+			text("standby", "cold, warm or hot"), text("standby_node", "hot: where a process waits that has its state"), integer("standby_behind", "checkpoints that it has not been given yet"),
 			number("age_ms", ""), text("source", ""),
 		},
 		List: func(ctx context.Context, f kb.Freshness) (kb.Rows, error) {
@@ -240,7 +241,7 @@ func (n *Node) instancesTable() kb.Table {
 				out.Rows = append(out.Rows, []any{
 					in.GetInstance(), in.GetComponent(), in.GetApplication(), in.GetNode(), in.GetState(), in.GetReason(), in.GetVersion(), int64(in.GetEpoch()), int64(in.GetUptimeMs()),
 					int64(in.GetRestarts()), int64(in.GetCheckpointSeq()), in.GetWouldRestartOn(), maybe(in.CheckpointAgeMs), maybe(in.CallsSinceCheckpoint),
-					int64(in.GetReplicasAlive()), in.GetDurableNow(), ms(age), source,
+					int64(in.GetReplicasAlive()), in.GetDurableNow(), in.GetStandby(), in.GetStandbyNode(), maybe(in.StandbyBehind), ms(age), source,
 				})
 			}
 			out.Asked = len(n.members.Alive())

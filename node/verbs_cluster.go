@@ -164,7 +164,11 @@ func (n *Node) unsaved(sum *apiv1.UnsavedStatus, in *apiv1.Instance) {
 			holders++
 		}
 	}
-	if in.GetCheckpointSeq() > 0 && in.GetDurable() != "none" && int(in.GetReplicasAlive()) < min(supervisor.Replicas, holders) {
+	want := min(supervisor.Replicas, holders)
+	if in.GetReplicasWanted() > 0 {
+		want = int(in.GetReplicasWanted()) // whether there are so many nodes or not
+	}
+	if in.GetCheckpointSeq() > 0 && in.GetDurable() != "none" && int(in.GetReplicasAlive()) < want {
 		sum.FewHolders++
 	}
 }

@@ -127,11 +127,30 @@ func (d *decider) assignment(spec components.InstanceSpec, a *placementv1.Assign
 		d.actions = append(d.actions, Action{Kind: Move, Instance: spec.Name, Node: a.GetNode(), Cause: a.GetReason(), Moving: &Moving{
 			Instance: spec.Name, From: r.Owner, To: a.GetNode(), Epoch: r.Epoch, Successors: a.GetSuccessors(), Cause: a.GetReason(),
 		}})
-	case spec.Node == "" && !slices.Equal(r.Body.GetSuccessors(), a.GetSuccessors()):
+	case spec.Node == "":
+		next := d.steady(spec, r, a.GetSuccessors())
+		if slices.Equal(r.Body.GetSuccessors(), next) {
+			return
+		}
 		d.actions = append(d.actions, Action{Kind: Successors, Instance: spec.Name, Cause: "successors changed", Succession: &Succession{
-			Instance: spec.Name, Epoch: r.Epoch, Successors: a.GetSuccessors(),
+			Instance: spec.Name, Epoch: r.Epoch, Successors: next,
 		}})
 	}
+}
+
+// steady leaves first who is named first, where that one keeps a process ready (state.standby: hot): noise in the facts may give the same nodes in another order,
+// and each time another one would have to build a standby. Another zone than the owner's is a reason, noise is not.
+func (d *decider) steady(spec components.InstanceSpec, r Register, next []string) []string {
+	was := r.Body.GetSuccessors()
+	if spec.Component.Standby != components.StandbyHot || len(was) == 0 {
+		return next
+	}
+	i := slices.Index(next, was[0])
+	own := d.nodes[r.Owner].GetZone()
+	if i <= 0 || d.nodes[was[0]].GetZone() == own && d.nodes[next[0]].GetZone() != own {
+		return next
+	}
+	return append([]string{was[0]}, slices.Delete(slices.Clone(next), i, i+1)...)
 }
 
 func (d *decider) placeFirst(spec components.InstanceSpec, r Register, a *placementv1.Assignment) {

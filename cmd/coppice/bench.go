@@ -19,7 +19,7 @@ import (
 
 func (c *cli) benchCmd() *cobra.Command {
 	var runs, nodes int
-	var profile, size string
+	var profile, size, standby string
 	var place bench.PlacementConfig
 	var about strings.Builder
 	for _, n := range bench.Names() {
@@ -35,7 +35,7 @@ func (c *cli) benchCmd() *cobra.Command {
 			"coppice bench failover", "",
 			"coppice bench swap --runs 20 -o json", "for a script",
 			"coppice bench checkpoint --size 1GiB --runs 3", "how much memory it takes",
-			"coppice bench failover --size 256MiB", "",
+			"coppice bench failover --size 256MiB --standby hot", "with a process that waits with the state",
 			"coppice bench placement --generate --deadline 500ms", "instances of its own",
 			"coppice bench placement --instances in --solutions out", "those of a folder",
 			"coppice bench placement --trace day.json.gz", "policies of redeployment, played on a trace",
@@ -50,7 +50,7 @@ func (c *cli) benchCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return c.bench(ctx, args[0], bench.Config{Runs: runs, Nodes: nodes, Profile: profile, Size: bytes})
+			return c.bench(ctx, args[0], bench.Config{Runs: runs, Nodes: nodes, Profile: profile, Size: bytes, Standby: standby})
 		},
 	})
 	cmd.Flags().StringVar(&place.Instances, "instances", "", "of placement: folder of instances, .json and .json.gz; with --generate they are written there")
@@ -64,6 +64,7 @@ func (c *cli) benchCmd() *cobra.Command {
 	cmd.Flags().IntVar(&runs, "runs", 10, "samples of each figure")
 	cmd.Flags().StringVar(&profile, "profile", "", "lan or wan, of traffic (default both) and scale (default lan)")
 	cmd.Flags().StringVar(&size, "size", "", "of failover, checkpoint and move: the component's state, such as 256MiB (default 1MiB, 64MiB, 64MiB)")
+	cmd.Flags().StringVar(&standby, "standby", "", "of failover: how ready the next owner is, cold, warm or hot (default cold)")
 	cmd.Flags().IntVar(&nodes, "nodes", 0, "of scale (default 250, which take a minute of CPU; time and memory grow with their square)")
 	return cmd
 }
@@ -83,6 +84,9 @@ func (c *cli) bench(ctx context.Context, what string, cfg bench.Config) error {
 	}
 	if cfg.Profile != "" && (what != "scale" && what != "traffic" || cfg.Profile != "lan" && cfg.Profile != "wan") {
 		return usagef("--profile %q: it is lan or wan, for traffic and scale", cfg.Profile)
+	}
+	if cfg.Standby != "" && (what != "failover" || !slices.Contains([]string{components.StandbyCold, components.StandbyWarm, components.StandbyHot}, cfg.Standby)) {
+		return usagef("--standby %q: it is cold, warm or hot, for failover", cfg.Standby)
 	}
 	bin, err := os.Executable()
 	if err != nil {

@@ -87,7 +87,15 @@ func (c *cli) inspectInstance(w io.Writer, i *apiv1.InspectInstance) {
 	t.field("  calls", callsText(i.Calls))
 	t.field("  called by", join(i.Callers))
 	if k := i.Checkpoint; k != nil && k.Seq > 0 {
-		t.field("  checkpoint", fmt.Sprintf("%d, %s, %s ago, on %s", k.Seq, bytesText(k.Bytes), optAge(k.AgeMs), join(k.Replicas)))
+		on := join(k.Replicas)
+		if w := i.ReplicasWanted; w > 0 {
+			on += fmt.Sprintf(" (%d of %d", k.ReplicasAlive, w)
+			if i.MinReplicas > 0 {
+				on += fmt.Sprintf(", %d acknowledge", i.MinReplicas)
+			}
+			on += ")"
+		}
+		t.field("  checkpoint", fmt.Sprintf("%d, %s, %s ago, on %s", k.Seq, bytesText(k.Bytes), optAge(k.AgeMs), on))
 		if k.GetCallsSince() > 0 {
 			t.field("  since then", plural(int(k.GetCallsSince()), "call", "calls")+" answered")
 		}
@@ -96,7 +104,23 @@ func (c *cli) inspectInstance(w io.Writer, i *apiv1.InspectInstance) {
 		t.field("  earlier", fmt.Sprintf("%s, the oldest %s old", plural(int(i.EarlierCheckpoints), "checkpoint", "checkpoints"), optAge(i.OldestCheckpointAgeMs)))
 	}
 	t.field("  successors", join(i.Successors))
+	t.field("  standby", standbyText(i.Standby, i.StandbyNode, i.StandbyBehind))
 	t.write(w)
+}
+
+// standbyText says how ready the next owner is; "" as usual.
+func standbyText(kind, node string, behind *uint64) string {
+	switch {
+	case kind == "" || kind == "cold":
+		return ""
+	case kind != "hot":
+		return kind
+	case node == "":
+		return "hot: none is ready"
+	case behind != nil && *behind > 0:
+		return fmt.Sprintf("hot on %s, %s behind", node, plural(int(*behind), "checkpoint", "checkpoints"))
+	}
+	return "hot on " + node
 }
 
 func callsText(s *apiv1.CallStats) string {

@@ -36,6 +36,19 @@ func (c *cli) psCmd() *cobra.Command {
 	})
 }
 
+// restartsOn says where an instance would restart, and how far its standby there is.
+func restartsOn(i *apiv1.Instance) string {
+	switch behind := i.GetStandbyBehind(); {
+	case i.Standby != "hot" || i.WouldRestartOn == "":
+		return i.WouldRestartOn
+	case i.StandbyNode != i.WouldRestartOn:
+		return i.WouldRestartOn + " (hot: not ready)"
+	case behind > 0:
+		return fmt.Sprintf("%s (hot, %d behind)", i.WouldRestartOn, behind)
+	}
+	return i.WouldRestartOn + " (hot)"
+}
+
 func (c *cli) instancesTable(list []*apiv1.Instance) *table {
 	t := c.table("INSTANCE", "NODE", "ARTIFACT", "STATE", "EPOCH", "UPTIME", "CHECKPOINT", "REPLICAS", "RESTARTS ON", "IN")
 	for _, i := range list {
@@ -61,7 +74,7 @@ func (c *cli) instancesTable(list []*apiv1.Instance) *table {
 		if i.Version != "" {
 			art += "@" + i.Version
 		}
-		t.row(i.Instance, i.Node, art, state, i.Epoch, uptime, ckpt, join(i.Replicas), i.WouldRestartOn, optMS(i.PredictedRestartMs))
+		t.row(i.Instance, i.Node, art, state, i.Epoch, uptime, ckpt, join(i.Replicas), restartsOn(i), optMS(i.PredictedRestartMs))
 	}
 	return t
 }

@@ -46,7 +46,18 @@ func (i *instance) begin(ctx context.Context, reg arbiter.Register, body *compon
 		return time.Millisecond
 	}
 	sctx, stop := i.during(ctx, reg)
-	err := i.launchEpoch(sctx, reg, body, eff)
+	from, err := "", error(nil)
+	if p := i.sup.takeStandby(i.name); p != nil {
+		if err = i.promote(sctx, p, reg, body, eff); err == nil {
+			from = " from its standby"
+			i.gen.fetched = start
+		} else if i.sup.cfg.Log.Warn("the standby is not used", "instance", i.name, "epoch", reg.Epoch, "error", err); i.shell != p.shell {
+			i.sup.discard(p)
+		}
+	}
+	if from == "" && !errors.Is(err, errOverEpoch) {
+		err = i.launchEpoch(sctx, reg, body, eff)
+	}
 	over := context.Cause(sctx)
 	stop()
 	switch {
@@ -64,11 +75,15 @@ func (i *instance) begin(ctx context.Context, reg arbiter.Register, body *compon
 	i.mu.Lock()
 	i.info.StartedMs = float64(time.Since(g.fetched).Microseconds()) / 1000
 	i.mu.Unlock()
-	i.sup.cfg.Events.Publish(events.Event{
+	ev := events.Event{
 		Channel: "/apps/" + i.name, Type: "running", Trigger: body.GetTrigger(), Cause: body.GetCause(),
-		Message: fmt.Sprintf("%s runs %s@%s on %s in epoch %d", i.name, g.artifact, g.version, i.sup.cfg.Name, reg.Epoch),
+		Message: fmt.Sprintf("%s runs %s@%s on %s in epoch %d%s", i.name, g.artifact, g.version, i.sup.cfg.Name, reg.Epoch, from),
 		Fields:  map[string]string{"epoch": fmt.Sprint(reg.Epoch), "version": g.version, "took_ms": fmt.Sprint(time.Since(start).Milliseconds())},
-	})
+	}
+	if from != "" {
+		ev.Fields["standby"] = components.StandbyHot
+	}
+	i.sup.cfg.Events.Publish(ev)
 	return time.Millisecond
 }
 
@@ -236,10 +251,12 @@ func (i *instance) bring(ctx context.Context, g *generation, token components.To
 	g.back, g.token, g.since = back, token, time.Now()
 	m.SetDurable(waits(g, eff))
 	back.SetCommitted(g.mark)
-	return m.Start(ctx, g.request(token, eff, restored))
+	err = m.Start(ctx, g.request(token, eff, restored))
+	g.beginTook = time.Since(g.since)
+	return err
 }
 
-// install makes the process that a move prepared the instance's own.
+// install makes a process that was prepared, for a move or as a standby, the instance's own.
 func (i *instance) install(ctx context.Context, p *prepared, reg arbiter.Register, eff *components.Effective) error {
 	if i.shell != nil {
 		i.shell.Close()

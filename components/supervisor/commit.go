@@ -237,6 +237,8 @@ func (s *saver) acknowledge(p *proposal, holders []peer.ID) {
 		s.acked[id] = true
 	}
 	mark := s.saved.Mark
+	close(s.news)
+	s.news = make(chan struct{})
 	s.mu.Unlock()
 	s.cfg.committed(mark)
 }

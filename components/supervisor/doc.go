@@ -15,7 +15,7 @@
 // # Goroutines
 //
 // Run: one loop that hands changes to actors; the keeper of the node's lease, the renewer of instances' leases, the watch over their ends, and the
-// reconciler of branches. One actor for each instance this node owns or prepares. For each running instance: its
+// reconciler of branches, and the keeper of pages that are wanted here ahead of their need. One actor for each instance this node owns or prepares; two for each standby that it keeps. For each running instance: its
 // saver (commits), the keepers of its copies and of its history and, with each-call, one reader of its journal; a compaction now and then. For each death of a node: one per instance
 // it owned, until someone has claimed it.
 //

@@ -141,6 +141,7 @@ func (i *instance) halt(why string) {
 
 // rest ends the process with its state saved. The owner stays; its lease, if there is one, is given up.
 func (i *instance) rest(ctx context.Context, as components.State, why string) time.Duration {
+	i.sup.dropStandby(i.name)
 	if i.gen != nil && !i.gen.dead() {
 		sctx, cancel := context.WithTimeout(ctx, restWithin)
 		defer cancel()

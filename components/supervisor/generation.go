@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
 	"github.com/coppice-project/coppice/components/runner"
@@ -32,7 +31,7 @@ import (
 
 const (
 	// Replicas of a checkpoint, the owner's own copy included, where there are so many nodes.
-	Replicas = 3
+	Replicas = components.DefaultReplicas
 	replicas = Replicas
 	// startDeadline bounds the Start call of a component; swaps are stricter, for calls are held meanwhile.
 	startDeadline = 10 * time.Second
@@ -50,6 +49,8 @@ type generation struct {
 	comp     componentv1.ComponentClient
 	back     *membrane.Backend
 	fetched  time.Time // when its artifact was here
+	// launchTook is how long the process took from then until it said what it is, beginTook its Start.
+	launchTook, beginTook time.Duration
 	// credential that its process uses the node socket with.
 	credential string
 
@@ -155,6 +156,7 @@ func (s *Supervisor) launch(ctx context.Context, name, digest string, eff *compo
 		}
 	}
 	g.back = sh.Membrane().Prepare(proc, g.desc)
+	g.launchTook = time.Since(g.fetched)
 	return g, nil
 }
 
@@ -170,13 +172,22 @@ func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blo
 	if len(steps) == 0 {
 		return nil
 	}
+	return s.replay(ctx, g, steps, head)
+}
+
+// replay gives the process nodes of a chain, in one stream: frames of a base and of the deltas after it are restore input in this order.
+func (s *Supervisor) replay(ctx context.Context, g *generation, steps []blobs.Hash, head *chainHead) error {
 	if head != nil && !s.reads(g, head.meta.GetSchema()) {
 		return fmt.Errorf("%s@%s cannot read the state's schema %d (it reads %v): deploy a version that can", g.artifact, g.version, head.meta.GetSchema(), g.desc.GetState().GetReadsSchemas())
 	}
-	// One stream for the whole chain: frames of a base and of the deltas after it are restore input in this order.
+	begin, bytes := time.Now(), uint64(0)
 	if err := g.receive(ctx, func(send func(*componentv1.StateFrame) error) error {
+		count := func(f *componentv1.StateFrame) error {
+			bytes += uint64(len(f.GetData()))
+			return send(f)
+		}
 		for _, node := range steps {
-			if err := s.checkedStep(g.instance, node, send); err != nil {
+			if err := s.checkedStep(g.instance, node, count); err != nil {
 				return err
 			}
 		}
@@ -184,6 +195,7 @@ func (s *Supervisor) restore(ctx context.Context, g *generation, root, after blo
 	}); err != nil {
 		return fmt.Errorf("restore %s: %w", g.instance, err)
 	}
+	s.restored.note(bytes, time.Since(begin))
 	if head != nil {
 		g.head = head
 	}
@@ -286,6 +298,7 @@ func (g *generation) request(token components.Token, eff *components.Effective, 
 func (g *generation) start(ctx context.Context, sh Shell, token components.Token, eff *components.Effective, restored bool, deadline time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, deadline)
 	defer cancel()
+	begin := time.Now()
 	if err := sh.Membrane().StartBackend(ctx, g.back, g.request(token, eff, restored)); err != nil {
 		return fmt.Errorf("start %s@%s: %w", g.artifact, g.version, err)
 	}
@@ -293,6 +306,7 @@ func (g *generation) start(ctx context.Context, sh Shell, token components.Token
 		return fmt.Errorf("start %s@%s: %w", g.artifact, g.version, err)
 	}
 	g.token, g.since = token, time.Now()
+	g.beginTook = g.since.Sub(begin)
 	return nil
 }
 
@@ -341,6 +355,7 @@ func (i *instance) save(g *generation, reg arbiter.Register, eff *components.Eff
 		self: i.sup.cfg.Self, key: reg.Key, instance: i.name, digest: g.digest, version: g.version, schema: g.desc.GetState().GetWritesSchema(),
 		incarnation: reg.Incarnation, epoch: reg.Epoch, nonce: reg.Nonce, mode: mode(g, eff), interval: interval(g, eff), incremental: g.has(componentv1.FeatureIncremental),
 		component: g.comp, store: i.sup.cfg.Blobs, ledger: i.sup.cfg.Arbiter, holders: i.holders, alive: i.sup.isAlive, apart: i.sup.apart, named: i.named,
+		wanted:    func() int { return i.sup.wantedOf(reg.Key) },
 		committed: g.back.SetCommitted, log: i.sup.cfg.Log, cut: i.sup.cutFor(eff),
 		branched: func(head *chainHead, before Saved) error { return i.branched(g, head, before) }, local: i.sup.branch(i.name, g.token) != nil,
 		history:  func(ctx context.Context, s *saver) { i.hist.keep(ctx, s, token) },
@@ -386,36 +401,38 @@ func (s *Supervisor) cutFor(eff *components.Effective) func() bool {
 // holders names the nodes that keep this instance's checkpoints.
 func (i *instance) holders() ([]peer.ID, int) { return i.sup.holdersOf(i.key) }
 
-// holdersOf names the nodes that keep an instance's checkpoints: this one, then its successors, then those closest to its key. Where all of
+// holdersOf names the nodes that keep an instance's checkpoints, as many as its manifest says, and how many of them a commit waits for: this one, then its successors, then those closest to its key. Where all of
 // these are in this node's zone and another zone has a node, the last of them gives way to that: the loss of a zone must not take all copies.
 func (s *Supervisor) holdersOf(key string) ([]peer.ID, int) {
+	k, body := s.keepingOf(key)
+	copies := s.copiesOf(k)
 	to := []peer.ID{s.cfg.Self}
 	add := func(id peer.ID) {
-		if m, ok := s.cfg.Members.Member(id); ok && m.State == members.Alive && !m.NoHolder && len(to) < s.cfg.Copies && !slices.Contains(to, id) {
+		if m, ok := s.cfg.Members.Member(id); ok && m.State == members.Alive && !m.NoHolder && len(to) < copies && !slices.Contains(to, id) {
 			to = append(to, id)
 		}
 	}
-	if reg, ok := s.register(key); ok {
-		var body componentsv1.InstanceBody
-		if err := proto.Unmarshal(reg.Body, &body); err == nil {
-			for _, id := range body.GetSuccessors() {
-				if p, err := peer.Decode(id); err == nil {
-					add(p)
-				}
-			}
+	for _, id := range body.GetSuccessors() {
+		if p, err := peer.Decode(id); err == nil {
+			add(p)
 		}
 	}
-	for _, m := range s.cfg.Members.Closest(key, 2*s.cfg.Copies, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
+	for _, m := range s.cfg.Members.Closest(key, 2*copies, func(m members.Member) bool { return m.State == members.Alive && !m.NoHolder }) {
 		add(m.ID)
 	}
-	s.spread(key, to)
+	if len(to) == copies {
+		s.spread(key, to)
+	}
+	if k.least > 0 {
+		return to, k.least // whether so many are there or not: below it nothing is acknowledged
+	}
 	return to, max(len(to)/2+1, min(s.cfg.CopyAcks, len(to)))
 }
 
 // spread has one of the holders be in another zone than this node, which is the first of them.
 func (s *Supervisor) spread(key string, to []peer.ID) {
 	self, ok := s.cfg.Members.Member(s.cfg.Self)
-	if !ok || self.Zone == "" || len(to) < s.cfg.Copies {
+	if !ok || self.Zone == "" || len(to) < 2 {
 		return
 	}
 	elsewhere := func(m members.Member) bool { return m.Zone != "" && m.Zone != self.Zone }

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
@@ -58,6 +59,8 @@ type instance struct {
 	sv   *saver // of the running generation
 	back *membrane.Backend
 	hung *hung
+	// follower keeps a standby, or did.
+	follower follower
 }
 
 // unfit is an epoch whose process died or hung before the epoch was settled.
@@ -97,8 +100,13 @@ type Info struct {
 	Durable   string  // how it is saved in fact, which may be less than desired (Reason says why)
 	StartedMs float64 // how long its last start took, once its artifact was here: launch, restore, start
 	Failures  int     // starts in a row that failed
+	// LaunchTook and BeginTook are how long its process took to come up, and its Start: what a start takes however large the state.
+	LaunchTook, BeginTook time.Duration
 	// Listen is where what it runs listens by itself, beside the gate; "" nowhere.
 	Listen string
+	// Standby is the node where a process waits that has the state, but for so many acknowledged checkpoints; "": none told of it lately.
+	Standby       peer.ID
+	StandbyBehind uint64
 	// Unsaved is how much was answered since the last acknowledged checkpoint: changes, or calls that may have changed something.
 	Unsaved uint64
 }
@@ -179,6 +187,7 @@ func (i *instance) finish() {
 		i.prev.stopSaver()
 	}
 	i.sup.dropClaimed(i.name)
+	i.sup.dropStandby(i.name)
 	if i.shell != nil {
 		reg, ok := i.sup.register(i.key)
 		if ok {
@@ -351,5 +360,6 @@ func (i *instance) note(g *generation, eff *components.Effective) {
 	i.info.Started, i.info.Failures, i.info.Settled = g.since, 0, false
 	i.info.Pid, i.info.TxnCalls = g.proc.Ident().Pid, g.has(componentv1.FeatureTxnCalls)
 	i.info.Durable = durableNow(g, eff)
+	i.info.LaunchTook, i.info.BeginTook = g.launchTook, g.beginTook
 	i.hung = nil
 }

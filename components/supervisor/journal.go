@@ -165,6 +165,8 @@ func (s *saver) commitPending(ctx context.Context) error {
 	s.pending = s.pending[len(pending):]
 	if base != nil {
 		s.compaction = nil
+		s.turn = saved
+		s.turn.At = time.Now()
 	} else if s.compaction != nil {
 		s.compaction.kept = append(s.compaction.kept, pending...)
 	}

@@ -44,9 +44,18 @@ type prepared struct {
 	finish  bool // the source is frozen and waits for the claim
 	claimed *arbiter.Register
 	timer   *time.Timer
-	restore sync.Mutex    // held while state goes into its process; guards root from when it is prepared
-	ending  bool          // it is being ended; until that is done the instance gets no other membrane here
-	over    chan struct{} // closed when it is ended
+	restore sync.Mutex // held while state goes into its process; guards root from when it is prepared
+	// Of a standby, which waits for the owner's death instead of a move (standby.go). ready, torn and what it has been given are attend's until done is closed.
+	standby     bool
+	stop        context.CancelFunc // has attend return
+	done        chan struct{}      // closed when it has
+	ready       bool               // its process has been given the state
+	torn, taken bool               // nobody knows what its process has; the instance's actor has it now
+	want        standing
+	token       components.Token // in which root was told of
+	seq         uint64
+	ending      bool          // it is being ended; until that is done the instance gets no other membrane here
+	over        chan struct{} // closed when it is ended
 }
 
 // move hands the running instance to another node with its state. Until the target's claim any failure leaves this process serving.
@@ -163,6 +172,7 @@ func (s *Supervisor) handleMoves() {
 	peers.ServeCalls(s.cfg.Peers, protoPrepare, func() *componentsv1.PrepareMoveRequest { return &componentsv1.PrepareMoveRequest{} }, s.prepareMove)
 	peers.ServeCalls(s.cfg.Peers, protoAdvance, func() *componentsv1.FinishMoveRequest { return &componentsv1.FinishMoveRequest{} }, s.advanceMove)
 	peers.ServeCalls(s.cfg.Peers, protoFinish, func() *componentsv1.FinishMoveRequest { return &componentsv1.FinishMoveRequest{} }, s.finishMove)
+	peers.ServeCalls(s.cfg.Peers, protoFollow, func() *componentsv1.FollowRequest { return &componentsv1.FollowRequest{} }, s.serveFollow)
 	peers.ServeCalls(s.cfg.Peers, protoAbort, func() *componentsv1.AbortMoveRequest { return &componentsv1.AbortMoveRequest{} }, s.abortMove)
 }
 
@@ -184,6 +194,16 @@ func (s *Supervisor) prepareMove(ctx context.Context, from peer.ID, req *compone
 	if eff == nil {
 		return nil, peers.Fail(wirev1.Failure_NOT_FOUND, "no application has %s", body.GetComponent())
 	}
+	s.mu.Lock()
+	s.preparing[name]++
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.preparing[name]--; s.preparing[name] == 0 {
+			delete(s.preparing, name)
+		}
+	}()
 	if err := s.cleared(ctx, name); err != nil {
 		return nil, err
 	}
@@ -267,7 +287,7 @@ func (s *Supervisor) finishMove(ctx context.Context, from peer.ID, req *componen
 	name := req.GetInstance()
 	s.mu.Lock()
 	p := s.moves[name]
-	if p == nil || p.move != req.GetMove() || p.from != from || p.ending {
+	if p == nil || p.standby || p.move != req.GetMove() || p.from != from || p.ending {
 		s.mu.Unlock()
 		return &componentsv1.FinishMoveReply{Refused: "nothing is prepared here for this move"}, nil
 	}
@@ -339,7 +359,7 @@ func (s *Supervisor) abortMove(_ context.Context, from peer.ID, req *componentsv
 	s.mu.Lock()
 	p := s.moves[req.GetInstance()]
 	s.mu.Unlock()
-	if p != nil && p.move == req.GetMove() && p.from == from {
+	if p != nil && !p.standby && p.move == req.GetMove() && p.from == from {
 		s.forgetMove(req.GetInstance(), p, true)
 	}
 	return &componentsv1.AbortMoveReply{}, nil
@@ -398,7 +418,7 @@ func (s *Supervisor) overtaken(reg arbiter.Register) {
 	name := instanceOf(reg.Key)
 	s.mu.Lock()
 	p := s.moves[name]
-	if p == nil || p.finish || p.claimed != nil || reg.Epoch <= p.epoch || s.closed {
+	if p == nil || p.standby || p.finish || p.claimed != nil || reg.Epoch <= p.epoch || s.closed {
 		s.mu.Unlock()
 		return
 	}
@@ -410,6 +430,10 @@ func (s *Supervisor) overtaken(reg arbiter.Register) {
 // would lose its place in the router, and its socket, to the end of this one.
 func (s *Supervisor) dispose(name string, p *prepared) {
 	s.mu.Lock()
+	if p.taken {
+		s.mu.Unlock()
+		return
+	}
 	if p.ending {
 		s.mu.Unlock()
 		<-p.over
@@ -433,8 +457,13 @@ func (s *Supervisor) discard(p *prepared) {
 	if p.timer != nil {
 		p.timer.Stop()
 	}
+	if p.standby {
+		p.stop()
+		<-p.done
+	}
 	s.end(p.shell, p.gen, 0)
 	if p.shell != nil {
+		p.shell.Membrane().Close("what was prepared here is ended", nil)
 		p.shell.Close()
 	}
 }

@@ -62,7 +62,7 @@ func (s *Supervisor) advanceMove(ctx context.Context, from peer.ID, req *compone
 	name := req.GetInstance()
 	s.mu.Lock()
 	p := s.moves[name]
-	if p == nil || p.move != req.GetMove() || p.from != from || p.ending || p.finish {
+	if p == nil || p.standby || p.move != req.GetMove() || p.from != from || p.ending || p.finish {
 		s.mu.Unlock()
 		return &componentsv1.FinishMoveReply{Refused: "nothing is prepared here for this move"}, nil
 	}

@@ -220,15 +220,16 @@ var lastPid atomic.Int64
 
 // simProcess is a component's process: its real SDK behind a connection in memory.
 type simProcess struct {
-	b      *binary
-	spec   runner.Spec
-	pid    int
-	server *grpc.Server
-	lis    *bufconn.Listener
-	conn   *grpc.ClientConn
-	done   chan struct{}
-	once   sync.Once
-	exit   runner.ExitStatus
+	b                *binary
+	spec             runner.Spec
+	pid              int
+	server           *grpc.Server
+	lis              *bufconn.Listener
+	conn             *grpc.ClientConn
+	done             chan struct{}
+	once             sync.Once
+	exit             runner.ExitStatus
+	starts, restored atomic.Int64 // calls of Start; bytes of states that it was given
 
 	mu     sync.Mutex
 	frozen chan struct{} // not nil: SIGSTOP, until it is closed
@@ -243,8 +244,37 @@ func startProcess(b *binary, spec runner.Spec) (*simProcess, error) {
 	go p.server.Serve(stoppable{p.lis, p}) //nolint:errcheck // ends with the process
 	p.conn, err = grpc.NewClient("passthrough:component", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return p.lis.DialContext(ctx) }),
-		grpc.WithStreamInterceptor(b.spoils), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(runner.MaxMessage)))
+		grpc.WithStreamInterceptor(b.spoils), grpc.WithChainStreamInterceptor(p.counts), grpc.WithUnaryInterceptor(p.sees), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(runner.MaxMessage)))
 	return p, err
+}
+
+// sees counts the starts.
+func (p *simProcess) sees(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	if method == componentv1.Component_Start_FullMethodName {
+		p.starts.Add(1)
+	}
+	return next(ctx, method, req, reply, cc, opts...)
+}
+
+// counts counts what is restored.
+func (p *simProcess) counts(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	s, err := next(ctx, desc, cc, method, opts...)
+	if err != nil || method != componentv1.Component_Restore_FullMethodName {
+		return s, err
+	}
+	return &countingStream{s, p}, nil
+}
+
+type countingStream struct {
+	grpc.ClientStream
+	p *simProcess
+}
+
+func (s *countingStream) SendMsg(m any) error {
+	if f, ok := m.(*componentv1.StateFrame); ok {
+		s.p.restored.Add(int64(len(f.GetData())))
+	}
+	return s.ClientStream.SendMsg(m)
 }
 
 // die ends the process; signal "" is an exit of its own.

@@ -23,6 +23,8 @@ const (
 	retryMost  = 2 * time.Second
 	// copiesEvery is how often the copies of the committed checkpoint are counted. A checkpoint younger than that is left to its commit.
 	copiesEvery = time.Second
+	// turnWithin is how long a follower may go by the last checkpoint before a base: its pages are about to be collected, after blobs.Config.PinFor.
+	turnWithin = time.Minute
 )
 
 // Saved is the last acknowledged checkpoint of an instance.
@@ -61,6 +63,8 @@ type saverConfig struct {
 	ledger      ledger
 	// holders names who should keep the checkpoint, best first and this node included, and how many must acknowledge it.
 	holders func() (to []peer.ID, w int)
+	// wanted is how many the manifest says should keep it, whether there are so many nodes or not; 0, or nil: it does not say.
+	wanted func() int
 	// alive says whether a holder still counts.
 	alive func(peer.ID) bool
 	// named says who is named as a holder of a checkpoint, as far as this node knows; nil: nobody knows more than the saver.
@@ -119,6 +123,11 @@ type saver struct {
 	// since.
 	stateFault, journalFault error
 
+	// turn is the last checkpoint before the present base: who follows goes by it, for from there on it needs nothing of the base.
+	turn Saved
+	// news is closed, and made anew, when another checkpoint has been acknowledged.
+	news chan struct{}
+
 	wake    chan struct{}
 	flushes chan flushRequest
 	done    chan struct{}  // closed when run has ended and nothing of it goes on
@@ -142,7 +151,7 @@ type flushRequest struct {
 func newSaver(cfg saverConfig, head *chainHead, saved Saved, have []peer.ID) *saver {
 	s := &saver{
 		cfg: cfg, head: head, saved: saved, local: cfg.local, acked: map[peer.ID]bool{}, ackedNext: map[peer.ID]bool{},
-		wake: make(chan struct{}, 1), flushes: make(chan flushRequest), done: make(chan struct{}),
+		news: make(chan struct{}), wake: make(chan struct{}, 1), flushes: make(chan flushRequest), done: make(chan struct{}),
 	}
 	for _, id := range have {
 		s.acked[id] = true
@@ -171,7 +180,11 @@ func (s *saver) copies() (have, want int, ok bool) {
 			have++
 		}
 	}
-	return have, len(to), true
+	want = len(to)
+	if s.cfg.wanted != nil {
+		want = max(want, s.cfg.wanted())
+	}
+	return have, want, true
 }
 
 // thin says that the last checkpoint is on fewer living nodes than it should be, and why; "" it is not.
@@ -187,6 +200,21 @@ func (s *saver) thin() string {
 		why += ": " + s.copyErr.Error()
 	}
 	return why
+}
+
+// acknowledged returns the last checkpoint that the arbiter has acknowledged, and what is closed when there is another; ok false: it goes on alone, and what it
+// saves is nobody else's.
+func (s *saver) acknowledged() (saved Saved, news <-chan struct{}, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.saved, s.news, !s.local
+}
+
+// turnFor is the checkpoint that a follower who has one of a number should be given before the newest; ok false: none.
+func (s *saver) turnFor(seq uint64) (Saved, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.turn, seq < s.turn.Seq && time.Since(s.turn.At) < turnWithin
 }
 
 // keepers are those who are known to keep the committed root.

@@ -139,6 +139,7 @@ func (i *instance) open(eff *components.Effective) error {
 		i.mem().Reopen("it is starting")
 		return nil
 	}
+	i.sup.dropStandby(i.name) // its membrane has the same name and the same socket
 	sh, err := i.sup.cfg.Shell(i.name, eff, i.sup.hooks(i.name, eff))
 	if err != nil {
 		return err

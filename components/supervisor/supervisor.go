@@ -120,6 +120,8 @@ type Supervisor struct {
 	kick   chan struct{}
 	// lease is this node's right to serve what it owns.
 	lease *lease
+	// restored is how fast states are restored here.
+	restored restoreSpeed
 	// session renews the leases of single instances.
 	session *session
 	// retiring: nothing is to run here any more.
@@ -134,6 +136,9 @@ type Supervisor struct {
 	actors map[string]*instance
 	newer  map[string]arbiter.Register // what claims answered before the local view has it
 	moves  map[string]*prepared
+	// preparing counts the moves whose process is being prepared here, by instance; standbys are those kept here, or about to be.
+	preparing map[string]int
+	standbys  map[string]*standby
 	// services are by instance and stay: a membrane may outlive the actor that made it.
 	services map[string]*service
 	warming  map[string]time.Time // by digest: not again before
@@ -143,6 +148,7 @@ type Supervisor struct {
 	// sightings are the epochs that there are, by register; watching: the view has been that of the arbiter.
 	sightings map[string]sighting
 	watching  bool
+	keepings  map[string]keepingAt // by component
 	// branches are those of this node that are not stored in the cluster yet, by instance and ownership.
 	branches map[string]*componentsv1.Branch
 	closed   bool // Run has ended: nothing is started any more
@@ -168,7 +174,7 @@ func New(cfg Config) *Supervisor {
 	s := &Supervisor{
 		cfg: cfg, kick: make(chan struct{}, 1), actors: map[string]*instance{}, newer: map[string]arbiter.Register{},
 		moves: map[string]*prepared{}, services: map[string]*service{}, warming: map[string]time.Time{},
-		deaths: map[peer.ID]death{}, successions: map[string]*succession{}, sightings: map[string]sighting{}, branches: map[string]*componentsv1.Branch{},
+		deaths: map[peer.ID]death{}, successions: map[string]*succession{}, sightings: map[string]sighting{}, keepings: map[string]keepingAt{}, standbys: map[string]*standby{}, preparing: map[string]int{}, branches: map[string]*componentsv1.Branch{},
 		reconciles: make(chan struct{}, 1), leasing: make(chan struct{}, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -199,6 +205,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	s.spawn(func() { s.watchLeases(s.ctx) })
 	s.spawn(func() { s.keepBranchCopies(s.ctx) })
 	s.spawn(func() { s.keepRestingCopies(s.ctx) })
+	s.spawn(func() { s.keepWarm(s.ctx) })
 	tick := unison.New(time.Second, string(s.cfg.Self))
 	defer tick.Stop()
 	s.sweep()
@@ -270,6 +277,7 @@ func (s *Supervisor) owns(reg arbiter.Register) bool {
 func (s *Supervisor) sweep() {
 	list := s.registers()
 	s.sight(list)
+	stand := map[string]standing{}
 	for _, reg := range list {
 		s.overtaken(reg)
 		if s.owns(reg) {
@@ -277,8 +285,16 @@ func (s *Supervisor) sweep() {
 			continue
 		}
 		s.succeed(reg)
-		s.warm(reg)
+		body := s.inLine(reg)
+		if body == nil {
+			continue
+		}
+		s.warm(reg, body)
+		if want, ok := s.standsBy(reg, body); ok {
+			stand[instanceOf(reg.Key)] = want
+		}
 	}
+	s.stand(stand)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, a := range s.actors {
@@ -290,18 +306,16 @@ const (
 	// warmWithin bounds the fetching of an artifact ahead of its need; warmAgain is the pause after one that failed.
 	warmWithin = time.Minute
 	warmAgain  = 10 * time.Second
-	// warmRanks is how many successors fetch ahead.
+	// warmRanks is how many successors fetch ahead, where the manifest does not want it of all.
 	warmRanks = 2
 )
 
 // warm brings the artifact of an instance here when this node is among the first in line to take it over.
-func (s *Supervisor) warm(reg arbiter.Register) {
-	var body componentsv1.InstanceBody
-	if reg.Owner == s.cfg.Self || proto.Unmarshal(reg.Body, &body) != nil {
-		return
-	}
+func (s *Supervisor) warm(reg arbiter.Register, body *componentsv1.InstanceBody) {
 	succ, digest := body.GetSuccessors(), body.GetDigest()
-	succ = succ[:min(len(succ), warmRanks)]
+	if !s.warms(body) {
+		succ = succ[:min(len(succ), warmRanks)]
+	}
 	if !slices.Contains(succ, s.cfg.Self.String()) || strings.HasPrefix(digest, BuiltinPrefix) || s.cfg.Artifacts.Cached(digest) {
 		return
 	}
@@ -426,6 +440,7 @@ func (s *Supervisor) adopt(reg arbiter.Register) {
 	}
 	s.mu.Unlock()
 	if name := instanceOf(reg.Key); name != "" && reg.Owner == s.cfg.Self {
+		s.openStandby(name)
 		if a := s.actor(name); a != nil {
 			a.poke()
 		}

@@ -232,6 +232,12 @@ func (i *instance) Info() Info {
 	if i.sv != nil {
 		info.Saved, _ = i.sv.Saved()
 		info.Listen = i.back.Listen()
+		if f := i.follower; f.id != "" && time.Since(f.at) <= followSlow {
+			info.Standby = f.id
+			if info.Saved.Seq > f.seq {
+				info.StandbyBehind = info.Saved.Seq - f.seq
+			}
+		}
 		if i.sv.cfg.mode != componentsv1.Durability_DURABILITY_NONE {
 			info.Unsaved = i.back.Unsaved()
 		}

@@ -664,6 +664,152 @@ func (*AbortMoveReply) Descriptor() ([]byte, []int) {
 	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{9}
 }
 
+// Follow asks an instance's owner for its last acknowledged checkpoint. Where that is the one named here the answer comes when there is another, or after
+// two seconds. Who asks keeps a standby of the instance ready.
+type FollowRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Root          []byte                 `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"` // that its process has been given; empty: none
+	Seq           uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
+	Ready         bool                   `protobuf:"varint,4,opt,name=ready,proto3" json:"ready,omitempty"` // there is a process; false: the answer comes at once
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowRequest) Reset() {
+	*x = FollowRequest{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowRequest) ProtoMessage() {}
+
+func (x *FollowRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowRequest.ProtoReflect.Descriptor instead.
+func (*FollowRequest) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *FollowRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *FollowRequest) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+func (x *FollowRequest) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *FollowRequest) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+type FollowReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Root          []byte                 `protobuf:"bytes,1,opt,name=root,proto3" json:"root,omitempty"` // empty: there is none yet
+	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	Holders       []string               `protobuf:"bytes,3,rep,name=holders,proto3" json:"holders,omitempty"`
+	Incarnation   uint64                 `protobuf:"varint,4,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // of the ownership in which the owner's process runs
+	Epoch         uint64                 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowReply) Reset() {
+	*x = FollowReply{}
+	mi := &file_components_v1_checkpoint_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowReply) ProtoMessage() {}
+
+func (x *FollowReply) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_checkpoint_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowReply.ProtoReflect.Descriptor instead.
+func (*FollowReply) Descriptor() ([]byte, []int) {
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *FollowReply) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+func (x *FollowReply) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *FollowReply) GetHolders() []string {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+func (x *FollowReply) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *FollowReply) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 // MoveAway asks an instance's owner to hand it over to another node, live. The coordinator asks; the owner does it.
 type MoveAwayRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -677,7 +823,7 @@ type MoveAwayRequest struct {
 
 func (x *MoveAwayRequest) Reset() {
 	*x = MoveAwayRequest{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -689,7 +835,7 @@ func (x *MoveAwayRequest) String() string {
 func (*MoveAwayRequest) ProtoMessage() {}
 
 func (x *MoveAwayRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[10]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -702,7 +848,7 @@ func (x *MoveAwayRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveAwayRequest.ProtoReflect.Descriptor instead.
 func (*MoveAwayRequest) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{10}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *MoveAwayRequest) GetInstance() string {
@@ -741,7 +887,7 @@ type MoveAwayReply struct {
 
 func (x *MoveAwayReply) Reset() {
 	*x = MoveAwayReply{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[11]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +899,7 @@ func (x *MoveAwayReply) String() string {
 func (*MoveAwayReply) ProtoMessage() {}
 
 func (x *MoveAwayReply) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[11]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +912,7 @@ func (x *MoveAwayReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveAwayReply.ProtoReflect.Descriptor instead.
 func (*MoveAwayReply) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{11}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{13}
 }
 
 // Reconcile asks an instance's owner to bring its state together with a branch, by the component's policy.
@@ -780,7 +926,7 @@ type ReconcileRequest struct {
 
 func (x *ReconcileRequest) Reset() {
 	*x = ReconcileRequest{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[12]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +938,7 @@ func (x *ReconcileRequest) String() string {
 func (*ReconcileRequest) ProtoMessage() {}
 
 func (x *ReconcileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[12]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +951,7 @@ func (x *ReconcileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReconcileRequest.ProtoReflect.Descriptor instead.
 func (*ReconcileRequest) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{12}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReconcileRequest) GetInstance() string {
@@ -832,7 +978,7 @@ type ReconcileReply struct {
 
 func (x *ReconcileReply) Reset() {
 	*x = ReconcileReply{}
-	mi := &file_components_v1_checkpoint_proto_msgTypes[13]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +990,7 @@ func (x *ReconcileReply) String() string {
 func (*ReconcileReply) ProtoMessage() {}
 
 func (x *ReconcileReply) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_checkpoint_proto_msgTypes[13]
+	mi := &file_components_v1_checkpoint_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +1003,7 @@ func (x *ReconcileReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReconcileReply.ProtoReflect.Descriptor instead.
 func (*ReconcileReply) Descriptor() ([]byte, []int) {
-	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{13}
+	return file_components_v1_checkpoint_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReconcileReply) GetOutcome() string {
@@ -925,7 +1071,18 @@ const file_components_v1_checkpoint_proto_rawDesc = "" +
 	"\x10AbortMoveRequest\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04move\x18\x02 \x01(\tR\x04move\"\x10\n" +
-	"\x0eAbortMoveReply\"i\n" +
+	"\x0eAbortMoveReply\"g\n" +
+	"\rFollowRequest\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
+	"\x04root\x18\x02 \x01(\fR\x04root\x12\x10\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x14\n" +
+	"\x05ready\x18\x04 \x01(\bR\x05ready\"\x85\x01\n" +
+	"\vFollowReply\x12\x12\n" +
+	"\x04root\x18\x01 \x01(\fR\x04root\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x18\n" +
+	"\aholders\x18\x03 \x03(\tR\aholders\x12 \n" +
+	"\vincarnation\x18\x04 \x01(\x04R\vincarnation\x12\x14\n" +
+	"\x05epoch\x18\x05 \x01(\x04R\x05epoch\"i\n" +
 	"\x0fMoveAwayRequest\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x0e\n" +
@@ -951,7 +1108,7 @@ func file_components_v1_checkpoint_proto_rawDescGZIP() []byte {
 	return file_components_v1_checkpoint_proto_rawDescData
 }
 
-var file_components_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_components_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_components_v1_checkpoint_proto_goTypes = []any{
 	(*CheckpointMeta)(nil),     // 0: coppice.components.v1.CheckpointMeta
 	(*SurveyRequest)(nil),      // 1: coppice.components.v1.SurveyRequest
@@ -963,10 +1120,12 @@ var file_components_v1_checkpoint_proto_goTypes = []any{
 	(*FinishMoveReply)(nil),    // 7: coppice.components.v1.FinishMoveReply
 	(*AbortMoveRequest)(nil),   // 8: coppice.components.v1.AbortMoveRequest
 	(*AbortMoveReply)(nil),     // 9: coppice.components.v1.AbortMoveReply
-	(*MoveAwayRequest)(nil),    // 10: coppice.components.v1.MoveAwayRequest
-	(*MoveAwayReply)(nil),      // 11: coppice.components.v1.MoveAwayReply
-	(*ReconcileRequest)(nil),   // 12: coppice.components.v1.ReconcileRequest
-	(*ReconcileReply)(nil),     // 13: coppice.components.v1.ReconcileReply
+	(*FollowRequest)(nil),      // 10: coppice.components.v1.FollowRequest
+	(*FollowReply)(nil),        // 11: coppice.components.v1.FollowReply
+	(*MoveAwayRequest)(nil),    // 12: coppice.components.v1.MoveAwayRequest
+	(*MoveAwayReply)(nil),      // 13: coppice.components.v1.MoveAwayReply
+	(*ReconcileRequest)(nil),   // 14: coppice.components.v1.ReconcileRequest
+	(*ReconcileReply)(nil),     // 15: coppice.components.v1.ReconcileReply
 }
 var file_components_v1_checkpoint_proto_depIdxs = []int32{
 	3, // 0: coppice.components.v1.SurveyReply.held:type_name -> coppice.components.v1.HeldCheckpoint
@@ -988,7 +1147,7 @@ func file_components_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_components_v1_checkpoint_proto_rawDesc), len(file_components_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -23,6 +23,7 @@ type Config struct {
 	Nodes    int           // of scale; 0: as many as it takes by itself
 	Profile  string        // of traffic and scale; "": both, and lan
 	Size     int64         // of the state, in bytes: of failover, checkpoint and move; 0: what each takes by itself
+	Standby  string        // of failover: cold, warm or hot; "": cold
 	Span     time.Duration // of one sample of durable; 0: what it takes by itself
 	Progress io.Writer
 }

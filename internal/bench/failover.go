@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"syscall"
@@ -61,7 +62,7 @@ func failover(ctx context.Context, cfg Config) (_ []Result, err error) {
 	ledger, err := s.verify(began)
 	return append([]Result{
 		disk,
-		summary(fmt.Sprintf("node kill -9 → component with %s answers elsewhere", sizeText(cfg.size(stateSize))), "ms", nodes).against("start of the bare component process", bare),
+		summary(fmt.Sprintf("node kill -9 → component with %s answers elsewhere, standby: %s", sizeText(cfg.size(stateSize)), cmp.Or(cfg.Standby, "cold")), "ms", nodes).against("start of the bare component process", bare),
 		summary("component kill -9 → answers again on its node, longest time without an answer", "ms", crashes).against("start of the bare component process", bare),
 		summary("node started again → ready", "ms", ready),
 	}, ledger...), err
@@ -74,6 +75,9 @@ func (s *stand) lose(ctx context.Context) (time.Duration, *cluster.Node, error) 
 		return 0, nil, err
 	}
 	victim := s.cluster.Node(in.GetNode())
+	if err := s.ready(ctx, in.GetInstance()); err != nil {
+		return 0, nil, err
+	}
 	at, err := victim.Kill()
 	if err != nil {
 		return 0, nil, err
@@ -82,6 +86,24 @@ func (s *stand) lose(ctx context.Context) (time.Duration, *cluster.Node, error) 
 	defer cancel()
 	first, err := s.load.Await(ctx, load.FirstQuery{After: at, Component: component, NotNode: victim.Name, Writes: true})
 	return first.Time.Sub(at), victim, err
+}
+
+// ready waits until the next owner is as ready as the benchmark wants it.
+func (s *stand) ready(ctx context.Context, instance string) error {
+	if s.cfg.Standby != "hot" {
+		return nil
+	}
+	on := s.cluster.Alive()[0]
+	return cluster.WaitFor(ctx, 5*time.Minute, "a standby that has all", func(ctx context.Context) (bool, error) {
+		in, err := cluster.Instance(ctx, on, instance)
+		if err != nil {
+			return false, err
+		}
+		if in.GetStandbyNode() == "" || in.GetStandbyNode() != in.GetWouldRestartOn() || in.GetStandbyBehind() > 50 {
+			return false, fmt.Errorf("it is on %q, %d behind; the next owner would be %q", in.GetStandbyNode(), in.GetStandbyBehind(), in.GetWouldRestartOn())
+		}
+		return true, nil
+	})
 }
 
 // crash kills the component's process and returns the longest time that no write was answered in.

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -45,6 +46,7 @@ components:
   - name: kv
     artifact: %s
     durable: %s
+    state: {standby: %s}
 cost: {move: 1}
 `
 
@@ -106,7 +108,7 @@ func (s *stand) fill(ctx context.Context) error {
 // deploy deploys the component with a durability and waits until it runs.
 func (s *stand) deploy(ctx context.Context, durable string) error {
 	path := filepath.Join(s.dir, "bench.yaml")
-	if err := os.WriteFile(path, fmt.Appendf(nil, manifest, s.cfg.file("components/kv"), durable), 0o600); err != nil {
+	if err := os.WriteFile(path, fmt.Appendf(nil, manifest, s.cfg.file("components/kv"), durable, cmp.Or(s.cfg.Standby, "cold")), 0o600); err != nil {
 		return err
 	}
 	return s.cluster.Coppice(ctx, s.cluster.Nodes[0], nil, "deploy", path, "--wait")

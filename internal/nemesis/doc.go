@@ -12,5 +12,8 @@
 // roll-back (an old copy of the data folder is put back: the node gets a new identity), clocks (the wall clock jumps by hours), boot-1970. The nodes' binary is built with the tag
 // harm for some of them (internal/harm). A power loss, which takes what was not synced, is the business of internal/sim.
 //
+// Besides, TestLongCycles kills a thousand times (COPPICE_CYCLES): nodes and components, also in the middle of a checkpoint, a swap, a move or a repair; TestCycles is
+// its short form.
+//
 // COPPICE_FAULTS names the faults of TestNemesis. COPPICE_SEED replays a run's choices, as far as timing lets it; COPPICE_NEMESIS says for how long the long run goes on (60m when not set).
 package nemesis

@@ -88,11 +88,12 @@ func (h *history) linearizable(t *testing.T) (total, doubtful int) {
 			doubtful++
 		}
 	}
-	switch porcupine.CheckOperationsTimeout(registers, h.ops, 2*time.Minute) {
+	patience := max(2*time.Minute, time.Duration(len(h.ops))*time.Millisecond) // of long runs
+	switch porcupine.CheckOperationsTimeout(registers, h.ops, patience) {
 	case porcupine.Illegal:
 		t.Errorf("the history of %d operations on the registers is not linearizable", len(h.ops))
 	case porcupine.Unknown:
-		t.Errorf("two minutes were not enough to check the history of %d operations", len(h.ops))
+		t.Errorf("%s were not enough to check the history of %d operations", patience, len(h.ops))
 	case porcupine.Ok:
 	}
 	return len(h.ops), doubtful

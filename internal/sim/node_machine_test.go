@@ -298,7 +298,7 @@ func (l *nodeLife) component(spec runner.Spec, p *process) *sdk.Component {
 	if len(spec.Args) > 0 && spec.Args[len(spec.Args)-1] == "placement" {
 		return placementcomponent.New("1.0.0")
 	}
-	return counterComponent(func(incarnation, epoch uint64) {
+	return counterComponent(p.begun, func(incarnation, epoch uint64) {
 		if !p.over() {
 			l.m.w.acted(l.m, spec.Instance, incarnation, epoch)
 		}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -62,9 +63,11 @@ func (counter) Get(ctx context.Context, _ *counterv1.GetRequest) (*counterv1.Val
 	return &counterv1.Value{Value: int64(tx.Uint64("value"))}, nil
 }
 
-func counterComponent(acts func(incarnation, epoch uint64)) *sdk.Component {
+// counterComponent is the counter as a component of a process; begun is set when that is told to start.
+func counterComponent(begun *atomic.Bool, acts func(incarnation, epoch uint64)) *sdk.Component {
 	return &sdk.Component{
-		Type: counterName, Version: counterVersion, State: &sdk.State{Schema: 1, Merge: func(base, ours, theirs, into *sdk.Txn) error {
+		OnStart: func(context.Context, *sdk.Instance) error { begun.Store(true); return nil },
+		Type:    counterName, Version: counterVersion, State: &sdk.State{Schema: 1, Merge: func(base, ours, theirs, into *sdk.Txn) error {
 			into.PutUint64("value", ours.Uint64("value")+theirs.Uint64("value")-base.Uint64("value"))
 			return nil
 		}},
@@ -121,7 +124,7 @@ func (r *processes) Start(ctx context.Context, spec runner.Spec) (runner.Process
 		return nil, ctx.Err()
 	}
 	p := newProcess(spec)
-	comp := counterComponent(nil)
+	comp := counterComponent(p.begun, nil)
 	if r.component != nil {
 		comp = r.component(spec, p)
 	}
@@ -152,6 +155,11 @@ func (r *processes) running(instance string) []*process {
 	return out
 }
 
+// begun lists those of them that were started: a standby was not.
+func (r *processes) begun(instance string) []*process {
+	return slices.DeleteFunc(r.running(instance), func(p *process) bool { return !p.begun.Load() })
+}
+
 func (r *processes) killAll() {
 	r.mu.Lock()
 	list := r.list
@@ -173,15 +181,16 @@ type process struct {
 	done   chan struct{}
 	once   sync.Once
 	exit   runner.ExitStatus
+	begun  *atomic.Bool // it was told to start; before that it can serve nobody
 }
 
 func startProcess(spec runner.Spec) (*process, error) {
 	p := newProcess(spec)
-	return p, p.run(counterComponent(nil))
+	return p, p.run(counterComponent(p.begun, nil))
 }
 
 func newProcess(spec runner.Spec) *process {
-	return &process{spec: spec, pid: int(lastPid.Add(1)), lis: bufconn.Listen(64 << 10), done: make(chan struct{})}
+	return &process{spec: spec, pid: int(lastPid.Add(1)), lis: bufconn.Listen(64 << 10), done: make(chan struct{}), begun: new(atomic.Bool)}
 }
 
 // run begins what the process is.

@@ -45,6 +45,7 @@ type schedule struct {
 // counts is what a schedule had to do.
 type counts struct {
 	Schedules, Answers, InDoubt, Faults, Undecided int
+	Standbys                                       int // that took over
 	Simulated                                      time.Duration
 	Played                                         time.Duration // of real time, histories not counted
 	Heal, OwnedAfter                               time.Duration // the longest until all was well again
@@ -56,6 +57,7 @@ func (c *counts) add(o counts) {
 	c.InDoubt += o.InDoubt
 	c.Faults += o.Faults
 	c.Undecided += o.Undecided
+	c.Standbys += o.Standbys
 	c.Simulated += o.Simulated
 	c.Played += o.Played
 	c.Heal = max(c.Heal, o.Heal)
@@ -63,8 +65,8 @@ func (c *counts) add(o counts) {
 }
 
 func (c counts) String() string {
-	return fmt.Sprintf("%d schedules, %.1f h simulated, %d faults, %d answers, %d in doubt, %d histories undecided; all is well at most %.1f s after healing",
-		c.Schedules, c.Simulated.Hours(), c.Faults, c.Answers, c.InDoubt, c.Undecided, c.Heal.Seconds())
+	return fmt.Sprintf("%d schedules, %.1f h simulated, %d faults, %d answers, %d in doubt, %d histories undecided, %d standbys took over; all is well at most %.1f s after healing",
+		c.Schedules, c.Simulated.Hours(), c.Faults, c.Answers, c.InDoubt, c.Undecided, c.Standbys, c.Heal.Seconds())
 }
 
 // play runs one schedule. Nothing is reported to t, but for what Go itself finds (a deadlock, a leak).

@@ -3,6 +3,7 @@ package sim
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"google.golang.org/grpc"
@@ -35,6 +36,33 @@ func (w *whole) crashProcess(*faults) string {
 		proc.die("killed")
 	}
 	return name
+}
+
+// crashStandbys ends processes that stand by, at any moment: while they are built, while they are given something, while they are about to be taken.
+func (w *whole) crashStandbys(r *rand.Rand, end time.Time) {
+	for {
+		select {
+		case <-time.After(time.Duration(200+r.IntN(3000)) * time.Millisecond):
+		case <-w.ctx.Done():
+			return
+		}
+		if !time.Now().Before(end) {
+			return
+		}
+		name := w.instances[r.IntN(len(w.instances))]
+		for _, n := range w.live() {
+			p := n.part()
+			if p == nil || w.owner(name) == n {
+				continue
+			}
+			for _, proc := range p.procs.running(name) {
+				if !proc.begun.Load() {
+					w.logf("a standby of %s on %s dies", name, n.name)
+					proc.die("killed")
+				}
+			}
+		}
+	}
 }
 
 // takeOwner reserves the owner of an instance.

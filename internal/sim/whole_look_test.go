@@ -78,7 +78,7 @@ func (p *part) mayServe(name string) bool {
 	p.mu.Lock()
 	serving := p.serving[name]
 	p.mu.Unlock()
-	if serving == nil || p.l.frozen.Load() || len(p.procs.running(name)) == 0 {
+	if serving == nil || p.l.frozen.Load() || len(p.procs.begun(name)) == 0 {
 		return false
 	}
 	if grantedLeases {

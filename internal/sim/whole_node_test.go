@@ -212,7 +212,14 @@ type eventLog struct {
 }
 
 // Publish implements supervisor.Publisher.
-func (e eventLog) Publish(ev events.Event) { e.w.logf("%s: %s: %s", e.n.name, ev.Type, ev.Message) }
+func (e eventLog) Publish(ev events.Event) {
+	e.w.logf("%s: %s: %s", e.n.name, ev.Type, ev.Message)
+	if ev.Type == "running" && ev.Fields["standby"] != "" {
+		e.w.mu.Lock()
+		defer e.w.mu.Unlock()
+		e.w.count.Standbys++
+	}
+}
 
 // shell is an instance's membrane, reachable through the node's router.
 type shell struct {

@@ -53,6 +53,7 @@ type whole struct {
 	guarantee string
 	reconcile string // of always-on
 	dark      bool   // owners are rebooted without their uplink
+	standby   string
 	instances []string
 
 	hist   sync.Mutex // guards the rest
@@ -68,6 +69,8 @@ func newWhole(s *schedule) *whole {
 	if w.oneIn(2) {
 		w.guarantee = components.ExactlyOne
 	}
+	// By the seed alone, so that schedules are those that they were before there were standbys.
+	w.standby = []string{components.StandbyHot, components.StandbyCold, components.StandbyHot, components.StandbyWarm}[s.seed%4]
 	for i := range 1 + w.intn(2) {
 		w.instances = append(w.instances, fmt.Sprintf("%s/store-%d", simApp, i))
 	}
@@ -130,6 +133,9 @@ func (w *whole) run() {
 	if w.keeps() {
 		w.alwaysHarms(f)
 	}
+	if w.standby == components.StandbyHot {
+		w.goes.Go(func() { w.crashStandbys(rand.New(rand.NewPCG(w.seed, 11)), end) })
+	}
 	if w.trusting() {
 		f.harms = slices.DeleteFunc(f.harms, func(h harm) bool { return h.name == "bridge" || h.name == "one way" })
 	}
@@ -164,7 +170,7 @@ func (w *whole) met() bool {
 
 // deploy commits the application and places its instances, as placement does.
 func (w *whole) deploy() bool {
-	spec := &componentsv1.ComponentSpec{Name: "store", Artifact: counterName + "@" + counterVersion, Guarantee: w.guarantee, Count: fmt.Sprint(len(w.instances))}
+	spec := &componentsv1.ComponentSpec{Name: "store", Artifact: counterName + "@" + counterVersion, Guarantee: w.guarantee, Count: fmt.Sprint(len(w.instances)), State: &componentsv1.State{Standby: w.standby}}
 	app := &componentsv1.Application{
 		Format: components.ApplicationFormat, Name: simApp, Version: 1, Manifest: &componentsv1.Manifest{Application: simApp, Components: []*componentsv1.ComponentSpec{spec}},
 		Pinned: []*componentsv1.Pinned{{Component: "store", Digest: counterDigest, Name: counterName, Version: counterVersion, Durable: componentsv1.Durability_DURABILITY_EACH_CALL}},
@@ -246,13 +252,21 @@ func (w *whole) served() bool {
 			if p == nil {
 				return false
 			}
-			procs := len(p.procs.running(name))
-			if info, _ := p.sup.Info(name); n == on && (info.State != components.Running || procs != 1) || n != on && procs != 0 {
+			all, begun := len(p.procs.running(name)), len(p.procs.begun(name))
+			if info, _ := p.sup.Info(name); n == on && (info.State != components.Running || all != 1) || n != on && (begun != 0 || all > w.standbys()) {
 				return false
 			}
 		}
 	}
 	return true
+}
+
+// standbys is how many processes of an instance may wait at a node that does not own it.
+func (w *whole) standbys() int {
+	if w.standby == components.StandbyHot {
+		return 1
+	}
+	return 0
 }
 
 // owners logs what every node holds of the instances.

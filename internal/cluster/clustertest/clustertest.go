@@ -57,6 +57,7 @@ func build() (string, error) {
 		{"components/shop", "1.0.0", "./plugins/shop", ""},
 		{"components/shopweb", "1.0.0", "./plugins/shopweb", ""},
 		{"demo/kv-1.1.0", "1.1.0", "./plugins/kv", ""},
+		{"demo/bank-1.1.0", "1.1.0", "./plugins/bank", ""},
 		{"demo/shop-1.1.0", "1.1.0", "./plugins/shop", ""},
 		{"demo/shop-1.2.0", "1.2.0 -X main.broken=never-ready", "./plugins/shop", ""},
 	})

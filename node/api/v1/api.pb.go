@@ -5193,6 +5193,10 @@ type Instance struct {
 	CallsSinceCheckpoint *uint64                `protobuf:"varint,24,opt,name=calls_since_checkpoint,json=callsSinceCheckpoint,proto3,oneof" json:"calls_since_checkpoint,omitempty"` // answered since its last acknowledged checkpoint, reads among them; 0 with each-call
 	ReplicasAlive        uint32                 `protobuf:"varint,25,opt,name=replicas_alive,json=replicasAlive,proto3" json:"replicas_alive,omitempty"`                              // of replicas, those on nodes that are alive now
 	Listen               string                 `protobuf:"bytes,26,opt,name=listen,proto3" json:"listen,omitempty"`                                                                  // where on its node what it runs listens by itself, host:port; a program's port
+	ReplicasWanted       uint32                 `protobuf:"varint,27,opt,name=replicas_wanted,json=replicasWanted,proto3" json:"replicas_wanted,omitempty"`                           // nodes that should hold its last checkpoint, where the manifest says so
+	Standby              string                 `protobuf:"bytes,28,opt,name=standby,proto3" json:"standby,omitempty"`                                                                // cold | warm | hot, as the manifest has it
+	StandbyNode          string                 `protobuf:"bytes,29,opt,name=standby_node,json=standbyNode,proto3" json:"standby_node,omitempty"`                                     // where a process waits that has its state; empty: nowhere
+	StandbyBehind        *uint64                `protobuf:"varint,30,opt,name=standby_behind,json=standbyBehind,proto3,oneof" json:"standby_behind,omitempty"`                        // acknowledged checkpoints that it has not been given yet
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -5407,6 +5411,34 @@ func (x *Instance) GetListen() string {
 		return x.Listen
 	}
 	return ""
+}
+
+func (x *Instance) GetReplicasWanted() uint32 {
+	if x != nil {
+		return x.ReplicasWanted
+	}
+	return 0
+}
+
+func (x *Instance) GetStandby() string {
+	if x != nil {
+		return x.Standby
+	}
+	return ""
+}
+
+func (x *Instance) GetStandbyNode() string {
+	if x != nil {
+		return x.StandbyNode
+	}
+	return ""
+}
+
+func (x *Instance) GetStandbyBehind() uint64 {
+	if x != nil && x.StandbyBehind != nil {
+		return *x.StandbyBehind
+	}
+	return 0
 }
 
 type ForwardRequest struct {
@@ -5784,6 +5816,11 @@ type InspectInstance struct {
 	EarlierCheckpoints    uint32                 `protobuf:"varint,19,opt,name=earlier_checkpoints,json=earlierCheckpoints,proto3" json:"earlier_checkpoints,omitempty"`                    // that are kept
 	OldestCheckpointAgeMs *uint64                `protobuf:"varint,20,opt,name=oldest_checkpoint_age_ms,json=oldestCheckpointAgeMs,proto3,oneof" json:"oldest_checkpoint_age_ms,omitempty"` // of them
 	Listen                string                 `protobuf:"bytes,21,opt,name=listen,proto3" json:"listen,omitempty"`                                                                       // where on its node what it runs listens by itself
+	Standby               string                 `protobuf:"bytes,22,opt,name=standby,proto3" json:"standby,omitempty"`                                                                     // cold | warm | hot
+	StandbyNode           string                 `protobuf:"bytes,23,opt,name=standby_node,json=standbyNode,proto3" json:"standby_node,omitempty"`                                          // where a process waits that has its state; empty: nowhere
+	StandbyBehind         *uint64                `protobuf:"varint,24,opt,name=standby_behind,json=standbyBehind,proto3,oneof" json:"standby_behind,omitempty"`                             // acknowledged checkpoints that it has not been given yet
+	ReplicasWanted        uint32                 `protobuf:"varint,25,opt,name=replicas_wanted,json=replicasWanted,proto3" json:"replicas_wanted,omitempty"`                                // nodes that should hold its last checkpoint, where the manifest says so
+	MinReplicas           uint32                 `protobuf:"varint,26,opt,name=min_replicas,json=minReplicas,proto3" json:"min_replicas,omitempty"`                                         // and how many of them an answer waits for, where it says so
 	unknownFields         protoimpl.UnknownFields
 	sizeCache             protoimpl.SizeCache
 }
@@ -5963,6 +6000,41 @@ func (x *InspectInstance) GetListen() string {
 		return x.Listen
 	}
 	return ""
+}
+
+func (x *InspectInstance) GetStandby() string {
+	if x != nil {
+		return x.Standby
+	}
+	return ""
+}
+
+func (x *InspectInstance) GetStandbyNode() string {
+	if x != nil {
+		return x.StandbyNode
+	}
+	return ""
+}
+
+func (x *InspectInstance) GetStandbyBehind() uint64 {
+	if x != nil && x.StandbyBehind != nil {
+		return *x.StandbyBehind
+	}
+	return 0
+}
+
+func (x *InspectInstance) GetReplicasWanted() uint32 {
+	if x != nil {
+		return x.ReplicasWanted
+	}
+	return 0
+}
+
+func (x *InspectInstance) GetMinReplicas() uint32 {
+	if x != nil {
+		return x.MinReplicas
+	}
+	return 0
 }
 
 type Interface struct {
@@ -10389,7 +10461,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\"D\n" +
 	"\n" +
 	"PsResponse\x126\n" +
-	"\tinstances\x18\x01 \x03(\v2\x18.coppice.api.v1.InstanceR\tinstances\"\xc7\a\n" +
+	"\tinstances\x18\x01 \x03(\v2\x18.coppice.api.v1.InstanceR\tinstances\"\xec\b\n" +
 	"\bInstance\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x1c\n" +
 	"\tcomponent\x18\x02 \x01(\tR\tcomponent\x12\x1a\n" +
@@ -10420,11 +10492,16 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"durableNow\x129\n" +
 	"\x16calls_since_checkpoint\x18\x18 \x01(\x04H\x03R\x14callsSinceCheckpoint\x88\x01\x01\x12%\n" +
 	"\x0ereplicas_alive\x18\x19 \x01(\rR\rreplicasAlive\x12\x16\n" +
-	"\x06listen\x18\x1a \x01(\tR\x06listenB\x14\n" +
+	"\x06listen\x18\x1a \x01(\tR\x06listen\x12'\n" +
+	"\x0freplicas_wanted\x18\x1b \x01(\rR\x0ereplicasWanted\x12\x18\n" +
+	"\astandby\x18\x1c \x01(\tR\astandby\x12!\n" +
+	"\fstandby_node\x18\x1d \x01(\tR\vstandbyNode\x12*\n" +
+	"\x0estandby_behind\x18\x1e \x01(\x04H\x04R\rstandbyBehind\x88\x01\x01B\x14\n" +
 	"\x12_checkpoint_age_msB\x17\n" +
 	"\x15_predicted_restart_msB\x10\n" +
 	"\x0e_would_lose_msB\x19\n" +
-	"\x17_calls_since_checkpoint\"F\n" +
+	"\x17_calls_since_checkpointB\x11\n" +
+	"\x0f_standby_behind\"F\n" +
 	"\x0eForwardRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x16\n" +
 	"\x06listen\x18\x02 \x01(\tR\x06listen\"]\n" +
@@ -10458,7 +10535,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\bfeatures\x18\x11 \x03(\tR\bfeatures\x121\n" +
 	"\aoverlay\x18\x12 \x01(\v2\x17.coppice.api.v1.OverlayR\aoverlay\x12/\n" +
 	"\x05calls\x18\x13 \x01(\v2\x19.coppice.api.v1.CallStatsR\x05calls\x12=\n" +
-	"\tinstances\x18\x14 \x03(\v2\x1f.coppice.api.v1.InspectInstanceR\tinstances\"\xd0\x05\n" +
+	"\tinstances\x18\x14 \x03(\v2\x1f.coppice.api.v1.InspectInstanceR\tinstances\"\x98\a\n" +
 	"\x0fInspectInstance\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -10485,8 +10562,14 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\acallers\x18\x12 \x03(\tR\acallers\x12/\n" +
 	"\x13earlier_checkpoints\x18\x13 \x01(\rR\x12earlierCheckpoints\x12<\n" +
 	"\x18oldest_checkpoint_age_ms\x18\x14 \x01(\x04H\x00R\x15oldestCheckpointAgeMs\x88\x01\x01\x12\x16\n" +
-	"\x06listen\x18\x15 \x01(\tR\x06listenB\x1b\n" +
-	"\x19_oldest_checkpoint_age_ms\"\xc3\x01\n" +
+	"\x06listen\x18\x15 \x01(\tR\x06listen\x12\x18\n" +
+	"\astandby\x18\x16 \x01(\tR\astandby\x12!\n" +
+	"\fstandby_node\x18\x17 \x01(\tR\vstandbyNode\x12*\n" +
+	"\x0estandby_behind\x18\x18 \x01(\x04H\x01R\rstandbyBehind\x88\x01\x01\x12'\n" +
+	"\x0freplicas_wanted\x18\x19 \x01(\rR\x0ereplicasWanted\x12!\n" +
+	"\fmin_replicas\x18\x1a \x01(\rR\vminReplicasB\x1b\n" +
+	"\x19_oldest_checkpoint_age_msB\x11\n" +
+	"\x0f_standby_behind\"\xc3\x01\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x18\n" +

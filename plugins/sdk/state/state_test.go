@@ -88,6 +88,42 @@ func TestRetryGetsTheSameReply(t *testing.T) {
 	}
 }
 
+// Two clients come at once with one key and different requests: one of them is carried out, the other waits for that and is refused.
+func TestTwoRequestsAtOnceUnderOneKey(t *testing.T) {
+	s := New(1, Limits{})
+	ctx := t.Context()
+	inside, finish := make(chan struct{}), make(chan struct{})
+	type result struct {
+		body string
+		err  error
+	}
+	results := make(chan result, 2)
+	go func() {
+		body, _, err := do(ctx, s, Call{Key: "c/1", Fingerprint: 7}, func(tx *Txn) (string, error) {
+			close(inside)
+			<-finish
+			return add(5)(tx)
+		})
+		results <- result{body, err}
+	}()
+	<-inside
+	second := make(chan result, 1)
+	go func() {
+		body, _, err := do(ctx, s, Call{Key: "c/1", Fingerprint: 8}, add(6))
+		second <- result{body, err}
+	}()
+	close(finish)
+	if r := <-results; r.err != nil || r.body != "5" {
+		t.Errorf("the first: %q, %v", r.body, r.err)
+	}
+	if r := <-second; !errors.Is(r.err, ErrKeyReused) {
+		t.Errorf("the second: %q, %v", r.body, r.err)
+	}
+	if s.Mark() != 1 {
+		t.Errorf("mark %d: want one effect", s.Mark())
+	}
+}
+
 func TestErrorRollsBackAndIsNotRemembered(t *testing.T) {
 	s := New(1, Limits{})
 	ctx := t.Context()
