@@ -236,7 +236,7 @@ func (c *Coordinator) takeOffice(now bool) bool {
 // solve calls the solver and checks what it says.
 func (c *Coordinator) solve(ctx context.Context, req *placementv1.SolveRequest) (*placementv1.Plan, error) {
 	if !slices.ContainsFunc(req.GetSnapshot().GetComponents(), func(c *placementv1.Component) bool { return !c.GetSystem() }) {
-		return &placementv1.Plan{Feasible: true}, nil // nothing to ask for
+		return &placementv1.Plan{Feasible: true, Optimal: true}, nil // nothing to ask for
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, c.cfg.SolveTimeout, fmt.Errorf("no plan within %s", c.cfg.SolveTimeout))
 	defer cancel()

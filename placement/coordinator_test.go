@@ -52,7 +52,7 @@ func TestADeployIsPlacedAtOnceAndNamesSuccessors(t *testing.T) {
 		first := made()[0]
 		replay, err := solver.Solve(first.Request)
 		if err != nil || !proto.Equal(replay, first.Plan) {
-			t.Errorf("the first decision does not replay: %v", err)
+			t.Errorf("the first decision does not replay: %v\n%v\n%v", err, replay, first.Plan)
 		}
 	})
 }

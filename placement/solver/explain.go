@@ -11,10 +11,17 @@ import (
 )
 
 // explain writes the plan down, with why.
-func explain(p *problem, s *state, before result) *placementv1.Plan {
+func explain(p *problem, s *state, before result, optimal bool) *placementv1.Plan {
 	after := s.result()
+	bound := most(s.choices(false), int(p.policy.GetMaxMoves()))
+	if after.objective >= bound-epsilon && after.unsatisfied == 0 {
+		optimal = true
+	}
+	if optimal {
+		bound = after.objective
+	}
 	plan := &placementv1.Plan{
-		Feasible: after.unsatisfied == 0, Objective: round(after.objective), ObjectiveBefore: round(before.objective), Bound: round(p.bound()),
+		Feasible: after.unsatisfied == 0, Objective: round(after.objective), ObjectiveBefore: round(before.objective), Bound: round(math.Max(bound, after.objective)), Optimal: optimal,
 	}
 	heirs := map[[2]int]int{}
 	for i := range p.insts {
@@ -27,28 +34,6 @@ func explain(p *problem, s *state, before result) *placementv1.Plan {
 
 // round keeps what means something, so that plans read well.
 func round(v float64) float64 { return math.Round(v*1e9) / 1e9 }
-
-// bound is a value no plan exceeds: each instance on its best node, alone there, at no cost.
-func (p *problem) bound() float64 {
-	sum := 0.0
-	for i := range p.insts {
-		in := &p.insts[i]
-		if in.fixed {
-			continue
-		}
-		best := 0.0
-		for n := range p.nodes {
-			if p.comps[in.comp].static[n].constraint == "" || n == in.current {
-				best = math.Max(best, p.utility(i, n, 1))
-			}
-		}
-		sum += best
-	}
-	if p.active == 0 {
-		return 0
-	}
-	return sum / float64(p.active)
-}
 
 // assignment explains one instance. heirs counts, by owner and node, how often the node is named first to take over from that owner: the
 // instances of a dead node should not all go to one other.
@@ -67,7 +52,7 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 	if at >= 0 {
 		a.Node = p.nodes[at].GetId()
 		if !s.isBad(i) {
-			a.Score = round(p.utility(i, at, s.count[at]))
+			a.Score = round(s.scored(i))
 		}
 		s.put(i, -1)
 	}
@@ -90,7 +75,7 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 			continue
 		}
 		open = append(open, n)
-		if v := p.utility(i, n, s.count[n]+1); v > secondScore+epsilon || second >= 0 && v > secondScore-epsilon && s.count[n] < s.count[second] {
+		if v := p.utility(i, n, s.count[n]+1) + utilitySpan*p.comps[in.comp].dynamic*s.with(i, n); v > secondScore+epsilon || second >= 0 && v > secondScore-epsilon && s.count[n] < s.count[second] {
 			second, secondScore = n, v
 		}
 	}
@@ -105,6 +90,12 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 	}
 	a.Reason = s.reason(i, second, secondScore, len(open), byConstraint)
 	return a
+}
+
+// scored is the utility of an instance where it is.
+func (s *state) scored(i int) float64 {
+	d := s.p.insts[i].comp
+	return s.p.utility(i, s.at[i], s.count[s.at[i]]) + utilitySpan*s.p.comps[d].dynamic*s.groupWorth(d, s.members(d))
 }
 
 // waits explains an instance that belongs to a node that is not for it now.
@@ -140,7 +131,7 @@ func (s *state) reason(i, second int, secondScore float64, open int, refusedBy m
 	if second >= 0 {
 		next = fmt.Sprintf("next is %s with %.3f", p.nodes[second].name, secondScore)
 	}
-	score := p.utility(i, at, s.count[at])
+	score := s.scored(i)
 	switch {
 	case s.isBad(i) && second < 0:
 		return fmt.Sprintf("should leave %s (%s), and no other node is feasible: %s%s", name, s.bad[i], tally(refusedBy), note)
@@ -229,7 +220,7 @@ func (s *state) successors(i, at int, heirs map[[2]int]int) []string {
 		if n == at || s.blocked(i, n) != allowed {
 			continue
 		}
-		score := p.utility(i, n, s.count[n]+1+heirs[[2]int{at, n}]) - heirMalus*float64(heirs[[2]int{at, n}])
+		score := utilitySpan*c.dynamic*s.with(i, n) + p.utility(i, n, s.count[n]+1+heirs[[2]int{at, n}]) - heirMalus*float64(heirs[[2]int{at, n}])
 		if in.holders[n] {
 			score += holderBonus
 		}

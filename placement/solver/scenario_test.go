@@ -86,7 +86,7 @@ func apply(req *placementv1.SolveRequest, plan *placementv1.Plan) {
 
 func planText(p *placementv1.Plan, refused bool) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "feasible=%v objective=%.4f before=%.4f bound=%.4f\n", p.GetFeasible(), p.GetObjective(), p.GetObjectiveBefore(), p.GetBound())
+	fmt.Fprintf(&b, "feasible=%v objective=%.4f before=%.4f bound=%.4f optimal=%v\n", p.GetFeasible(), p.GetObjective(), p.GetObjectiveBefore(), p.GetBound(), p.GetOptimal())
 	for _, a := range p.GetAssignments() {
 		node := a.GetNode()
 		if node == "" {
