@@ -177,9 +177,25 @@ func (s *scenario) setComponent(t *testing.T, pos, name string, pairs [][2]strin
 				t.Fatalf("%s: %v", pos, err)
 			}
 			c.Near, c.NearRttMs = to, float64(d)/float64(time.Millisecond)
-		case "term": // value;from;to;weight;better
+		case "term", "soft": // value;from;to;weight;better
 			p := strings.Split(v, ";")
-			c.Objective = append(c.Objective, &placementv1.Term{Value: p[0], From: number(t, pos, p[1]), To: number(t, pos, p[2]), Weight: number(t, pos, p[3]), BetterHigh: p[4] == "high"})
+			one := &placementv1.Term{Value: p[0], From: number(t, pos, p[1]), To: number(t, pos, p[2]), Weight: number(t, pos, p[3]), BetterHigh: p[4] == "high"}
+			if k == "term" {
+				c.Objective = append(c.Objective, one)
+			} else {
+				c.Soft = append(c.Soft, one)
+			}
+		case "rule": // name;expression
+			name, expression, _ := strings.Cut(v, ";")
+			c.Rules = append(c.Rules, &placementv1.Rule{Name: name, Expression: expression})
+		case "apart":
+			c.Apart = strings.Split(v, ",")
+		case "together":
+			c.Together = strings.Split(v, ",")
+		case "anchors":
+			c.Anchors = strings.Split(v, ",")
+		case "calls":
+			c.Calls = strings.Split(v, ",")
 		case "platforms":
 			c.Platforms = strings.Split(v, ",")
 		default:

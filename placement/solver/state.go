@@ -354,15 +354,15 @@ func (s *state) blocked(i, n int) block {
 		}
 	}
 	for _, d := range c.nearOf {
-		if !s.nearHolds(d, in.comp, n) {
+		if s.left(d, in.comp, n) >= 0 {
 			return byNearOf
 		}
 	}
 	return s.crowded(i, n)
 }
 
-// nearHolds tells whether each instance of component d still has one of component to near it, once another one runs on node n.
-func (s *state) nearHolds(d, to, n int) bool {
+// left is the first wish of component d to be near to component to that does not hold any more once another one of to runs on node n; -1: all hold.
+func (s *state) left(d, to, n int) int {
 	c := &s.p.comps[d]
 	for k := range c.nears {
 		r := &c.nears[k]
@@ -382,11 +382,11 @@ func (s *state) nearHolds(d, to, n int) bool {
 				}
 			}
 			if !others {
-				return false
+				return k
 			}
 		}
 	}
-	return true
+	return -1
 }
 
 // feasible is blocked with words.
@@ -437,5 +437,13 @@ func (s *state) feasible(i, n int) (refusal, bool) {
 	case byApart, byDiameter, byBudget, byCount, byGroup:
 		return s.word(b, i, n), false
 	}
-	return refusal{"near", "a component that wants to be near would be too far"}, false
+	for _, d := range c.nearOf {
+		if k := s.left(d, in.comp, n); k >= 0 {
+			if s.p.comps[d].nears[k].same {
+				return refusal{"together", s.p.comps[d].GetKey() + " would be left alone"}, false
+			}
+			return refusal{"near", s.p.comps[d].GetKey() + " wants to be near and would be too far"}, false
+		}
+	}
+	return refusal{"near", "what wants to be near would be too far"}, false
 }
