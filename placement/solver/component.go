@@ -40,6 +40,7 @@ func (p *problem) newComp(c *placementv1.Component) comp {
 // class is what components have in common whose constraints and terms say the same: of thousands of components most are of few.
 type class struct {
 	static  []refusal // by node; zero: none
+	open    []int32   // nodes that are for it, as far as static says
 	utility []float64 // by node, in [0,1]: of the terms that do not depend on where instances are
 	fixed   float64   // share of those in the utility
 	balance float64   // share of the balance term
@@ -115,6 +116,9 @@ func (p *problem) newClass(c *placementv1.Component, facts *components.Component
 	out.fixed, out.balance, out.dynamic = fixed/all, balance/all, dynamic/all
 	for n := range p.nodes {
 		out.static[n] = refused(&p.nodes[n], c, requires, facts)
+		if out.static[n].constraint == "" {
+			out.open = append(out.open, int32(n))
+		}
 		sum := 0.0
 		if ours > 0 {
 			sum = ours * defaultUtility(&p.nodes[n])

@@ -97,8 +97,9 @@ func (s *state) result() result {
 func (s *state) best(i, but int) (int, float64) {
 	in := &s.p.insts[i]
 	found, value := -1, math.Inf(-1)
-	for n := range s.p.nodes {
-		if n == but || s.p.comps[in.comp].static[n].constraint != "" || s.overMoves(i, n) || s.blocked(i, n) != allowed {
+	for _, m := range s.p.comps[in.comp].open {
+		n := int(m)
+		if n == but || s.overMoves(i, n) || s.blocked(i, n) != allowed {
 			continue
 		}
 		v := s.gain(i, n)
@@ -142,14 +143,6 @@ func (s *state) placeAll() {
 // order lists instances for construction: what others want to be near first, then those with the fewest nodes, then the largest.
 func (s *state) order(take func(i int) bool) []int {
 	depth := s.p.depths()
-	nodes := make([]int, len(s.p.comps))
-	for c := range s.p.comps {
-		for n := range s.p.nodes {
-			if s.p.comps[c].static[n].constraint == "" {
-				nodes[c]++
-			}
-		}
-	}
 	var out []int
 	for i := range s.p.insts {
 		if take(i) {
@@ -160,7 +153,7 @@ func (s *state) order(take func(i int) bool) []int {
 		ca, cb := s.p.insts[a].comp, s.p.insts[b].comp
 		x, y := &s.p.comps[ca], &s.p.comps[cb]
 		return cmp.Or(
-			cmp.Compare(depth[ca], depth[cb]), cmp.Compare(nodes[ca], nodes[cb]),
+			cmp.Compare(depth[ca], depth[cb]), cmp.Compare(len(x.open), len(y.open)),
 			cmp.Compare(y.GetMemoryBytes(), x.GetMemoryBytes()), cmp.Compare(y.GetCpuMillis(), x.GetCpuMillis()),
 			cmp.Compare(y.GetDiskBytes(), x.GetDiskBytes()), cmp.Compare(a, b))
 	})

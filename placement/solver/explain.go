@@ -59,14 +59,25 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 	byConstraint := map[string]int{}
 	second, secondScore := -1, 0.0
 	var open []int
+	limit := max(MaxRefusals/len(p.insts), leastRefusals)
 	for n := range p.nodes {
-		r, ok := s.feasible(i, n)
+		var r refusal
+		b := s.blocked(i, n)
+		ok := b == allowed
+		switch {
+		case b == byStatic:
+			r = p.comps[in.comp].static[n]
+		case !ok && len(a.Refused) < limit:
+			r, _ = s.feasible(i, n)
+		case !ok:
+			r.constraint = s.constraint(b, i, n)
+		}
 		switch {
 		case !ok && (eachNode && p.nodes[n].GetId() != in.GetPinned() || n == at && !s.bad2(i, at)):
 			continue // not its node; or the node it rightly keeps though it would not receive it
 		case !ok:
 			byConstraint[r.constraint]++
-			if len(a.Refused) < max(MaxRefusals/len(p.insts), leastRefusals) {
+			if len(a.Refused) < limit {
 				a.Refused = append(a.Refused, &placementv1.Refusal{Node: p.nodes[n].GetId(), Constraint: r.constraint, Detail: r.detail})
 			}
 			continue
@@ -90,6 +101,32 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 	}
 	a.Reason = s.reason(i, second, secondScore, len(open), byConstraint)
 	return a
+}
+
+// constraint names what blocks an instance on a node, without the words.
+func (s *state) constraint(b block, i, n int) string {
+	switch b {
+	case byAvoid:
+		return "excluded"
+	case byPin:
+		return "pinned"
+	case byNode:
+		return "each-node"
+	case byCPU, byMemory, byDisk:
+		return "capacity"
+	case bySpread:
+		return "spread"
+	case byApart:
+		return "apart"
+	case byDiameter:
+		return "max_diameter"
+	case byBudget:
+		return "budget"
+	case byCount:
+		return "light_load"
+	}
+	r, _ := s.feasible(i, n)
+	return r.constraint
 }
 
 // scored is the utility of an instance where it is.
@@ -216,7 +253,8 @@ func (s *state) successors(i, at int, heirs map[[2]int]int) []string {
 		score float64
 	}
 	var all []candidate
-	for n := range p.nodes {
+	for _, m := range c.open {
+		n := int(m)
 		if n == at || s.blocked(i, n) != allowed {
 			continue
 		}
@@ -229,13 +267,14 @@ func (s *state) successors(i, at int, heirs map[[2]int]int) []string {
 		}
 		all = append(all, candidate{n, score})
 	}
-	zones := map[string]bool{p.nodes[at].GetZone(): true}
+	zones := make([]bool, len(p.areas))
+	zones[p.nodes[at].area] = true
 	var out []string
 	for len(out) < want && len(all) > 0 {
 		best, bestScore := -1, math.Inf(-1)
 		for k, c := range all {
 			v := c.score
-			if !zones[p.nodes[c.node].GetZone()] {
+			if !zones[p.nodes[c.node].area] {
 				v += otherZoneBonus
 			}
 			if v > bestScore+epsilon {
@@ -246,7 +285,7 @@ func (s *state) successors(i, at int, heirs map[[2]int]int) []string {
 		if len(out) == 0 {
 			heirs[[2]int{at, n}]++
 		}
-		zones[p.nodes[n].GetZone()] = true
+		zones[p.nodes[n].area] = true
 		out = append(out, p.nodes[n].GetId())
 		all = slices.Delete(all, best, best+1)
 	}

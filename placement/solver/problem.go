@@ -24,16 +24,18 @@ type problem struct {
 	rtt     map[[2]int]float64 // ms, both directions
 	classes map[string]*class
 	apps    map[string]int
-	tight   bool    // some component bounds how many instances share a node with it
-	active  int     // instances that want a node: N of the mean
-	crowd   float64 // K: a node shared by more than this many others is worth nothing for balance
-	scale   float64 // of the cost of moves
+	areas   map[string]int // numbers of zones
+	tight   bool           // some component bounds how many instances share a node with it
+	active  int            // instances that want a node: N of the mean
+	crowd   float64        // K: a node shared by more than this many others is worth nothing for balance
+	scale   float64        // of the cost of moves
 }
 
 type node struct {
 	*placementv1.Node
 	name  string
 	facts *components.NodeFacts
+	area  int     // number of its zone
 	price float64 // its label, or a fact; not a number: it has none
 	// receives: it may be given instances. keeps: what runs there may stay. Neither: what ran there is lost.
 	receives, keeps bool
@@ -97,7 +99,7 @@ func newProblem(req *placementv1.SolveRequest) (*problem, error) {
 	if snap == nil {
 		return nil, errors.New("the request has no snapshot")
 	}
-	p := &problem{policy: req.GetPolicy(), nodeOf: map[string]int{}, instOf: map[string]int{}, rtt: map[[2]int]float64{}, classes: map[string]*class{}, apps: map[string]int{}}
+	p := &problem{policy: req.GetPolicy(), nodeOf: map[string]int{}, instOf: map[string]int{}, rtt: map[[2]int]float64{}, classes: map[string]*class{}, apps: map[string]int{}, areas: map[string]int{}}
 	if p.policy == nil {
 		p.policy = DefaultPolicy()
 	}
@@ -133,7 +135,12 @@ func (p *problem) addNodes(in []*placementv1.Node) error {
 			return fmt.Errorf("node id %q is empty or there twice", n.GetId())
 		}
 		p.nodeOf[n.GetId()] = len(p.nodes)
-		p.nodes = append(p.nodes, newNode(n))
+		node := newNode(n)
+		if _, ok := p.areas[n.GetZone()]; !ok {
+			p.areas[n.GetZone()] = len(p.areas)
+		}
+		node.area = p.areas[n.GetZone()]
+		p.nodes = append(p.nodes, node)
 	}
 	return nil
 }

@@ -24,6 +24,7 @@ type state struct {
 	dynKnown       []bool
 	scratch        []int
 	moves          int
+	movers         []int // instances that move
 	evals, budget  int
 }
 
@@ -100,6 +101,10 @@ func (s *state) put(i, n int) {
 		}
 		if s.isMove(i, a) {
 			s.moves--
+			k := slices.Index(s.movers, i)
+			last := len(s.movers) - 1
+			s.movers[k] = s.movers[last]
+			s.movers = s.movers[:last]
 		}
 	}
 	s.at[i] = n
@@ -117,6 +122,7 @@ func (s *state) put(i, n int) {
 	}
 	if s.isMove(i, n) {
 		s.moves++
+		s.movers = append(s.movers, i)
 	}
 }
 

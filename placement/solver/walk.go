@@ -1,6 +1,7 @@
 package solver
 
 import (
+	"cmp"
 	"context"
 	"math"
 	"math/rand/v2"
@@ -33,30 +34,21 @@ func newWalk(s *state, seed uint64) *walk {
 			w.items = append(w.items, i)
 		}
 	}
+	ranked := map[*class][]int32{}
 	for c := range s.p.comps {
-		w.nodes[c] = s.p.ranked(c)
+		k := s.p.comps[c].class
+		if ranked[k] == nil {
+			ranked[k] = k.ranked()
+		}
+		w.nodes[c] = ranked[k]
 	}
 	return w
 }
 
-// ranked lists the nodes that are for a component, those of the highest utility first.
-func (p *problem) ranked(c int) []int32 {
-	k := &p.comps[c]
-	var out []int32
-	for n := range p.nodes {
-		if k.static[n].constraint == "" {
-			out = append(out, int32(n))
-		}
-	}
-	slices.SortStableFunc(out, func(a, b int32) int {
-		switch {
-		case k.utility[a] > k.utility[b]:
-			return -1
-		case k.utility[a] < k.utility[b]:
-			return 1
-		}
-		return 0
-	})
+// ranked lists the nodes that are for the components of a class, those of the highest utility first.
+func (k *class) ranked() []int32 {
+	out := slices.Clone(k.open)
+	slices.SortStableFunc(out, func(a, b int32) int { return cmp.Compare(k.utility[b], k.utility[a]) })
 	return out
 }
 
@@ -242,12 +234,11 @@ func (w *walk) in(i, n int) float64 {
 
 // moved is an instance besides i that moves in this round and may as well stay; -1: none.
 func (w *walk) moved(i int) int {
-	first := w.rng.IntN(len(w.items))
-	for k := range w.items {
-		j := w.items[(first+k)%len(w.items)]
-		if j != i && w.at[j] >= 0 && w.bad[j] == "" && w.isMove(j, w.at[j]) {
-			return j
-		}
+	if len(w.movers) == 0 {
+		return -1
+	}
+	if j := w.movers[w.rng.IntN(len(w.movers))]; j != i && w.bad[j] == "" {
+		return j
 	}
 	return -1
 }
