@@ -39,15 +39,16 @@ func (p *problem) newComp(c *placementv1.Component) comp {
 
 // class is what components have in common whose constraints and terms say the same: of thousands of components most are of few.
 type class struct {
-	static  []refusal // by node; zero: none
-	open    []int32   // nodes that are for it, as far as static says
-	utility []float64 // by node, in [0,1]: of the terms that do not depend on where instances are
-	fixed   float64   // share of those in the utility
-	balance float64   // share of the balance term
-	dynamic float64   // share of the terms over group and link, and of being near
-	terms   []term    // over group and link; their weights are shares of dynamic
-	nearer  float64   // share of dynamic of being near
-	grouped []constraint
+	static   []refusal // by node; zero: none
+	open     []int32   // nodes that are for it, as far as static says
+	utility  []float64 // by node, in [0,1]: of the terms that do not depend on where instances are
+	fixed    float64   // share of those in the utility
+	balance  float64   // share of the balance term
+	dynamic  float64   // share of the terms over group and link, and of being near
+	terms    []term    // over group and link; their weights are shares of dynamic
+	nearer   float64   // share of dynamic of being near
+	grouped  []constraint
+	requires []constraint // over a node
 }
 
 // classOf names the class of a component. Expressions that look at the component itself make it one of its own.
@@ -78,12 +79,11 @@ const defaultWeight = 6
 
 func (p *problem) newClass(c *placementv1.Component, facts *components.ComponentFacts) *class {
 	out := &class{static: make([]refusal, len(p.nodes)), utility: make([]float64, len(p.nodes))}
-	var requires []constraint
 	for _, r := range compileAll(c) {
 		if r.expr != nil && r.expr.OfGroup() {
 			out.grouped = append(out.grouped, r)
 		} else {
-			requires = append(requires, r)
+			out.requires = append(out.requires, r)
 		}
 	}
 	objective := compileTerms(c.GetObjective())
@@ -115,7 +115,7 @@ func (p *problem) newClass(c *placementv1.Component, facts *components.Component
 	all := fixed + balance + dynamic
 	out.fixed, out.balance, out.dynamic = fixed/all, balance/all, dynamic/all
 	for n := range p.nodes {
-		out.static[n] = refused(&p.nodes[n], c, requires, facts)
+		out.static[n] = refused(&p.nodes[n], c, out.requires, facts)
 		if out.static[n].constraint == "" {
 			out.open = append(out.open, int32(n))
 		}
@@ -162,27 +162,42 @@ func refused(n *node, c *placementv1.Component, requires []constraint, facts *co
 	if !n.receives {
 		return n.refusal
 	}
-	if len(c.GetPlatforms()) > 0 && !slices.Contains(c.GetPlatforms(), n.GetPlatform()) {
-		return refusal{"platform", fmt.Sprintf("it is %s, the artifact has %s", n.GetPlatform(), strings.Join(c.GetPlatforms(), ", "))}
+	if r := platform(n, c); r.constraint != "" {
+		return r
 	}
 	if r, ok := fits(n, c.GetCpuMillis(), c.GetMemoryBytes(), c.GetDiskBytes()); !ok {
 		return r
 	}
 	for _, r := range requires {
-		if r.err != nil {
-			return refusal{r.name, "it does not compile: " + r.err.Error()}
-		}
-		switch ok, err := r.expr.Holds(n.facts, facts); {
-		case err != nil:
-			return refusal{r.name, err.Error()}
-		case !ok:
-			return refusal{r.name, r.source + " is false there"}
+		if v := r.on(n, facts); v.constraint != "" {
+			return v
 		}
 	}
 	if c.GetSpread() != "" {
 		if _, ok := spreadValue(n, c.GetSpread()); !ok {
 			return refusal{"spread", "it has no label " + c.GetSpread()}
 		}
+	}
+	return refusal{}
+}
+
+func platform(n *node, c *placementv1.Component) refusal {
+	if len(c.GetPlatforms()) > 0 && !slices.Contains(c.GetPlatforms(), n.GetPlatform()) {
+		return refusal{"platform", fmt.Sprintf("it is %s, the artifact has %s", n.GetPlatform(), strings.Join(c.GetPlatforms(), ", "))}
+	}
+	return refusal{}
+}
+
+// on is why a constraint does not hold on a node; zero: it holds.
+func (r *constraint) on(n *node, facts *components.ComponentFacts) refusal {
+	if r.err != nil {
+		return refusal{r.name, "it does not compile: " + r.err.Error()}
+	}
+	switch ok, err := r.expr.Holds(n.facts, facts); {
+	case err != nil:
+		return refusal{r.name, err.Error()}
+	case !ok:
+		return refusal{r.name, r.source + " is false there"}
 	}
 	return refusal{}
 }

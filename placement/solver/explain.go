@@ -100,6 +100,12 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 		s.put(i, at)
 	}
 	a.Reason = s.reason(i, second, secondScore, len(open), byConstraint)
+	if (at < 0 || s.isBad(i)) && second < 0 && s.explained < mostExplained {
+		s.explained += len(p.nodes)
+		s.put(i, -1)
+		a.Conflict, a.Remedies = s.conflict(i)
+		s.put(i, at)
+	}
 	return a
 }
 

@@ -93,6 +93,12 @@ func planText(p *placementv1.Plan, refused bool) string {
 			node = "-"
 		}
 		fmt.Fprintf(&b, "%s -> %s (successors %s): %s\n", a.GetInstance(), node, strings.Join(a.GetSuccessors(), " "), a.GetReason())
+		if len(a.GetConflict()) > 0 {
+			fmt.Fprintf(&b, "  no node holds together: %s\n", strings.Join(a.GetConflict(), " + "))
+			for _, r := range a.GetRemedies() {
+				fmt.Fprintf(&b, "  feasible %s\n", r)
+			}
+		}
 		if refused {
 			for _, r := range a.GetRefused() {
 				fmt.Fprintf(&b, "  not %s: %s: %s\n", r.GetNode(), r.GetConstraint(), r.GetDetail())

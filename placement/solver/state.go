@@ -26,6 +26,7 @@ type state struct {
 	moves          int
 	movers         []int // instances that move
 	evals, budget  int
+	explained      int // nodes that were looked at to say why an instance has none
 }
 
 // newState is the current plan: each instance where it runs, and which of them may not stay.
@@ -397,6 +398,12 @@ func (s *state) left(d, to, n int) int {
 
 // feasible is blocked with words.
 func (s *state) feasible(i, n int) (refusal, bool) {
+	b := s.blocked(i, n)
+	return s.phrase(b, i, n), b == allowed
+}
+
+// phrase says in words what blocks instance i (nowhere now) on node n.
+func (s *state) phrase(b block, i, n int) refusal {
 	in := &s.p.insts[i]
 	c := &s.p.comps[in.comp]
 	node := &s.p.nodes[n]
@@ -406,25 +413,25 @@ func (s *state) feasible(i, n int) (refusal, bool) {
 		}
 		return offered - taken
 	}
-	switch b := s.blocked(i, n); b {
+	switch b {
 	case allowed:
-		return refusal{}, true
+		return refusal{}
 	case byStatic:
-		return c.static[n], false
+		return c.static[n]
 	case byAvoid:
-		return refusal{"excluded", "it failed there lately"}, false
+		return refusal{"excluded", "it failed there lately"}
 	case byPin:
-		return refusal{"pinned", "it is pinned to " + s.p.nodes[in.pin].name}, false
+		return refusal{"pinned", "it is pinned to " + s.p.nodes[in.pin].name}
 	case byNode:
-		return refusal{"each-node", "it belongs to another node"}, false
+		return refusal{"each-node", "it belongs to another node"}
 	case byCPU:
-		return refusal{"capacity", fmt.Sprintf("cpu: %s wanted, %s left", cores(c.GetCpuMillis()), cores(left(node.GetCpuMillis(), s.cpu[n])))}, false
+		return refusal{"capacity", fmt.Sprintf("cpu: %s wanted, %s left", cores(c.GetCpuMillis()), cores(left(node.GetCpuMillis(), s.cpu[n])))}
 	case byMemory:
-		return refusal{"capacity", fmt.Sprintf("memory: %s wanted, %s left", mibs(c.GetMemoryBytes()), mibs(left(node.GetMemoryBytes(), s.mem[n])))}, false
+		return refusal{"capacity", fmt.Sprintf("memory: %s wanted, %s left", mibs(c.GetMemoryBytes()), mibs(left(node.GetMemoryBytes(), s.mem[n])))}
 	case byDisk:
-		return refusal{"capacity", fmt.Sprintf("disk: %s wanted, %s left", mibs(c.GetDiskBytes()), mibs(left(node.GetDiskBytes(), s.disk[n])))}, false
+		return refusal{"capacity", fmt.Sprintf("disk: %s wanted, %s left", mibs(c.GetDiskBytes()), mibs(left(node.GetDiskBytes(), s.disk[n])))}
 	case bySpread:
-		return refusal{"spread", fmt.Sprintf("%d of %s on the same %s already", c.limit, c.GetKey(), c.GetSpread())}, false
+		return refusal{"spread", fmt.Sprintf("%d of %s on the same %s already", c.limit, c.GetKey(), c.GetSpread())}
 	case byNear:
 		for k := range c.nears {
 			r := &c.nears[k]
@@ -432,24 +439,24 @@ func (s *state) feasible(i, n int) (refusal, bool) {
 				continue
 			}
 			if r.same {
-				return refusal{"together", "no " + s.p.comps[r.to].GetKey() + " runs there"}, false
+				return refusal{"together", "no " + s.p.comps[r.to].GetKey() + " runs there"}
 			}
 			d := s.distance(r.to, n, -1)
 			if math.IsInf(d, 1) {
-				return refusal{"near", "no round trip to " + s.p.comps[r.to].GetKey() + " is known"}, false
+				return refusal{"near", "no round trip to " + s.p.comps[r.to].GetKey() + " is known"}
 			}
-			return refusal{"near", fmt.Sprintf("%s to %s, at most %s wanted", millis(d), s.p.comps[r.to].GetKey(), millis(r.limit))}, false
+			return refusal{"near", fmt.Sprintf("%s to %s, at most %s wanted", millis(d), s.p.comps[r.to].GetKey(), millis(r.limit))}
 		}
 	case byApart, byDiameter, byBudget, byCount, byGroup:
-		return s.word(b, i, n), false
+		return s.word(b, i, n)
 	}
 	for _, d := range c.nearOf {
 		if k := s.left(d, in.comp, n); k >= 0 {
 			if s.p.comps[d].nears[k].same {
-				return refusal{"together", s.p.comps[d].GetKey() + " would be left alone"}, false
+				return refusal{"together", s.p.comps[d].GetKey() + " would be left alone"}
 			}
-			return refusal{"near", s.p.comps[d].GetKey() + " wants to be near and would be too far"}, false
+			return refusal{"near", s.p.comps[d].GetKey() + " wants to be near and would be too far"}
 		}
 	}
-	return refusal{"near", "what wants to be near would be too far"}, false
+	return refusal{"near", "what wants to be near would be too far"}
 }

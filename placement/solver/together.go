@@ -209,33 +209,39 @@ func (s *state) linked(d int, nodes []int) float64 {
 
 // crowded checks apart, max_diameter, budget, how many may share a node, and constraints over the group, for instance i (nowhere now) on node n.
 func (s *state) crowded(i, n int) block {
+	for _, b := range crowding {
+		if s.crowds(i, n, b) {
+			return b
+		}
+	}
+	return allowed
+}
+
+// crowding is what crowded looks at, in this order.
+var crowding = [...]block{byApart, byDiameter, byBudget, byCount, byGroup}
+
+// crowds checks one of them.
+func (s *state) crowds(i, n int, b block) bool {
 	p := s.p
 	in := &p.insts[i]
 	c := &p.comps[in.comp]
-	for _, d := range c.apart {
-		if s.runs(d, n) {
-			return byApart
+	switch b {
+	case byApart:
+		return slices.ContainsFunc(c.apart, func(d int) bool { return s.runs(d, n) })
+	case byDiameter:
+		return c.GetMaxDiameterMs() > 0 && slices.ContainsFunc(c.insts, func(j int) bool {
+			return s.at[j] >= 0 && !s.isBad(j) && p.between(n, s.at[j]) > c.GetMaxDiameterMs()
+		})
+	case byBudget:
+		return c.budget != nil && !(s.costs(c.app, n) <= *c.budget+epsilon) // so that no price is too much
+	case byCount:
+		most := 0
+		if p.tight {
+			most = s.mostOn(n, in.comp)
 		}
+		return most > 0 && s.count[n] >= most
 	}
-	if c.GetMaxDiameterMs() > 0 {
-		for _, j := range c.insts {
-			if m := s.at[j]; m >= 0 && !s.isBad(j) && p.between(n, m) > c.GetMaxDiameterMs() {
-				return byDiameter
-			}
-		}
-	}
-	if c.budget != nil && !(s.costs(c.app, n) <= *c.budget+epsilon) { // so that no price is too much
-		return byBudget
-	}
-	if p.tight {
-		if most := s.mostOn(n, in.comp); most > 0 && s.count[n] >= most {
-			return byCount
-		}
-	}
-	if len(c.grouped) > 0 && s.broken(i, n) >= 0 {
-		return byGroup
-	}
-	return allowed
+	return len(c.grouped) > 0 && s.broken(i, n) >= 0
 }
 
 // costs is what the nodes that an application uses come to with node n among them.

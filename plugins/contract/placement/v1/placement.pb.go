@@ -1027,7 +1027,9 @@ type Assignment struct {
 	RunnerUp      string                 `protobuf:"bytes,5,opt,name=runner_up,json=runnerUp,proto3" json:"runner_up,omitempty"`
 	RunnerUpScore float64                `protobuf:"fixed64,6,opt,name=runner_up_score,json=runnerUpScore,proto3" json:"runner_up_score,omitempty"`
 	Refused       []*Refusal             `protobuf:"bytes,7,rep,name=refused,proto3" json:"refused,omitempty"`
-	Reason        string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"` // one line: why here
+	Reason        string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`      // one line: why here
+	Conflict      []string               `protobuf:"bytes,9,rep,name=conflict,proto3" json:"conflict,omitempty"`  // no node is feasible: constraints that no node holds together, none of which can be left out
+	Remedies      []string               `protobuf:"bytes,10,rep,name=remedies,proto3" json:"remedies,omitempty"` // and what would make one feasible
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1118,6 +1120,173 @@ func (x *Assignment) GetReason() string {
 	return ""
 }
 
+func (x *Assignment) GetConflict() []string {
+	if x != nil {
+		return x.Conflict
+	}
+	return nil
+}
+
+func (x *Assignment) GetRemedies() []string {
+	if x != nil {
+		return x.Remedies
+	}
+	return nil
+}
+
+// ReplayRequest asks a node to solve again what it decided as coordinator.
+type ReplayRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayRequest) Reset() {
+	*x = ReplayRequest{}
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayRequest) ProtoMessage() {}
+
+func (x *ReplayRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayRequest.ProtoReflect.Descriptor instead.
+func (*ReplayRequest) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ReplayRequest) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+type ReplayReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Found         bool                   `protobuf:"varint,1,opt,name=found,proto3" json:"found,omitempty"`
+	Same          bool                   `protobuf:"varint,2,opt,name=same,proto3" json:"same,omitempty"` // the plan is the same, byte for byte
+	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	UnixMs        uint64                 `protobuf:"varint,4,opt,name=unix_ms,json=unixMs,proto3" json:"unix_ms,omitempty"` // when it was decided
+	RequestBytes  uint64                 `protobuf:"varint,5,opt,name=request_bytes,json=requestBytes,proto3" json:"request_bytes,omitempty"`
+	PlanBytes     uint64                 `protobuf:"varint,6,opt,name=plan_bytes,json=planBytes,proto3" json:"plan_bytes,omitempty"`
+	TookMs        float64                `protobuf:"fixed64,7,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	Objective     float64                `protobuf:"fixed64,8,opt,name=objective,proto3" json:"objective,omitempty"`
+	Candidates    []string               `protobuf:"bytes,9,rep,name=candidates,proto3" json:"candidates,omitempty"` // digests that begin so, when there are several
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayReply) Reset() {
+	*x = ReplayReply{}
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayReply) ProtoMessage() {}
+
+func (x *ReplayReply) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayReply.ProtoReflect.Descriptor instead.
+func (*ReplayReply) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ReplayReply) GetFound() bool {
+	if x != nil {
+		return x.Found
+	}
+	return false
+}
+
+func (x *ReplayReply) GetSame() bool {
+	if x != nil {
+		return x.Same
+	}
+	return false
+}
+
+func (x *ReplayReply) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ReplayReply) GetUnixMs() uint64 {
+	if x != nil {
+		return x.UnixMs
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetRequestBytes() uint64 {
+	if x != nil {
+		return x.RequestBytes
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetPlanBytes() uint64 {
+	if x != nil {
+		return x.PlanBytes
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetObjective() float64 {
+	if x != nil {
+		return x.Objective
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetCandidates() []string {
+	if x != nil {
+		return x.Candidates
+	}
+	return nil
+}
+
 type Refusal struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1129,7 +1298,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[11]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1141,7 +1310,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[11]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1154,7 +1323,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{11}
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Refusal) GetNode() string {
@@ -1300,7 +1469,7 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\x10objective_before\x18\x03 \x01(\x01R\x0fobjectiveBefore\x12\x14\n" +
 	"\x05bound\x18\x04 \x01(\x01R\x05bound\x12B\n" +
 	"\vassignments\x18\x05 \x03(\v2 .coppice.placement.v1.AssignmentR\vassignments\x12\x18\n" +
-	"\aoptimal\x18\x06 \x01(\bR\aoptimal\"\x88\x02\n" +
+	"\aoptimal\x18\x06 \x01(\bR\aoptimal\"\xc0\x02\n" +
 	"\n" +
 	"Assignment\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
@@ -1312,7 +1481,25 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\trunner_up\x18\x05 \x01(\tR\brunnerUp\x12&\n" +
 	"\x0frunner_up_score\x18\x06 \x01(\x01R\rrunnerUpScore\x127\n" +
 	"\arefused\x18\a \x03(\v2\x1d.coppice.placement.v1.RefusalR\arefused\x12\x16\n" +
-	"\x06reason\x18\b \x01(\tR\x06reason\"U\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\x12\x1a\n" +
+	"\bconflict\x18\t \x03(\tR\bconflict\x12\x1a\n" +
+	"\bremedies\x18\n" +
+	" \x03(\tR\bremedies\"'\n" +
+	"\rReplayRequest\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"\x83\x02\n" +
+	"\vReplayReply\x12\x14\n" +
+	"\x05found\x18\x01 \x01(\bR\x05found\x12\x12\n" +
+	"\x04same\x18\x02 \x01(\bR\x04same\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x17\n" +
+	"\aunix_ms\x18\x04 \x01(\x04R\x06unixMs\x12#\n" +
+	"\rrequest_bytes\x18\x05 \x01(\x04R\frequestBytes\x12\x1d\n" +
+	"\n" +
+	"plan_bytes\x18\x06 \x01(\x04R\tplanBytes\x12\x17\n" +
+	"\atook_ms\x18\a \x01(\x01R\x06tookMs\x12\x1c\n" +
+	"\tobjective\x18\b \x01(\x01R\tobjective\x12\x1e\n" +
+	"\n" +
+	"candidates\x18\t \x03(\tR\n" +
+	"candidates\"U\n" +
 	"\aRefusal\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1e\n" +
 	"\n" +
@@ -1334,22 +1521,24 @@ func file_plugins_contract_placement_v1_placement_proto_rawDescGZIP() []byte {
 	return file_plugins_contract_placement_v1_placement_proto_rawDescData
 }
 
-var file_plugins_contract_placement_v1_placement_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_plugins_contract_placement_v1_placement_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_plugins_contract_placement_v1_placement_proto_goTypes = []any{
-	(*SolveRequest)(nil), // 0: coppice.placement.v1.SolveRequest
-	(*Snapshot)(nil),     // 1: coppice.placement.v1.Snapshot
-	(*Node)(nil),         // 2: coppice.placement.v1.Node
-	(*Link)(nil),         // 3: coppice.placement.v1.Link
-	(*Component)(nil),    // 4: coppice.placement.v1.Component
-	(*Rule)(nil),         // 5: coppice.placement.v1.Rule
-	(*Term)(nil),         // 6: coppice.placement.v1.Term
-	(*Instance)(nil),     // 7: coppice.placement.v1.Instance
-	(*Policy)(nil),       // 8: coppice.placement.v1.Policy
-	(*Plan)(nil),         // 9: coppice.placement.v1.Plan
-	(*Assignment)(nil),   // 10: coppice.placement.v1.Assignment
-	(*Refusal)(nil),      // 11: coppice.placement.v1.Refusal
-	nil,                  // 12: coppice.placement.v1.Node.LabelsEntry
-	nil,                  // 13: coppice.placement.v1.Node.FactsEntry
+	(*SolveRequest)(nil),  // 0: coppice.placement.v1.SolveRequest
+	(*Snapshot)(nil),      // 1: coppice.placement.v1.Snapshot
+	(*Node)(nil),          // 2: coppice.placement.v1.Node
+	(*Link)(nil),          // 3: coppice.placement.v1.Link
+	(*Component)(nil),     // 4: coppice.placement.v1.Component
+	(*Rule)(nil),          // 5: coppice.placement.v1.Rule
+	(*Term)(nil),          // 6: coppice.placement.v1.Term
+	(*Instance)(nil),      // 7: coppice.placement.v1.Instance
+	(*Policy)(nil),        // 8: coppice.placement.v1.Policy
+	(*Plan)(nil),          // 9: coppice.placement.v1.Plan
+	(*Assignment)(nil),    // 10: coppice.placement.v1.Assignment
+	(*ReplayRequest)(nil), // 11: coppice.placement.v1.ReplayRequest
+	(*ReplayReply)(nil),   // 12: coppice.placement.v1.ReplayReply
+	(*Refusal)(nil),       // 13: coppice.placement.v1.Refusal
+	nil,                   // 14: coppice.placement.v1.Node.LabelsEntry
+	nil,                   // 15: coppice.placement.v1.Node.FactsEntry
 }
 var file_plugins_contract_placement_v1_placement_proto_depIdxs = []int32{
 	1,  // 0: coppice.placement.v1.SolveRequest.snapshot:type_name -> coppice.placement.v1.Snapshot
@@ -1357,14 +1546,14 @@ var file_plugins_contract_placement_v1_placement_proto_depIdxs = []int32{
 	2,  // 2: coppice.placement.v1.Snapshot.nodes:type_name -> coppice.placement.v1.Node
 	4,  // 3: coppice.placement.v1.Snapshot.components:type_name -> coppice.placement.v1.Component
 	3,  // 4: coppice.placement.v1.Snapshot.links:type_name -> coppice.placement.v1.Link
-	12, // 5: coppice.placement.v1.Node.labels:type_name -> coppice.placement.v1.Node.LabelsEntry
-	13, // 6: coppice.placement.v1.Node.facts:type_name -> coppice.placement.v1.Node.FactsEntry
+	14, // 5: coppice.placement.v1.Node.labels:type_name -> coppice.placement.v1.Node.LabelsEntry
+	15, // 6: coppice.placement.v1.Node.facts:type_name -> coppice.placement.v1.Node.FactsEntry
 	6,  // 7: coppice.placement.v1.Component.objective:type_name -> coppice.placement.v1.Term
 	7,  // 8: coppice.placement.v1.Component.instances:type_name -> coppice.placement.v1.Instance
 	5,  // 9: coppice.placement.v1.Component.rules:type_name -> coppice.placement.v1.Rule
 	6,  // 10: coppice.placement.v1.Component.soft:type_name -> coppice.placement.v1.Term
 	10, // 11: coppice.placement.v1.Plan.assignments:type_name -> coppice.placement.v1.Assignment
-	11, // 12: coppice.placement.v1.Assignment.refused:type_name -> coppice.placement.v1.Refusal
+	13, // 12: coppice.placement.v1.Assignment.refused:type_name -> coppice.placement.v1.Refusal
 	0,  // 13: coppice.placement.v1.Placement.Solve:input_type -> coppice.placement.v1.SolveRequest
 	9,  // 14: coppice.placement.v1.Placement.Solve:output_type -> coppice.placement.v1.Plan
 	14, // [14:15] is the sub-list for method output_type
@@ -1386,7 +1575,7 @@ func file_plugins_contract_placement_v1_placement_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugins_contract_placement_v1_placement_proto_rawDesc), len(file_plugins_contract_placement_v1_placement_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
