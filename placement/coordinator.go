@@ -16,7 +16,6 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coppice-project/coppice/components"
-	componentsv1 "github.com/coppice-project/coppice/components/v1"
 	"github.com/coppice-project/coppice/placement/solver"
 	placementv1 "github.com/coppice-project/coppice/plugins/contract/placement/v1"
 )
@@ -320,15 +319,15 @@ func Digest(req *placementv1.SolveRequest) (string, error) {
 	return "sha256:" + hex.EncodeToString(sum[:]), nil
 }
 
-// Plan is the plan as it would be with app as its desired state, in place of what there is of that name. It changes nothing and works
-// on any node whose Facts and Solver do.
-func (c *Coordinator) Plan(ctx context.Context, app *componentsv1.Application) (*placementv1.SolveRequest, *placementv1.Plan, error) {
+// Plan is the plan as it would be, were the cluster as q says. It changes nothing and works on any node whose Facts and Solver do.
+func (c *Coordinator) Plan(ctx context.Context, q Whatif) (*placementv1.SolveRequest, *placementv1.Plan, error) {
 	view, err := c.cfg.Facts.View(ctx)
 	if err != nil {
-		return nil, nil, fmt.Errorf("plan %s: no view of the cluster: %w", app.GetName(), err)
+		return nil, nil, fmt.Errorf("no view of the cluster: %w", err)
 	}
-	view.Applications = slices.DeleteFunc(slices.Clone(view.Applications), func(a *componentsv1.Application) bool { return a.GetName() == app.GetName() })
-	view.Applications = append(view.Applications, app)
+	if err := q.apply(&view); err != nil {
+		return nil, nil, err
+	}
 	snap, _, problems := Snapshot(view, c.remember(view))
 	if len(problems) > 0 {
 		c.cfg.Log.Debug("plan leaves out desired state that cannot be read", "problems", problems)
@@ -337,7 +336,7 @@ func (c *Coordinator) Plan(ctx context.Context, app *componentsv1.Application) (
 	req := &placementv1.SolveRequest{Snapshot: snap, Policy: policy}
 	plan, err := c.solve(ctx, req)
 	if err != nil {
-		return nil, nil, fmt.Errorf("plan %s: %w", app.GetName(), err)
+		return nil, nil, err
 	}
 	return req, plan, nil
 }

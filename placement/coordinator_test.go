@@ -237,7 +237,7 @@ func TestOnlyTheCoordinatorActs(t *testing.T) {
 		}
 		app := read(w, func() *componentsv1.Application { return proto.CloneOf(w.apps["shop"]) })
 		app.Name = "other"
-		_, plan, err := w.c.Plan(t.Context(), app)
+		_, plan, err := w.c.Plan(t.Context(), Whatif{Application: app})
 		if err != nil || !plan.GetFeasible() || len(plan.GetAssignments()) != 8 {
 			t.Errorf("what-if on a node that does not lead: %v, %v", plan, err)
 		}

@@ -33,7 +33,7 @@ func (s *state) conflict(i int) (set, remedies []string) {
 		}
 	}
 	if len(nodes) == 0 {
-		return []string{"no node receives instances: all are dead, draining, quarantined or vote only"}, []string{"another node, or coppice readmit of one"}
+		return []string{"no node receives instances: all are dead, draining, quarantined or vote only"}, []string{"with another node, or after coppice readmit of one"}
 	}
 	names := make([]string, 0, len(count))
 	for name := range count {
@@ -95,7 +95,7 @@ func (s *state) remedies(nodes []int, all [][]refusal) []string {
 	for _, r := range all[least] {
 		parts = append(parts, fmt.Sprintf("%s (%s)", r.constraint, r.detail))
 	}
-	return []string{fmt.Sprintf("%s, without all of %s", s.p.nodes[nodes[least]].name, strings.Join(parts, ", "))}
+	return []string{fmt.Sprintf("on %s without all of %s", s.p.nodes[nodes[least]].name, strings.Join(parts, ", "))}
 }
 
 // violations are all constraints that instance i, nowhere now, would break on node n, which receives.
