@@ -86,7 +86,7 @@ func (n *Node) openPlatform() (err error) {
 	peers.ServeCalls(p, protoSurvey, func() *componentsv1.SurveyRequest { return &componentsv1.SurveyRequest{} }, n.serveSurvey)
 	peers.ServeCalls(p, protoReplay, func() *placementv1.ReplayRequest { return &placementv1.ReplayRequest{} }, n.serveReplay)
 	c := coordinator{n}
-	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Interval: facts.PaceOf(n.cfg.Profile).Rounds, Log: n.log}); err != nil {
+	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Interval: facts.PaceOf(n.cfg.Profile).Rounds, FactsLast: facts.PaceOf(n.cfg.Profile).Reports, Log: n.log}); err != nil {
 		return err
 	}
 	return n.registerTables()

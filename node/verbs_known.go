@@ -249,6 +249,8 @@ func (n *Node) decision(ctx context.Context, name string) *apiv1.Decision {
 	if !ok {
 		if out.Reason == "" {
 			out.Reason = "not placed yet: no decision was recorded"
+		} else {
+			out.Trigger = "placement"
 		}
 		return out
 	}

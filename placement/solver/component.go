@@ -39,14 +39,15 @@ func (p *problem) newComp(c *placementv1.Component) comp {
 
 // class is what components have in common whose constraints and terms say the same: of thousands of components most are of few.
 type class struct {
-	static   []refusal // by node; zero: none
-	open     []int32   // nodes that are for it, as far as static says
-	utility  []float64 // by node, in [0,1]: of the terms that do not depend on where instances are
-	fixed    float64   // share of those in the utility
-	balance  float64   // share of the balance term
-	dynamic  float64   // share of the terms over group and link, and of being near
-	terms    []term    // over group and link; their weights are shares of dynamic
-	nearer   float64   // share of dynamic of being near
+	static   []refusal    // by node; zero: none
+	doubted  map[int]bool // nodes that are refused only for what old facts may be
+	open     []int32      // nodes that are for it, as far as static says
+	utility  []float64    // by node, in [0,1]: of the terms that do not depend on where instances are
+	fixed    float64      // share of those in the utility
+	balance  float64      // share of the balance term
+	dynamic  float64      // share of the terms over group and link, and of being near
+	terms    []term       // over group and link; their weights are shares of dynamic
+	nearer   float64      // share of dynamic of being near
 	grouped  []constraint
 	requires []constraint // over a node
 }
@@ -78,7 +79,7 @@ func classOf(c *placementv1.Component, facts *components.ComponentFacts) string 
 const defaultWeight = 6
 
 func (p *problem) newClass(c *placementv1.Component, facts *components.ComponentFacts) *class {
-	out := &class{static: make([]refusal, len(p.nodes)), utility: make([]float64, len(p.nodes))}
+	out := &class{doubted: map[int]bool{}, static: make([]refusal, len(p.nodes)), utility: make([]float64, len(p.nodes))}
 	for _, r := range compileAll(c) {
 		if r.expr != nil && r.expr.OfGroup() {
 			out.grouped = append(out.grouped, r)
@@ -115,7 +116,11 @@ func (p *problem) newClass(c *placementv1.Component, facts *components.Component
 	all := fixed + balance + dynamic
 	out.fixed, out.balance, out.dynamic = fixed/all, balance/all, dynamic/all
 	for n := range p.nodes {
-		out.static[n] = refused(&p.nodes[n], c, out.requires, facts)
+		if out.static[n] = refused(&p.nodes[n], c, out.requires, facts); out.static[n].constraint == "" && p.nodes[n].doubt > 0 {
+			if out.static[n] = doubtful(&p.nodes[n], out.requires, facts); out.static[n].constraint != "" {
+				out.doubted[n] = true
+			}
+		}
 		if out.static[n].constraint == "" {
 			out.open = append(out.open, int32(n))
 		}
@@ -124,7 +129,7 @@ func (p *problem) newClass(c *placementv1.Component, facts *components.Component
 			sum = ours * defaultUtility(&p.nodes[n])
 		}
 		if len(ofNode) > 0 {
-			sum += weighted(ofNode, p.nodes[n].facts, facts)
+			sum += weighted(ofNode, &p.nodes[n], facts)
 		}
 		if fixed > 0 {
 			out.utility[n] = sum / fixed
@@ -169,13 +174,25 @@ func refused(n *node, c *placementv1.Component, requires []constraint, facts *co
 		return r
 	}
 	for _, r := range requires {
-		if v := r.on(n, facts); v.constraint != "" {
+		if v := r.on(n.facts, facts); v.constraint != "" {
 			return v
 		}
 	}
 	if c.GetSpread() != "" {
 		if _, ok := spreadValue(n, c.GetSpread()); !ok {
 			return refusal{"spread", "it has no label " + c.GetSpread()}
+		}
+	}
+	return refusal{}
+}
+
+// doubtful is why a node is refused that would not be, were its facts as they say; zero: it is not.
+func doubtful(n *node, requires []constraint, facts *components.ComponentFacts) refusal {
+	for _, end := range n.ends {
+		for _, r := range requires {
+			if v := r.on(end, facts); v.constraint != "" {
+				return refusal{v.constraint, v.detail + ", as far as is known: " + n.aged()}
+			}
 		}
 	}
 	return refusal{}
@@ -189,11 +206,11 @@ func platform(n *node, c *placementv1.Component) refusal {
 }
 
 // on is why a constraint does not hold on a node; zero: it holds.
-func (r *constraint) on(n *node, facts *components.ComponentFacts) refusal {
+func (r *constraint) on(n *components.NodeFacts, facts *components.ComponentFacts) refusal {
 	if r.err != nil {
 		return refusal{r.name, "it does not compile: " + r.err.Error()}
 	}
-	switch ok, err := r.expr.Holds(n.facts, facts); {
+	switch ok, err := r.expr.Holds(n, facts); {
 	case err != nil:
 		return refusal{r.name, err.Error()}
 	case !ok:
@@ -297,15 +314,23 @@ func compileTerms(in []*placementv1.Term) []term {
 }
 
 // weighted is the sum of bounded deviations by their weights. What is unknown of a node counts as the worst: an unobserved node is
-// no candidate to prefer.
-func weighted(terms []term, n *components.NodeFacts, c *components.ComponentFacts) float64 {
+// no candidate to prefer. What may be one thing or another counts as the worse of them.
+func weighted(terms []term, n *node, c *components.ComponentFacts) float64 {
 	sum := 0.0
 	for _, t := range terms {
-		v, err := t.expr.Value(n, c)
+		v, err := t.expr.Value(n.facts, c)
 		if err != nil {
 			continue
 		}
-		sum += t.weight * deviation(v, t.from, t.to, t.high)
+		worth := deviation(v, t.from, t.to, t.high)
+		for _, end := range n.ends {
+			if v, err = t.expr.Value(end, c); err != nil {
+				worth = 0
+				break
+			}
+			worth = math.Min(worth, deviation(v, t.from, t.to, t.high))
+		}
+		sum += t.weight * worth
 	}
 	return sum
 }
@@ -324,8 +349,16 @@ const defaultBalance = 0.5
 
 // defaultUtility is the part of the default objective that does not depend on placement. What is unknown counts as the middle.
 func defaultUtility(n *node) float64 {
-	load, memory := 0.5, 0.5
-	facts := n.GetFacts()
+	load, memory := n.ofFacts(n.facts.Facts)
+	for _, end := range n.ends {
+		l, m := n.ofFacts(end.Facts)
+		load, memory = math.Min(load, l), math.Min(memory, m)
+	}
+	return (2*load + memory) / 3
+}
+
+func (n *node) ofFacts(facts map[string]float64) (load, memory float64) {
+	load, memory = 0.5, 0.5
 	v, ok := facts["load5"]
 	if !ok {
 		v, ok = facts["load1"]
@@ -336,5 +369,5 @@ func defaultUtility(n *node) float64 {
 	if v, ok := facts["free_mib"]; ok && n.GetMemoryBytes() > 0 {
 		memory = deviation(v*mib/float64(n.GetMemoryBytes()), 0, 1, true)
 	}
-	return (2*load + memory) / 3
+	return load, memory
 }

@@ -118,7 +118,11 @@ func (s *state) violations(i, n int) []refusal {
 	}
 	add(platform(node, c.Component))
 	for _, r := range c.requires {
-		add(r.on(node, c.facts))
+		v := r.on(node.facts, c.facts)
+		if v.constraint == "" {
+			v = doubtful(node, []constraint{r}, c.facts)
+		}
+		add(v)
 	}
 	if in.avoid[n] {
 		add(refusal{"excluded", "it failed there lately"})

@@ -163,6 +163,11 @@ func (s *state) reason(i, second int, secondScore float64, open int, refusedBy m
 	if in.pinNote != "" {
 		note = "; " + in.pinNote
 	}
+	if at >= 0 {
+		if aged := p.nodes[at].aged(); aged != "" {
+			note += "; " + aged
+		}
+	}
 	if at < 0 {
 		if len(p.nodes) == 0 {
 			return "no node is known" + note
@@ -173,6 +178,9 @@ func (s *state) reason(i, second int, secondScore float64, open int, refusedBy m
 	next := "no other node is feasible"
 	if second >= 0 {
 		next = fmt.Sprintf("next is %s with %.3f", p.nodes[second].name, secondScore)
+		if aged := p.nodes[second].aged(); aged != "" {
+			next += " (" + aged + ")"
+		}
 	}
 	score := s.scored(i)
 	switch {

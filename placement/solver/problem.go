@@ -35,8 +35,10 @@ type node struct {
 	*placementv1.Node
 	name  string
 	facts *components.NodeFacts
-	area  int     // number of its zone
-	price float64 // its label, or a fact; not a number: it has none
+	ends  []*components.NodeFacts // the ends of the intervals that facts are in, by their age; none: they are as they say
+	doubt float64                 // how wide those are, as a share of what they say
+	area  int                     // number of its zone
+	price float64                 // its label, or a fact; not a number: it has none
 	// receives: it may be given instances. keeps: what runs there may stay. Neither: what ran there is lost.
 	receives, keeps bool
 	refusal         refusal // why it does not receive
@@ -135,7 +137,7 @@ func (p *problem) addNodes(in []*placementv1.Node) error {
 			return fmt.Errorf("node id %q is empty or there twice", n.GetId())
 		}
 		p.nodeOf[n.GetId()] = len(p.nodes)
-		node := newNode(n)
+		node := newNode(n, p.policy)
 		if _, ok := p.areas[n.GetZone()]; !ok {
 			p.areas[n.GetZone()] = len(p.areas)
 		}
@@ -147,9 +149,9 @@ func (p *problem) addNodes(in []*placementv1.Node) error {
 
 const mib = 1 << 20
 
-func newNode(n *placementv1.Node) node {
+func newNode(n *placementv1.Node, policy *placementv1.Policy) node {
 	out := node{Node: n, name: cmp.Or(n.GetName(), n.GetId()), price: math.NaN()}
-	facts := n.GetFacts()
+	facts := finite(n.GetFacts())
 	if v, err := strconv.ParseFloat(n.GetLabels()["price"], 64); err == nil && v >= 0 && !math.IsInf(v, 0) {
 		facts = maps.Clone(facts)
 		if facts == nil {
@@ -160,11 +162,8 @@ func newNode(n *placementv1.Node) node {
 	if v, ok := facts["price"]; ok {
 		out.price = v
 	}
-	out.facts = &components.NodeFacts{
-		ID: n.GetId(), Name: n.GetName(), Zone: n.GetZone(), Role: n.GetRole(), Platform: n.GetPlatform(), State: n.GetState(),
-		Draining: n.GetDraining(), Labels: n.GetLabels(), Facts: facts,
-		CPU: float64(n.GetCpuMillis()) / 1000, MemoryMiB: float64(n.GetMemoryBytes()) / mib, DiskMiB: float64(n.GetDiskBytes()) / mib,
-	}
+	out.facts = nodeFacts(n, facts)
+	out.stale(policy, facts)
 	switch {
 	case n.GetState() == "dead" || n.GetState() == "left":
 		out.refusal = refusal{"alive", "it is " + n.GetState()}
@@ -181,6 +180,62 @@ func newNode(n *placementv1.Node) node {
 		out.keeps, out.receives = true, true
 	}
 	return out
+}
+
+func nodeFacts(n *placementv1.Node, facts map[string]float64) *components.NodeFacts {
+	return &components.NodeFacts{
+		ID: n.GetId(), Name: n.GetName(), Zone: n.GetZone(), Role: n.GetRole(), Platform: n.GetPlatform(), State: n.GetState(),
+		Draining: n.GetDraining(), Labels: n.GetLabels(), Facts: facts,
+		CPU: float64(n.GetCpuMillis()) / 1000, MemoryMiB: float64(n.GetMemoryBytes()) / mib, DiskMiB: float64(n.GetDiskBytes()) / mib,
+	}
+}
+
+// finite leaves out facts that are no numbers.
+func finite(facts map[string]float64) map[string]float64 {
+	wrong := func(_ string, v float64) bool { return math.IsNaN(v) || math.IsInf(v, 0) }
+	for k, v := range facts {
+		if wrong(k, v) {
+			facts = maps.Clone(facts)
+			maps.DeleteFunc(facts, wrong)
+			break
+		}
+	}
+	return facts
+}
+
+// stale widens what is known of a node by its age: each fact may be less or more than it says.
+func (n *node) stale(policy *placementv1.Policy, facts map[string]float64) {
+	age, fresh, stale := math.Abs(n.GetFactAgeMs()), policy.GetFreshMs(), policy.GetStaleMs()
+	if fresh <= 0 || !(age > fresh) || len(facts) == 0 {
+		return
+	}
+	n.doubt = 1
+	if age < stale {
+		n.doubt = (age - fresh) / (stale - fresh)
+	}
+	for _, f := range []float64{1 - n.doubt, 1 + n.doubt} {
+		scaled := make(map[string]float64, len(facts))
+		for k, v := range facts {
+			scaled[k] = v * f
+		}
+		if !math.IsNaN(n.price) { // what a node costs does not age
+			scaled["price"] = n.price
+		}
+		n.ends = append(n.ends, nodeFacts(n.Node, scaled))
+	}
+}
+
+// aged says how old what is known of a node is, where that makes a difference; "": it does not.
+func (n *node) aged() string {
+	if n.doubt == 0 {
+		return ""
+	}
+	age := math.Round(math.Abs(n.GetFactAgeMs()) / 1000)
+	when := fmt.Sprintf("%g s old", age)
+	if n.GetFactAgeMs() < 0 {
+		when = fmt.Sprintf("dated %g s in the future", age)
+	}
+	return fmt.Sprintf("what is known of %s is %s and counts at its worse end, ±%.0f %%", n.name, when, 100*n.doubt)
 }
 
 func (p *problem) addComponents(in []*placementv1.Component) error {
@@ -340,7 +395,7 @@ func (p *problem) classify(i *inst) {
 		i.must, i.why = true, "it failed there lately"
 	case n.refusal.constraint == "draining" || n.refusal.constraint == "role":
 		i.must, i.why = true, n.name+": "+n.refusal.detail
-	case kept.constraint != "" && !n.receives: // suspect or quarantined: may keep
+	case kept.constraint != "" && (!n.receives || c.doubted[i.current]): // suspect or quarantined, or only facts that grew old speak against it: may keep
 	case kept.constraint != "":
 		i.why = kept.constraint + ": " + kept.detail
 	}
@@ -371,6 +426,8 @@ func (p *problem) pin(i *inst, c *comp) {
 	case !ok:
 		i.pinNote = "pinned to " + i.GetPinned() + ", which is no member"
 	case c.GetEachNode():
+		i.pin = n
+	case n == i.current && c.doubted[n]:
 		i.pin = n
 	case n == i.current && p.nodes[n].keeps && !p.nodes[n].receives && p.nodes[n].refusal.constraint == "alive":
 		i.pin = n

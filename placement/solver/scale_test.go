@@ -22,6 +22,15 @@ func TestLongScale(t *testing.T) {
 					}
 				}
 			}
+			p, err := newProblem(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := newState(p)
+			s.construct()
+			built := s.result().objective
+			newWalk(s, 0).descend(func() bool { return false })
+			climbed := s.result().objective
 			start := time.Now()
 			plan, err := Solve(req)
 			if err != nil {
@@ -34,7 +43,7 @@ func TestLongScale(t *testing.T) {
 					moved++
 				}
 			}
-			t.Logf("%d nodes, %d instances, %s: %s, feasible=%v objective %.4f of at most %.4f, %d placed anew", size[0], size[1], what, time.Since(start), plan.GetFeasible(), plan.GetObjective(), plan.GetBound(), moved)
+			t.Logf("%d nodes, %d instances, %s: %s, feasible=%v objective %.4f of at most %.4f (built %.4f, then climbed %.4f), %d placed anew", size[0], size[1], what, time.Since(start), plan.GetFeasible(), plan.GetObjective(), plan.GetBound(), built, climbed, moved)
 			apply(req, plan)
 			for _, i := range nodesOf(req) {
 				i.SettledMs = 1e6

@@ -175,7 +175,7 @@ type Node struct {
 	MemoryBytes   uint64                 `protobuf:"varint,10,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	DiskBytes     uint64                 `protobuf:"varint,11,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	Facts         map[string]float64     `protobuf:"bytes,12,rep,name=facts,proto3" json:"facts,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"` // load1, load5, free_mib, free_disk_mib, free_cpu_ghz, …; missing = unknown
-	FactAgeMs     float64                `protobuf:"fixed64,13,opt,name=fact_age_ms,json=factAgeMs,proto3" json:"fact_age_ms,omitempty"`
+	FactAgeMs     float64                `protobuf:"fixed64,13,opt,name=fact_age_ms,json=factAgeMs,proto3" json:"fact_age_ms,omitempty"`                                                // below 0: they are dated in the future, which is as bad
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -858,6 +858,8 @@ type Policy struct {
 	MinSettledMs   float64                `protobuf:"fixed64,4,opt,name=min_settled_ms,json=minSettledMs,proto3" json:"min_settled_ms,omitempty"` // an instance is not moved again earlier
 	Successors     uint32                 `protobuf:"varint,5,opt,name=successors,proto3" json:"successors,omitempty"`                            // how many to name for each instance
 	BudgetMs       uint32                 `protobuf:"varint,6,opt,name=budget_ms,json=budgetMs,proto3" json:"budget_ms,omitempty"`                // effort of the search; counted in evaluations, so that the same request gives the same answer
+	FreshMs        float64                `protobuf:"fixed64,7,opt,name=fresh_ms,json=freshMs,proto3" json:"fresh_ms,omitempty"`                  // facts up to this age count as they are; 0: all do
+	StaleMs        float64                `protobuf:"fixed64,8,opt,name=stale_ms,json=staleMs,proto3" json:"stale_ms,omitempty"`                  // from here on they may be anything from nothing to twice what they say; in between in proportion
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -930,6 +932,20 @@ func (x *Policy) GetSuccessors() uint32 {
 func (x *Policy) GetBudgetMs() uint32 {
 	if x != nil {
 		return x.BudgetMs
+	}
+	return 0
+}
+
+func (x *Policy) GetFreshMs() float64 {
+	if x != nil {
+		return x.FreshMs
+	}
+	return 0
+}
+
+func (x *Policy) GetStaleMs() float64 {
+	if x != nil {
+		return x.StaleMs
 	}
 	return 0
 }
@@ -1453,7 +1469,7 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"settled_ms\x18\b \x01(\x01R\tsettledMs\x12\x1e\n" +
 	"\n" +
 	"successors\x18\t \x03(\tR\n" +
-	"successors\"\xd0\x01\n" +
+	"successors\"\x86\x02\n" +
 	"\x06Policy\x12\x1b\n" +
 	"\tmove_cost\x18\x01 \x01(\x01R\bmoveCost\x12)\n" +
 	"\x11move_cost_per_mib\x18\x02 \x01(\x01R\x0emoveCostPerMib\x12\x1b\n" +
@@ -1462,7 +1478,9 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\n" +
 	"successors\x18\x05 \x01(\rR\n" +
 	"successors\x12\x1b\n" +
-	"\tbudget_ms\x18\x06 \x01(\rR\bbudgetMs\"\xdf\x01\n" +
+	"\tbudget_ms\x18\x06 \x01(\rR\bbudgetMs\x12\x19\n" +
+	"\bfresh_ms\x18\a \x01(\x01R\afreshMs\x12\x19\n" +
+	"\bstale_ms\x18\b \x01(\x01R\astaleMs\"\xdf\x01\n" +
 	"\x04Plan\x12\x1a\n" +
 	"\bfeasible\x18\x01 \x01(\bR\bfeasible\x12\x1c\n" +
 	"\tobjective\x18\x02 \x01(\x01R\tobjective\x12)\n" +
