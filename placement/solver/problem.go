@@ -15,20 +15,20 @@ import (
 
 // problem is the request, indexed and with everything evaluated that does not depend on where instances are. Immutable once built.
 type problem struct {
-	policy  *placementv1.Policy
-	nodes   []node // by id
-	comps   []comp // by key
-	insts   []inst // by name
-	nodeOf  map[string]int
-	instOf  map[string]int
-	rtt     map[[2]int]float64 // ms, both directions
-	classes map[string]*class
-	apps    map[string]int
-	areas   map[string]int // numbers of zones
-	tight   bool           // some component bounds how many instances share a node with it
-	active  int            // instances that want a node: N of the mean
-	crowd   float64        // K: a node shared by more than this many others is worth nothing for balance
-	scale   float64        // of the cost of moves
+	policy   *placementv1.Policy
+	nodes    []node // by id
+	comps    []comp // by key
+	insts    []inst // by name
+	nodeOf   map[string]int
+	instOf   map[string]int
+	rtt      map[[2]int]float64 // ms, both directions
+	classes  map[string]*class
+	apps     map[string]int
+	areas    map[string]int // numbers of zones
+	limiting []int          // components that bound how many instances share a node with one of theirs
+	active   int            // instances that want a node: N of the mean
+	crowd    float64        // K: a node shared by more than this many others is worth nothing for balance
+	scale    float64        // of the cost of moves
 }
 
 type node struct {
@@ -357,7 +357,9 @@ func (p *problem) measure() {
 		p.active += running
 		p.spread(c, running)
 		c.running = running
-		p.tight = p.tight || c.GetMaxInstances() > 0
+		if c.GetMaxInstances() > 0 {
+			p.limiting = append(p.limiting, i)
+		}
 	}
 	p.crowd = float64(2*((p.active+max(receiving, 1)-1)/max(receiving, 1)) + 2)
 	p.scale = CostScale / math.Max(float64(p.active), 1)

@@ -11,7 +11,7 @@ func TestLongScale(t *testing.T) {
 	if os.Getenv("COPPICE_LONG") == "" {
 		t.Skip("COPPICE_LONG=1 runs it")
 	}
-	for _, size := range [][2]int{{600, 50}, {600, 600}, {5000, 6000}} {
+	for _, size := range [][2]int{{5, 10}, {10, 30}, {40, 100}, {600, 50}, {600, 600}, {5000, 6000}} {
 		req := large(size[0], size[1])
 		for _, what := range []string{"first", "again", "after the death of a node"} {
 			if what == "after the death of a node" {

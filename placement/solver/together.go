@@ -236,7 +236,7 @@ func (s *state) crowds(i, n int, b block) bool {
 		return c.budget != nil && !(s.costs(c.app, n) <= *c.budget+epsilon) // so that no price is too much
 	case byCount:
 		most := 0
-		if p.tight {
+		if len(p.limiting) > 0 {
 			most = s.mostOn(n, in.comp)
 		}
 		return most > 0 && s.count[n] >= most
@@ -265,8 +265,8 @@ func (s *state) runs(d, n int) bool {
 // mostOn is how many instances node n may have when one of component d is there, by the strictest of those there; 0: any number.
 func (s *state) mostOn(n, d int) int {
 	most := int(s.p.comps[d].GetMaxInstances())
-	for e := range s.p.comps {
-		if k := int(s.p.comps[e].GetMaxInstances()); k > 0 && (most == 0 || k < most) && s.runs(e, n) {
+	for _, e := range s.p.limiting {
+		if k := int(s.p.comps[e].GetMaxInstances()); (most == 0 || k < most) && s.runs(e, n) {
 			most = k
 		}
 	}
@@ -296,7 +296,7 @@ func (s *state) findUnfit() {
 	s.findDear()
 	for _, i := range s.victims(func(i int) bool {
 		c := &s.p.comps[s.p.insts[i].comp]
-		return len(c.apart) > 0 || c.GetMaxDiameterMs() > 0 || s.p.tight || len(c.grouped) > 0
+		return len(c.apart) > 0 || c.GetMaxDiameterMs() > 0 || len(s.p.limiting) > 0 || len(c.grouped) > 0
 	}) {
 		n := s.at[i]
 		s.put(i, -1)
