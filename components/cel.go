@@ -31,11 +31,12 @@ type ComponentFacts struct {
 	CPU, MemoryMiB, DiskMiB          float64
 }
 
-// Expression is a compiled CEL expression over node and component. It is safe for concurrent use. There are no loops in it (of CEL's
-// macros only has is there), so its cost is bounded by its length.
+// Expression is a compiled CEL expression over node and component, or over group, link and component. It is safe for concurrent use. There are no
+// loops in it (of CEL's macros only has is there), and its cost is bounded before it runs.
 type Expression struct {
 	source  string
 	program cel.Program
+	group   bool
 }
 
 // Source is the expression as written.
@@ -73,7 +74,11 @@ func CompileTerm(source string) (*Expression, error) {
 
 // Holds evaluates a constraint. An error says what is unknown of this node; a constraint that cannot be evaluated does not hold.
 func (e *Expression) Holds(n *NodeFacts, c *ComponentFacts) (bool, error) {
-	v, err := e.eval(n, c)
+	return e.holds(&activation{node: n, component: c})
+}
+
+func (e *Expression) holds(a *activation) (bool, error) {
+	v, err := e.eval(a)
 	if err != nil {
 		return false, err
 	}
@@ -86,7 +91,11 @@ func (e *Expression) Holds(n *NodeFacts, c *ComponentFacts) (bool, error) {
 
 // Value evaluates a term. An error says what is unknown of this node.
 func (e *Expression) Value(n *NodeFacts, c *ComponentFacts) (float64, error) {
-	v, err := e.eval(n, c)
+	return e.value(&activation{node: n, component: c})
+}
+
+func (e *Expression) value(a *activation) (float64, error) {
+	v, err := e.eval(a)
 	if err != nil {
 		return 0, err
 	}
@@ -109,8 +118,8 @@ func (e *Expression) Value(n *NodeFacts, c *ComponentFacts) (float64, error) {
 	return 0, fmt.Errorf("%s is %s, not a number", shorten(e.source), v.Type().TypeName())
 }
 
-func (e *Expression) eval(n *NodeFacts, c *ComponentFacts) (ref.Val, error) {
-	v, _, err := e.program.Eval(&activation{node: n, component: c})
+func (e *Expression) eval(a *activation) (ref.Val, error) {
+	v, _, err := e.program.Eval(a)
 	if err != nil {
 		return nil, plainEvalError(err)
 	}
@@ -126,10 +135,11 @@ func plainEvalError(err error) error {
 	return fmt.Errorf("%s", s)
 }
 
-// activation resolves node and component without a map.
+// activation resolves the variables without a map.
 type activation struct {
 	node      *NodeFacts
 	component *ComponentFacts
+	group     *GroupFacts
 }
 
 func (a *activation) ResolveName(name string) (any, bool) {
@@ -138,6 +148,8 @@ func (a *activation) ResolveName(name string) (any, bool) {
 		return a.node, true
 	case "component":
 		return a.component, true
+	case "group", "link":
+		return a.group, true
 	}
 	return nil, false
 }
@@ -155,6 +167,9 @@ var environment = sync.OnceValues(func() (*cel.Env, error) {
 		cel.CustomTypeAdapter(registry),
 		cel.Variable("node", cel.ObjectType(nodeType)),
 		cel.Variable("component", cel.ObjectType(componentType)),
+		cel.Variable("group", cel.ObjectType(groupType)),
+		cel.Variable("link", cel.ObjectType(linkType)),
+		cel.Function("count", cel.MemberOverload("group_count_string", []*cel.Type{cel.ObjectType(groupType), cel.StringType}, cel.IntType, cel.BinaryBinding(countValues))),
 		cel.CrossTypeNumericComparisons(true),
 		cel.ClearMacros(),
 		cel.Macros(cel.HasMacro),
@@ -168,7 +183,7 @@ func compile(source, want string, kinds ...types.Kind) (*Expression, error) {
 		return &ExpressionError{Source: source, Issues: []ExpressionIssue{{Line: 1, Col: 1, Message: message}}}
 	}
 	if strings.TrimSpace(source) == "" {
-		return nil, fail("found nothing, expected an expression over node and component")
+		return nil, fail("found nothing, expected an expression over node, component, group or link")
 	}
 	if len(source) > MaxExpression {
 		return nil, fail(fmt.Sprintf("found %d bytes, expected at most %d", len(source), MaxExpression))
@@ -193,11 +208,23 @@ func compile(source, want string, kinds ...types.Kind) (*Expression, error) {
 	if out := checked.OutputType(); !oneOf(out.Kind(), kinds) {
 		return nil, fail(fmt.Sprintf("found an expression that is %s, expected one that is %s", typeWord(out), want))
 	}
+	used := names(checked)
+	group := used["group"] || used["link"]
+	if group && used["node"] {
+		return nil, fail("found node together with group or link, expected one of them: an expression is over each node or over all instances together")
+	}
+	cost, err := env.EstimateCost(checked, estimator{})
+	if err != nil {
+		return nil, fail(err.Error())
+	}
+	if cost.Max > maxCost {
+		return nil, fail(fmt.Sprintf("found an expression that may cost %d, expected one of at most %d: it is evaluated for each node", cost.Max, maxCost))
+	}
 	program, err := env.Program(checked, cel.EvalOptions(cel.OptOptimize))
 	if err != nil {
 		return nil, fail(err.Error())
 	}
-	return &Expression{source: source, program: program}, nil
+	return &Expression{source: source, program: program, group: group}, nil
 }
 
 // widened parses once more and makes each whole-number literal a double.
@@ -232,10 +259,7 @@ func issuesError(source string, issues *cel.Issues) error {
 func plainIssue(m string) string {
 	if name, ok := strings.CutPrefix(m, "undeclared reference to '"); ok {
 		name, _, _ = strings.Cut(name, "'")
-		if name == "link" || name == "group" {
-			return name + " is not supported by this version: an expression sees node and component"
-		}
-		return fmt.Sprintf("found %q, expected node, component or a function of CEL", name)
+		return fmt.Sprintf("found %q, expected node, component, group, link or a function of CEL", name)
 	}
 	return strings.TrimPrefix(m, "Syntax error: ")
 }

@@ -6,17 +6,17 @@ import (
 	"cel.dev/cel-go/common/types"
 )
 
-// The types of the two variables. They are structures to CEL, so that a misspelt field of component is an error at deploy.
+// The types of node and component. They are structures to CEL, so that a misspelt field of component is an error at deploy.
 const (
 	nodeType      = "coppice.node"
 	componentType = "coppice.component"
 )
 
-// provider tells CEL the fields of our two types; the rest is CEL's own.
+// provider tells CEL the fields of our types; the rest is CEL's own.
 type provider struct{ *types.Registry }
 
 func (p *provider) FindStructType(name string) (*types.Type, bool) {
-	if name == nodeType || name == componentType {
+	if name == nodeType || name == componentType || name == groupType || name == linkType {
 		return types.NewTypeTypeWithParam(types.NewObjectType(name)), true
 	}
 	return p.Registry.FindStructType(name)
@@ -28,6 +28,10 @@ func (p *provider) FindStructFieldNames(name string) ([]string, bool) {
 		return fieldNames(nodeFields), true
 	case componentType:
 		return fieldNames(componentFields), true
+	case groupType:
+		return fieldNames(groupFields), true
+	case linkType:
+		return fieldNames(linkFields), true
 	}
 	return p.Registry.FindStructFieldNames(name)
 }
@@ -41,6 +45,10 @@ func (p *provider) FindStructFieldType(name, field string) (*types.FieldType, bo
 		return factField(field), true
 	case componentType:
 		return find(componentFields, field)
+	case groupType:
+		return find(groupFields, field)
+	case linkType:
+		return find(linkFields, field)
 	}
 	return p.Registry.FindStructFieldType(name, field)
 }

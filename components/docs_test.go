@@ -45,7 +45,7 @@ func TestManifestPage(t *testing.T) {
 			}
 		}
 	}
-	if examples != 3 || errors == "" {
+	if examples != 4 || errors == "" {
 		t.Errorf("%d examples", examples)
 	}
 	all, err := ParseManifests("x.yaml", []byte("application: a\ncomponents: [{name: x, artifact: x}]\n"))

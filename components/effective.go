@@ -25,6 +25,8 @@ type Effective struct {
 	Spec *componentsv1.ComponentSpec
 	// Cost is the application's, nil where it says nothing.
 	Cost *componentsv1.Cost
+	// Budget is the application's, nil: none.
+	Budget *float64
 
 	Digest       string // of the artifact that should run; "" before it is pinned
 	ArtifactName string
@@ -91,6 +93,7 @@ func effective(app *componentsv1.Application, spec *componentsv1.ComponentSpec) 
 		Name:        spec.GetName(),
 		Spec:        proto.CloneOf(spec),
 		Cost:        app.GetManifest().GetCost(),
+		Budget:      app.GetManifest().Budget,
 		Guarantee:   Guarantee(spec),
 		Policy:      PolicyOf(spec),
 	}

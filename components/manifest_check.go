@@ -38,6 +38,7 @@ func check(d *document, known map[string]*document) {
 	c.objective(m.GetObjective(), "objective")
 	c.notNegative("cost.move", m.GetCost().GetMove())
 	c.notNegative("cost.per_mib", m.GetCost().GetPerMib())
+	c.notNegative("budget", m.GetBudget())
 	all := m.GetComponents()
 	if len(all) == 0 {
 		c.problem("components", "found no components, expected a list of at least one: - name: NAME")
@@ -121,6 +122,7 @@ func (c *checker) component(spec *componentsv1.ComponentSpec, path string) {
 	if s := spec.GetSpread(); s != "" && !labelName.MatchString(s) {
 		c.problem(path+".spread", "found %q, expected node, zone or the name of a label", shorten(s))
 	}
+	c.placing(spec, path, eachNode)
 	c.run(spec, path+".run")
 	c.state(spec, path+".state")
 	c.environment(spec.GetEnv(), path+".env")

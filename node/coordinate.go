@@ -248,6 +248,7 @@ func (c coordinator) Solve(ctx context.Context, req *placementv1.SolveRequest) (
 // Record implements placement.Recorder: each instance's part of a decision becomes a record that any node can read.
 func (c coordinator) Record(d placement.Decision) {
 	n := c.n
+	n.faults.set("keep decisions", n.decisions.Add(d))
 	if d.Err != nil {
 		n.events.Publish(events.Event{Channel: "/system/placement", Type: "round-skipped", Cause: d.Err.Error(), Message: "a round of placement was skipped"})
 		return
@@ -258,6 +259,7 @@ func (c coordinator) Record(d placement.Decision) {
 	n.goes.Go(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
+		n.faults.set("tell decisions", n.tellDecisions(ctx))
 		for _, a := range d.Plan.GetAssignments() {
 			if n.decided(ctx, a) {
 				continue
@@ -265,6 +267,7 @@ func (c coordinator) Record(d placement.Decision) {
 			rec := decisionRecord{
 				Instance: a.GetInstance(), Node: a.GetNode(), By: n.id.String(), Before: d.Plan.GetObjectiveBefore(), After: d.Plan.GetObjective(), Score: a.GetScore(),
 				RunnerUp: a.GetRunnerUp(), RunnerUpAt: a.GetRunnerUpScore(), Reason: a.GetReason(), UnixMs: d.Time.UnixMilli(),
+				Bound: d.Plan.GetBound(), Optimal: d.Plan.GetOptimal(), Conflict: shortened(a.GetConflict()), Remedies: shortened(a.GetRemedies()), Digest: d.Digest,
 			}
 			for _, r := range a.GetRefused() {
 				if len(rec.Refused) < 64 {
@@ -278,6 +281,15 @@ func (c coordinator) Record(d placement.Decision) {
 			n.faults.set("record decisions", err)
 		}
 	})
+}
+
+// shortened bounds what is recorded of texts, of which there are a few.
+func shortened(all []string) []string {
+	var out []string
+	for _, s := range all[:min(len(all), 8)] {
+		out = append(out, shorten(s, 240))
+	}
+	return out
 }
 
 // decided says whether what is recorded of an instance is the decision that brought it to the node it stays on: later rounds that change

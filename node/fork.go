@@ -21,6 +21,7 @@ import (
 	"github.com/coppice-project/coppice/dht/members"
 	"github.com/coppice-project/coppice/node/api"
 	apiv1 "github.com/coppice-project/coppice/node/api/v1"
+	"github.com/coppice-project/coppice/placement"
 	placementv1 "github.com/coppice-project/coppice/plugins/contract/placement/v1"
 )
 
@@ -279,7 +280,7 @@ func (b *beginning) instance() string { return components.InstanceName(b.next.Ge
 func (b *beginning) where(ctx context.Context) (members.Member, error) {
 	n := b.n
 	if b.at == "" {
-		_, plan, err := n.coord.Plan(ctx, b.next)
+		_, plan, err := n.coord.Plan(ctx, placement.Whatif{Application: b.next})
 		if err != nil {
 			return members.Member{}, api.Fail(connect.CodeUnavailable, b.what, err.Error(), "coppice status")
 		}

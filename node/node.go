@@ -50,26 +50,27 @@ type Node struct {
 	renewed   *renewal // it joins with a new identity; nil: it does not
 	otherJoin string   // the token that it was started with, when it has one for that
 
-	store    *store.Store
-	overlay  *dht.DHT
-	caller   *peers.Caller
-	members  *members.Members
-	arbiter  *arbiter.Arbiter
-	blobs    *blobs.Store
-	records  *records.Records
-	view     atomic.Pointer[records.View] // the capped one; nil: none
-	events   *events.Events
-	registry *registry.Registry
-	runner   runner.Runner
-	sup      *supervisor.Supervisor
-	router   *membrane.Router
-	direct   *directory
-	coord    *placement.Coordinator
-	kb       *kb.Engine
-	sensor   *facts.Sensor
-	api      *api.Server
-	links    *links
-	faults   *faults
+	store     *store.Store
+	overlay   *dht.DHT
+	caller    *peers.Caller
+	members   *members.Members
+	arbiter   *arbiter.Arbiter
+	blobs     *blobs.Store
+	records   *records.Records
+	view      atomic.Pointer[records.View] // the capped one; nil: none
+	events    *events.Events
+	registry  *registry.Registry
+	runner    runner.Runner
+	sup       *supervisor.Supervisor
+	router    *membrane.Router
+	direct    *directory
+	coord     *placement.Coordinator
+	decisions placement.Ledger // of this node as coordinator
+	kb        *kb.Engine
+	sensor    *facts.Sensor
+	api       *api.Server
+	links     *links
+	faults    *faults
 
 	unmirrored unmirrored
 

@@ -29,6 +29,7 @@ import (
 	"github.com/coppice-project/coppice/node/gateway"
 	"github.com/coppice-project/coppice/placement"
 	componentv1 "github.com/coppice-project/coppice/plugins/contract/component/v1"
+	placementv1 "github.com/coppice-project/coppice/plugins/contract/placement/v1"
 	"github.com/coppice-project/coppice/registry"
 )
 
@@ -83,8 +84,9 @@ func (n *Node) openPlatform() (err error) {
 	n.blobs.SetLive(n.liveRoots)
 	peers.ServeCalls(p, protoMoveAway, func() *componentsv1.MoveAwayRequest { return &componentsv1.MoveAwayRequest{} }, n.moveAway)
 	peers.ServeCalls(p, protoSurvey, func() *componentsv1.SurveyRequest { return &componentsv1.SurveyRequest{} }, n.serveSurvey)
+	peers.ServeCalls(p, protoReplay, func() *placementv1.ReplayRequest { return &placementv1.ReplayRequest{} }, n.serveReplay)
 	c := coordinator{n}
-	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Interval: facts.PaceOf(n.cfg.Profile).Rounds, Log: n.log}); err != nil {
+	if n.coord, err = placement.New(placement.Config{Leader: c, Facts: c, Proposer: c, Solver: c, Recorder: c, Interval: facts.PaceOf(n.cfg.Profile).Rounds, FactsLast: facts.PaceOf(n.cfg.Profile).Reports, Log: n.log}); err != nil {
 		return err
 	}
 	return n.registerTables()

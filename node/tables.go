@@ -29,7 +29,7 @@ func number(name, doc string) kb.Column  { return kb.Column{Name: name, Type: "R
 // registerTables gives the query engine the tables of the platform.
 func (n *Node) registerTables() error {
 	n.kb = kb.New()
-	for _, t := range []kb.Table{n.nodesTable(), n.factsTable(), n.componentsTable(), n.instancesTable(), n.checkpointsTable(), n.historyTable(), n.branchesTable(), n.eventsTable(), n.artifactsTable(), n.appsTable(), n.trafficTable()} {
+	for _, t := range []kb.Table{n.nodesTable(), n.factsTable(), n.componentsTable(), n.instancesTable(), n.checkpointsTable(), n.historyTable(), n.branchesTable(), n.eventsTable(), n.artifactsTable(), n.appsTable(), n.trafficTable(), n.decisionsTable()} {
 		if err := n.kb.Register(t); err != nil {
 			return err
 		}

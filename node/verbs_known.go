@@ -249,6 +249,8 @@ func (n *Node) decision(ctx context.Context, name string) *apiv1.Decision {
 	if !ok {
 		if out.Reason == "" {
 			out.Reason = "not placed yet: no decision was recorded"
+		} else {
+			out.Trigger = "placement"
 		}
 		return out
 	}
@@ -284,6 +286,11 @@ type decisionRecord struct {
 	Refused    []decisionRefuse `json:"refused,omitempty"`
 	Reason     string           `json:"reason"`
 	UnixMs     int64            `json:"unix_ms"`
+	Bound      float64          `json:"bound"`
+	Optimal    bool             `json:"optimal"`
+	Conflict   []string         `json:"conflict,omitempty"`
+	Remedies   []string         `json:"remedies,omitempty"`
+	Digest     string           `json:"digest"`
 }
 
 type decisionRefuse struct {
@@ -299,6 +306,7 @@ func (d decisionRecord) fill(n *Node, out *apiv1.Decision) {
 	out.ObjectiveBefore, out.Objective, out.Score = d.Before, d.After, d.Score
 	out.RunnerUp, out.RunnerUpScore, out.Reason = n.nameText(d.RunnerUp), d.RunnerUpAt, d.Reason
 	out.Time = timestamppb.New(time.UnixMilli(d.UnixMs))
+	out.Bound, out.Optimal, out.Conflict, out.Remedies, out.Digest = d.Bound, d.Optimal, d.Conflict, d.Remedies, d.Digest
 	for _, r := range d.Refused {
 		out.Refused = append(out.Refused, &apiv1.Refusal{Node: n.nameText(r.Node), Constraint: r.Constraint, Detail: r.Detail})
 	}

@@ -43,6 +43,7 @@ type Config struct {
 	Log          *slog.Logger  // nil: slog.Default
 	Interval     time.Duration // of rounds without a trigger; 0: 10 s
 	SolveTimeout time.Duration // of one call of the solver; 0: 5 s
+	FactsLast    time.Duration // how long facts count; from half of it on they widen into intervals; 0: 3 min
 	PlaceTimeout time.Duration // of one claim, succession or retirement; 0: 10 s
 	MoveTimeout  time.Duration // of one move, with all its state; 0: 10 min
 }
@@ -106,6 +107,7 @@ func New(cfg Config) (*Coordinator, error) {
 	}
 	cfg.Interval = cmp.Or(cfg.Interval, 10*time.Second)
 	cfg.SolveTimeout = cmp.Or(cfg.SolveTimeout, 5*time.Second)
+	cfg.FactsLast = cmp.Or(cfg.FactsLast, 3*time.Minute)
 	cfg.PlaceTimeout = cmp.Or(cfg.PlaceTimeout, 10*time.Second)
 	cfg.MoveTimeout = cmp.Or(cfg.MoveTimeout, 10*time.Minute)
 	c := &Coordinator{cfg: cfg, trigger: make(chan struct{}, 1)}
@@ -188,7 +190,7 @@ func (c *Coordinator) round(ctx context.Context) time.Duration {
 	}
 	mem := c.remember(view)
 	snap, expected, problems := Snapshot(view, mem)
-	policy, more := Policy(view.Applications)
+	policy, more := c.policy(view.Applications)
 	d := Decision{Time: mem.Now, Request: &placementv1.SolveRequest{Snapshot: snap, Policy: policy}, Problems: append(problems, more...)}
 	if d.Digest, err = Digest(d.Request); err != nil {
 		return c.skip(ctx, Decision{Time: mem.Now, Err: err}, &view, expected)
@@ -236,7 +238,7 @@ func (c *Coordinator) takeOffice(now bool) bool {
 // solve calls the solver and checks what it says.
 func (c *Coordinator) solve(ctx context.Context, req *placementv1.SolveRequest) (*placementv1.Plan, error) {
 	if !slices.ContainsFunc(req.GetSnapshot().GetComponents(), func(c *placementv1.Component) bool { return !c.GetSystem() }) {
-		return &placementv1.Plan{Feasible: true}, nil // nothing to ask for
+		return &placementv1.Plan{Feasible: true, Optimal: true}, nil // nothing to ask for
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, c.cfg.SolveTimeout, fmt.Errorf("no plan within %s", c.cfg.SolveTimeout))
 	defer cancel()
@@ -320,24 +322,36 @@ func Digest(req *placementv1.SolveRequest) (string, error) {
 	return "sha256:" + hex.EncodeToString(sum[:]), nil
 }
 
-// Plan is the plan as it would be with app as its desired state, in place of what there is of that name. It changes nothing and works
-// on any node whose Facts and Solver do.
-func (c *Coordinator) Plan(ctx context.Context, app *componentsv1.Application) (*placementv1.SolveRequest, *placementv1.Plan, error) {
+// policy is the knobs in force. How old facts may be follows how long they count, where nobody says otherwise.
+func (c *Coordinator) policy(apps []*componentsv1.Application) (*placementv1.Policy, []string) {
+	policy, problems := Policy(apps)
+	if policy.GetFreshMs() == 0 {
+		policy.FreshMs = float64(c.cfg.FactsLast) / 2 / float64(time.Millisecond)
+	}
+	if policy.GetStaleMs() == 0 {
+		policy.StaleMs = max(2*policy.GetFreshMs(), float64(c.cfg.FactsLast)/float64(time.Millisecond))
+	}
+	return policy, problems
+}
+
+// Plan is the plan as it would be, were the cluster as q says. It changes nothing and works on any node whose Facts and Solver do.
+func (c *Coordinator) Plan(ctx context.Context, q Whatif) (*placementv1.SolveRequest, *placementv1.Plan, error) {
 	view, err := c.cfg.Facts.View(ctx)
 	if err != nil {
-		return nil, nil, fmt.Errorf("plan %s: no view of the cluster: %w", app.GetName(), err)
+		return nil, nil, fmt.Errorf("no view of the cluster: %w", err)
 	}
-	view.Applications = slices.DeleteFunc(slices.Clone(view.Applications), func(a *componentsv1.Application) bool { return a.GetName() == app.GetName() })
-	view.Applications = append(view.Applications, app)
+	if err := q.apply(&view); err != nil {
+		return nil, nil, err
+	}
 	snap, _, problems := Snapshot(view, c.remember(view))
 	if len(problems) > 0 {
 		c.cfg.Log.Debug("plan leaves out desired state that cannot be read", "problems", problems)
 	}
-	policy, _ := Policy(view.Applications)
+	policy, _ := c.policy(view.Applications)
 	req := &placementv1.SolveRequest{Snapshot: snap, Policy: policy}
 	plan, err := c.solve(ctx, req)
 	if err != nil {
-		return nil, nil, fmt.Errorf("plan %s: %w", app.GetName(), err)
+		return nil, nil, err
 	}
 	return req, plan, nil
 }

@@ -52,7 +52,7 @@ func TestADeployIsPlacedAtOnceAndNamesSuccessors(t *testing.T) {
 		first := made()[0]
 		replay, err := solver.Solve(first.Request)
 		if err != nil || !proto.Equal(replay, first.Plan) {
-			t.Errorf("the first decision does not replay: %v", err)
+			t.Errorf("the first decision does not replay: %v\n%v\n%v", err, replay, first.Plan)
 		}
 	})
 }
@@ -237,7 +237,7 @@ func TestOnlyTheCoordinatorActs(t *testing.T) {
 		}
 		app := read(w, func() *componentsv1.Application { return proto.CloneOf(w.apps["shop"]) })
 		app.Name = "other"
-		_, plan, err := w.c.Plan(t.Context(), app)
+		_, plan, err := w.c.Plan(t.Context(), Whatif{Application: app})
 		if err != nil || !plan.GetFeasible() || len(plan.GetAssignments()) != 8 {
 			t.Errorf("what-if on a node that does not lead: %v, %v", plan, err)
 		}

@@ -51,7 +51,7 @@ func setKnob(policy *placementv1.Policy, name, value string) error {
 		return fmt.Errorf("found %s, expected a number", value)
 	}
 	v := one.ProtoReflect().Get(field)
-	if one.GetMoveCost() < 0 || one.GetMoveCostPerMib() < 0 || one.GetMinSettledMs() < 0 {
+	if one.GetMoveCost() < 0 || one.GetMoveCostPerMib() < 0 || one.GetMinSettledMs() < 0 || one.GetFreshMs() < 0 || one.GetStaleMs() < 0 {
 		return fmt.Errorf("found %s, expected a number that is not negative", value)
 	}
 	next := proto.CloneOf(policy)

@@ -74,10 +74,15 @@ func component(e *components.Effective) *placementv1.Component {
 		CpuMillis: e.CPUMillis, MemoryBytes: e.MemoryBytes, DiskBytes: e.DiskBytes,
 		Require: e.Spec.GetRequire(), Spread: e.Spec.GetSpread(), System: e.Application == components.SystemApplication,
 	}
-	for _, t := range e.Spec.GetObjective() {
-		c.Objective = append(c.Objective, &placementv1.Term{
-			Value: t.GetValue(), From: t.GetFrom(), To: t.GetTo(), Weight: t.GetWeight(), BetterHigh: t.GetBetter() == "high",
-		})
+	c.Objective, c.Soft = terms(e.Spec.GetObjective()), terms(components.Terms(e.Spec))
+	for _, r := range components.Rules(e.Spec) {
+		c.Rules = append(c.Rules, &placementv1.Rule{Name: r.Name, Expression: r.Expression})
+	}
+	c.Apart, c.Together = keys(e.Application, e.Spec.GetApart()), keys(e.Application, e.Spec.GetTogether())
+	c.Calls = keys(e.Application, slices.Sorted(maps.Values(e.Spec.GetBindings())))
+	c.Anchors, c.MaxInstances, c.Budget = e.Spec.GetAnchors().GetNodes(), e.Spec.GetLightLoad().GetInstances(), e.Budget
+	if d, err := components.ParseDuration(e.Spec.GetMaxDiameter()); err == nil {
+		c.MaxDiameterMs = float64(d) / float64(time.Millisecond)
 	}
 	if e.Cost != nil {
 		c.MoveCost, c.MoveCostPerMib = new(e.Cost.GetMove()), new(e.Cost.GetPerMib())
@@ -86,10 +91,29 @@ func component(e *components.Effective) *placementv1.Component {
 		t, errTarget := components.ParseTargetIn(e.Application, near.GetTo())
 		rtt, errRTT := components.ParseDuration(near.GetRtt())
 		if errTarget == nil && errRTT == nil { // a parsed manifest has both
-			c.Near, c.NearRttMs = t.Key(), float64(rtt)/float64(time.Millisecond)
+			c.Near, c.NearRttMs, c.NearWeight = t.Key(), float64(rtt)/float64(time.Millisecond), near.GetWeight()
 		}
 	}
 	return c
+}
+
+func terms(all []*componentsv1.Term) []*placementv1.Term {
+	var out []*placementv1.Term
+	for _, t := range all {
+		out = append(out, &placementv1.Term{Value: t.GetValue(), From: t.GetFrom(), To: t.GetTo(), Weight: t.GetWeight(), BetterHigh: t.GetBetter() == "high"})
+	}
+	return out
+}
+
+// keys are the components that names within an application mean, each once.
+func keys(application string, names []string) []string {
+	var out []string
+	for _, name := range names {
+		if t, err := components.ParseTargetIn(application, name); err == nil && !slices.Contains(out, t.Key()) { // a parsed manifest has no others
+			out = append(out, t.Key())
+		}
+	}
+	return out
 }
 
 func instance(s components.InstanceSpec, r Register, m Memory) *placementv1.Instance {

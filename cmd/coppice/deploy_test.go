@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -121,6 +122,38 @@ func TestPlanTellsAboutLocalFilesWithoutPushing(t *testing.T) {
 	r := asked[planRequest](t, f)
 	if len(r.Artifacts) != 1 || !strings.HasPrefix(r.Artifacts[0].Platform, "linux/") || r.Artifacts[0].Bytes != uint64(len(self)) {
 		t.Errorf("plan was told %v", r.Artifacts)
+	}
+}
+
+func TestPlanAsksWhatIf(t *testing.T) {
+	f := newFixture(t)
+	dir := writeFiles(t, map[string]string{"n9.json": `{"name": "n9"}`})
+	code, out, errs := f.run("plan", "--without", "n2,n3", "--with", filepath.Join(dir, "n9.json"), "--price", "n1=0.5")
+	r := asked[planRequest](t, f)
+	if code != exitFailed || len(r.Manifest) > 0 || !slices.Equal(r.Without, []string{"n2", "n3"}) || len(r.With) != 1 || string(r.With[0].Data) != `{"name": "n9"}` || r.Prices["n1"] != 0.5 {
+		t.Errorf("%d %s: the node was asked %v", code, errs, r)
+	}
+	for _, want := range []string{
+		`shop/gpu-0: no node holds together: capacity cpu + require node.labels.gpu == "yes"`, "it would be feasible without capacity cpu: n1 (cpu: 4 cores wanted, 2 cores left)",
+		"objective 0.7500 (now 0.5000, no plan is better than 0.8000, a gap of 6.7 %)",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the answer lacks %q:\n%s", want, out)
+		}
+	}
+	if code, out, errs := f.run("plan", "--replay", "abc"); code != 0 || !strings.Contains(out, "the same plan, byte for byte") {
+		t.Errorf("%d %s %s", code, out, errs)
+	}
+	if code, out, errs := f.run("plan", "--replay", "def"); code != exitFailed || !strings.Contains(out, "another plan") || !strings.Contains(errs, "is not what it was") {
+		t.Errorf("%d %s %s", code, out, errs)
+	}
+	for _, args := range [][]string{{"plan"}, {"plan", "--replay", "abc", "--without", "n1"}, {"plan", "--price", "n1=much"}} {
+		if code, _, errs := f.run(args...); code != exitUsage {
+			t.Errorf("%v: %d %s", args, code, errs)
+		}
+	}
+	if code, _, errs := f.run("plan", "--with", filepath.Join(dir, "missing.json")); code != exitFailed || !strings.Contains(errs, "missing.json") {
+		t.Errorf("%d %s", code, errs)
 	}
 }
 

@@ -132,11 +132,17 @@ func (f *fake) RegistryList(context.Context, *apiv1.RegistryListRequest) (*apiv1
 
 func (f *fake) Plan(_ context.Context, r *apiv1.PlanRequest) (*apiv1.PlanResponse, error) {
 	f.asked = r
+	if r.Replay != "" {
+		return &apiv1.PlanResponse{Feasible: true, Replay: &apiv1.Replay{Digest: "sha256:" + r.Replay, Node: "n1", Same: r.Replay == "abc", Time: ago(time.Minute), RequestBytes: 4096, PlanBytes: 512, TookMs: 1.5, Objective: 0.75}}, nil
+	}
 	return &apiv1.PlanResponse{
 		Objective: 0.75, Bound: 0.8, ObjectiveBefore: 0.5, Changes: []string{"start shop/store-0 on n1"},
 		Components: []*apiv1.PlannedInstance{
 			{Instance: "shop/store-0", Node: "n1", Score: 0.75, RunnerUp: "n2", RunnerUpScore: 0.7, Successors: []string{"n2"}, Reason: "most free memory", Refused: []*apiv1.Refusal{{Node: "n3", Constraint: "alive", Detail: "dead"}}},
-			{Instance: "shop/gpu-0", Refused: []*apiv1.Refusal{{Node: "n1", Constraint: `node.labels.gpu == "yes"`}, {Node: "n2", Constraint: `node.labels.gpu == "yes"`}}},
+			{
+				Instance: "shop/gpu-0", Refused: []*apiv1.Refusal{{Node: "n1", Constraint: `node.labels.gpu == "yes"`}, {Node: "n2", Constraint: `node.labels.gpu == "yes"`}},
+				Conflict: []string{"capacity cpu", `require node.labels.gpu == "yes"`}, Remedies: []string{"without capacity cpu: n1 (cpu: 4 cores wanted, 2 cores left)"},
+			},
 		},
 	}, nil
 }

@@ -13,7 +13,8 @@ import (
 func (c *cli) whyCmd() *cobra.Command {
 	return c.command(spec{
 		group: groupOne, use: "why COMPONENT", short: "Show why a component is where it is",
-		long:    "Show the recorded decision: the objective before and after, the runner-up, and every refused node with its reason.",
+		long: "Show the recorded decision: the objective before and after, the runner-up, and every refused node with its reason.\n" +
+			"Where no node is feasible it says which constraints no node holds together, and what would help.",
 		example: examples("coppice why shop/store", "", "coppice why shop/web-2 -o json", ""),
 		min:     1, max: 1, timeout: readTimeout, args: c.componentNames(true),
 		run: func(ctx context.Context, args []string) error {
@@ -59,7 +60,11 @@ func (c *cli) decisionText(w io.Writer, d *apiv1.Decision) {
 		t.field("  came from", d.PreviousNode)
 	}
 	t.field("  epoch", d.Epoch)
-	t.field("  objective", fmt.Sprintf("%.4f → %.4f", d.ObjectiveBefore, d.Objective))
+	objective := fmt.Sprintf("%.4f → %.4f", d.ObjectiveBefore, d.Objective)
+	if d.Optimal || d.Bound > 0 {
+		objective += ", " + gapText(d.Objective, d.Bound, d.Optimal)
+	}
+	t.field("  objective", objective)
 	t.field("  score", fmt.Sprintf("%.4f", d.Score))
 	if d.RunnerUp != "" {
 		t.field("  runner-up", fmt.Sprintf("%s with %.4f", d.RunnerUp, d.RunnerUpScore))
@@ -67,4 +72,5 @@ func (c *cli) decisionText(w io.Writer, d *apiv1.Decision) {
 	t.field("  successors", join(d.Successors))
 	t.write(w)
 	c.refusals(w, "  it", d.Refused)
+	conflictText(w, "  it", d.Conflict, d.Remedies)
 }

@@ -86,6 +86,7 @@ type Manifest struct {
 	Require       []string               `protobuf:"bytes,3,rep,name=require,proto3" json:"require,omitempty"` // CEL, for every component
 	Objective     []*Term                `protobuf:"bytes,4,rep,name=objective,proto3" json:"objective,omitempty"`
 	Cost          *Cost                  `protobuf:"bytes,5,opt,name=cost,proto3" json:"cost,omitempty"`
+	Budget        *float64               `protobuf:"fixed64,6,opt,name=budget,proto3,oneof" json:"budget,omitempty"` // what the nodes that it uses may cost together
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -155,6 +156,13 @@ func (x *Manifest) GetCost() *Cost {
 	return nil
 }
 
+func (x *Manifest) GetBudget() float64 {
+	if x != nil && x.Budget != nil {
+		return *x.Budget
+	}
+	return 0
+}
+
 type ComponentSpec struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -179,6 +187,15 @@ type ComponentSpec struct {
 	Takeover      string                 `protobuf:"bytes,20,opt,name=takeover,proto3" json:"takeover,omitempty"`                          // fenced | leased; "" = by the guarantee
 	OnPartition   string                 `protobuf:"bytes,21,opt,name=on_partition,json=onPartition,proto3" json:"on_partition,omitempty"` // stop | keep; "" = by the guarantee
 	Reconcile     string                 `protobuf:"bytes,22,opt,name=reconcile,proto3" json:"reconcile,omitempty"`                        // keep_majority | merge | newest; "" = by the guarantee
+	Apart         []string               `protobuf:"bytes,23,rep,name=apart,proto3" json:"apart,omitempty"`                                // components that it shares no node with
+	Together      []string               `protobuf:"bytes,24,rep,name=together,proto3" json:"together,omitempty"`                          // components of which one instance is on each of its nodes
+	Within        *Within                `protobuf:"bytes,25,opt,name=within,proto3" json:"within,omitempty"`
+	MaxDiameter   string                 `protobuf:"bytes,26,opt,name=max_diameter,json=maxDiameter,proto3" json:"max_diameter,omitempty"` // duration; between any two of its instances
+	Anchors       *Anchors               `protobuf:"bytes,27,opt,name=anchors,proto3" json:"anchors,omitempty"`
+	LightLoad     *LightLoad             `protobuf:"bytes,28,opt,name=light_load,json=lightLoad,proto3" json:"light_load,omitempty"`
+	Prefer        []*Preference          `protobuf:"bytes,29,rep,name=prefer,proto3" json:"prefer,omitempty"`
+	Avoid         []*Preference          `protobuf:"bytes,30,rep,name=avoid,proto3" json:"avoid,omitempty"`
+	Price         *Price                 `protobuf:"bytes,31,opt,name=price,proto3" json:"price,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -367,6 +384,69 @@ func (x *ComponentSpec) GetReconcile() string {
 	return ""
 }
 
+func (x *ComponentSpec) GetApart() []string {
+	if x != nil {
+		return x.Apart
+	}
+	return nil
+}
+
+func (x *ComponentSpec) GetTogether() []string {
+	if x != nil {
+		return x.Together
+	}
+	return nil
+}
+
+func (x *ComponentSpec) GetWithin() *Within {
+	if x != nil {
+		return x.Within
+	}
+	return nil
+}
+
+func (x *ComponentSpec) GetMaxDiameter() string {
+	if x != nil {
+		return x.MaxDiameter
+	}
+	return ""
+}
+
+func (x *ComponentSpec) GetAnchors() *Anchors {
+	if x != nil {
+		return x.Anchors
+	}
+	return nil
+}
+
+func (x *ComponentSpec) GetLightLoad() *LightLoad {
+	if x != nil {
+		return x.LightLoad
+	}
+	return nil
+}
+
+func (x *ComponentSpec) GetPrefer() []*Preference {
+	if x != nil {
+		return x.Prefer
+	}
+	return nil
+}
+
+func (x *ComponentSpec) GetAvoid() []*Preference {
+	if x != nil {
+		return x.Avoid
+	}
+	return nil
+}
+
+func (x *ComponentSpec) GetPrice() *Price {
+	if x != nil {
+		return x.Price
+	}
+	return nil
+}
+
 type Resources struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cpu           float64                `protobuf:"fixed64,1,opt,name=cpu,proto3" json:"cpu,omitempty"`
@@ -431,6 +511,7 @@ type Near struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	To            string                 `protobuf:"bytes,1,opt,name=to,proto3" json:"to,omitempty"`
 	Rtt           string                 `protobuf:"bytes,2,opt,name=rtt,proto3" json:"rtt,omitempty"`
+	Weight        float64                `protobuf:"fixed64,3,opt,name=weight,proto3" json:"weight,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -479,6 +560,313 @@ func (x *Near) GetRtt() string {
 	return ""
 }
 
+func (x *Near) GetWeight() float64 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+type Within struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Label         string                 `protobuf:"bytes,1,opt,name=label,proto3" json:"label,omitempty"`
+	Of            []string               `protobuf:"bytes,2,rep,name=of,proto3" json:"of,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Within) Reset() {
+	*x = Within{}
+	mi := &file_components_v1_components_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Within) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Within) ProtoMessage() {}
+
+func (x *Within) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_components_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Within.ProtoReflect.Descriptor instead.
+func (*Within) Descriptor() ([]byte, []int) {
+	return file_components_v1_components_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Within) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
+}
+
+func (x *Within) GetOf() []string {
+	if x != nil {
+		return x.Of
+	}
+	return nil
+}
+
+type Anchors struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Nodes         []string               `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	Weight        float64                `protobuf:"fixed64,4,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Anchors) Reset() {
+	*x = Anchors{}
+	mi := &file_components_v1_components_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Anchors) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Anchors) ProtoMessage() {}
+
+func (x *Anchors) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_components_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Anchors.ProtoReflect.Descriptor instead.
+func (*Anchors) Descriptor() ([]byte, []int) {
+	return file_components_v1_components_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Anchors) GetNodes() []string {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *Anchors) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *Anchors) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *Anchors) GetWeight() float64 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+type LightLoad struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Load5         *float64               `protobuf:"fixed64,1,opt,name=load5,proto3,oneof" json:"load5,omitempty"`
+	MemoryPercent *float64               `protobuf:"fixed64,2,opt,name=memory_percent,json=memoryPercent,proto3,oneof" json:"memory_percent,omitempty"`
+	Instances     *uint32                `protobuf:"varint,3,opt,name=instances,proto3,oneof" json:"instances,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LightLoad) Reset() {
+	*x = LightLoad{}
+	mi := &file_components_v1_components_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LightLoad) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LightLoad) ProtoMessage() {}
+
+func (x *LightLoad) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_components_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LightLoad.ProtoReflect.Descriptor instead.
+func (*LightLoad) Descriptor() ([]byte, []int) {
+	return file_components_v1_components_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *LightLoad) GetLoad5() float64 {
+	if x != nil && x.Load5 != nil {
+		return *x.Load5
+	}
+	return 0
+}
+
+func (x *LightLoad) GetMemoryPercent() float64 {
+	if x != nil && x.MemoryPercent != nil {
+		return *x.MemoryPercent
+	}
+	return 0
+}
+
+func (x *LightLoad) GetInstances() uint32 {
+	if x != nil && x.Instances != nil {
+		return *x.Instances
+	}
+	return 0
+}
+
+type Preference struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Nodes         []string               `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	Where         string                 `protobuf:"bytes,2,opt,name=where,proto3" json:"where,omitempty"`
+	Weight        float64                `protobuf:"fixed64,3,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Preference) Reset() {
+	*x = Preference{}
+	mi := &file_components_v1_components_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Preference) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Preference) ProtoMessage() {}
+
+func (x *Preference) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_components_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Preference.ProtoReflect.Descriptor instead.
+func (*Preference) Descriptor() ([]byte, []int) {
+	return file_components_v1_components_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Preference) GetNodes() []string {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *Preference) GetWhere() string {
+	if x != nil {
+		return x.Where
+	}
+	return ""
+}
+
+func (x *Preference) GetWeight() float64 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+type Price struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	From          float64                `protobuf:"fixed64,1,opt,name=from,proto3" json:"from,omitempty"`
+	To            float64                `protobuf:"fixed64,2,opt,name=to,proto3" json:"to,omitempty"`
+	Weight        float64                `protobuf:"fixed64,3,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Price) Reset() {
+	*x = Price{}
+	mi := &file_components_v1_components_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Price) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Price) ProtoMessage() {}
+
+func (x *Price) ProtoReflect() protoreflect.Message {
+	mi := &file_components_v1_components_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Price.ProtoReflect.Descriptor instead.
+func (*Price) Descriptor() ([]byte, []int) {
+	return file_components_v1_components_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Price) GetFrom() float64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *Price) GetTo() float64 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
+func (x *Price) GetWeight() float64 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
 type Term struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Value         string                 `protobuf:"bytes,1,opt,name=value,proto3" json:"value,omitempty"`
@@ -492,7 +880,7 @@ type Term struct {
 
 func (x *Term) Reset() {
 	*x = Term{}
-	mi := &file_components_v1_components_proto_msgTypes[4]
+	mi := &file_components_v1_components_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -504,7 +892,7 @@ func (x *Term) String() string {
 func (*Term) ProtoMessage() {}
 
 func (x *Term) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[4]
+	mi := &file_components_v1_components_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -517,7 +905,7 @@ func (x *Term) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Term.ProtoReflect.Descriptor instead.
 func (*Term) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{4}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Term) GetValue() string {
@@ -565,7 +953,7 @@ type Cost struct {
 
 func (x *Cost) Reset() {
 	*x = Cost{}
-	mi := &file_components_v1_components_proto_msgTypes[5]
+	mi := &file_components_v1_components_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -577,7 +965,7 @@ func (x *Cost) String() string {
 func (*Cost) ProtoMessage() {}
 
 func (x *Cost) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[5]
+	mi := &file_components_v1_components_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -590,7 +978,7 @@ func (x *Cost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cost.ProtoReflect.Descriptor instead.
 func (*Cost) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{5}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Cost) GetMove() float64 {
@@ -622,7 +1010,7 @@ type Run struct {
 
 func (x *Run) Reset() {
 	*x = Run{}
-	mi := &file_components_v1_components_proto_msgTypes[6]
+	mi := &file_components_v1_components_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -634,7 +1022,7 @@ func (x *Run) String() string {
 func (*Run) ProtoMessage() {}
 
 func (x *Run) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[6]
+	mi := &file_components_v1_components_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -647,7 +1035,7 @@ func (x *Run) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Run.ProtoReflect.Descriptor instead.
 func (*Run) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{6}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Run) GetStart() string {
@@ -712,7 +1100,7 @@ type State struct {
 
 func (x *State) Reset() {
 	*x = State{}
-	mi := &file_components_v1_components_proto_msgTypes[7]
+	mi := &file_components_v1_components_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -724,7 +1112,7 @@ func (x *State) String() string {
 func (*State) ProtoMessage() {}
 
 func (x *State) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[7]
+	mi := &file_components_v1_components_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -737,7 +1125,7 @@ func (x *State) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use State.ProtoReflect.Descriptor instead.
 func (*State) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{7}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *State) GetReplicas() uint32 {
@@ -785,7 +1173,7 @@ type Restart struct {
 
 func (x *Restart) Reset() {
 	*x = Restart{}
-	mi := &file_components_v1_components_proto_msgTypes[8]
+	mi := &file_components_v1_components_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -797,7 +1185,7 @@ func (x *Restart) String() string {
 func (*Restart) ProtoMessage() {}
 
 func (x *Restart) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[8]
+	mi := &file_components_v1_components_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -810,7 +1198,7 @@ func (x *Restart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Restart.ProtoReflect.Descriptor instead.
 func (*Restart) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{8}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Restart) GetBackoff() string {
@@ -838,7 +1226,7 @@ type Health struct {
 
 func (x *Health) Reset() {
 	*x = Health{}
-	mi := &file_components_v1_components_proto_msgTypes[9]
+	mi := &file_components_v1_components_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -850,7 +1238,7 @@ func (x *Health) String() string {
 func (*Health) ProtoMessage() {}
 
 func (x *Health) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[9]
+	mi := &file_components_v1_components_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -863,7 +1251,7 @@ func (x *Health) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Health.ProtoReflect.Descriptor instead.
 func (*Health) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{9}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Health) GetEvery() string {
@@ -897,7 +1285,7 @@ type Sandbox struct {
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_components_v1_components_proto_msgTypes[10]
+	mi := &file_components_v1_components_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -909,7 +1297,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[10]
+	mi := &file_components_v1_components_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -922,7 +1310,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{10}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Sandbox) GetNetwork() string {
@@ -954,7 +1342,7 @@ type Application struct {
 
 func (x *Application) Reset() {
 	*x = Application{}
-	mi := &file_components_v1_components_proto_msgTypes[11]
+	mi := &file_components_v1_components_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -966,7 +1354,7 @@ func (x *Application) String() string {
 func (*Application) ProtoMessage() {}
 
 func (x *Application) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[11]
+	mi := &file_components_v1_components_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -979,7 +1367,7 @@ func (x *Application) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Application.ProtoReflect.Descriptor instead.
 func (*Application) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{11}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Application) GetFormat() uint32 {
@@ -1045,7 +1433,7 @@ type Pinned struct {
 
 func (x *Pinned) Reset() {
 	*x = Pinned{}
-	mi := &file_components_v1_components_proto_msgTypes[12]
+	mi := &file_components_v1_components_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1057,7 +1445,7 @@ func (x *Pinned) String() string {
 func (*Pinned) ProtoMessage() {}
 
 func (x *Pinned) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[12]
+	mi := &file_components_v1_components_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1070,7 +1458,7 @@ func (x *Pinned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pinned.ProtoReflect.Descriptor instead.
 func (*Pinned) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{12}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Pinned) GetComponent() string {
@@ -1132,7 +1520,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_components_v1_components_proto_msgTypes[13]
+	mi := &file_components_v1_components_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1532,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[13]
+	mi := &file_components_v1_components_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1545,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{13}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Overlay) GetDigest() string {
@@ -1249,7 +1637,7 @@ type InstanceBody struct {
 
 func (x *InstanceBody) Reset() {
 	*x = InstanceBody{}
-	mi := &file_components_v1_components_proto_msgTypes[14]
+	mi := &file_components_v1_components_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1261,7 +1649,7 @@ func (x *InstanceBody) String() string {
 func (*InstanceBody) ProtoMessage() {}
 
 func (x *InstanceBody) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[14]
+	mi := &file_components_v1_components_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1274,7 +1662,7 @@ func (x *InstanceBody) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceBody.ProtoReflect.Descriptor instead.
 func (*InstanceBody) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{14}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *InstanceBody) GetFormat() uint32 {
@@ -1436,7 +1824,7 @@ type Branch struct {
 
 func (x *Branch) Reset() {
 	*x = Branch{}
-	mi := &file_components_v1_components_proto_msgTypes[15]
+	mi := &file_components_v1_components_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1448,7 +1836,7 @@ func (x *Branch) String() string {
 func (*Branch) ProtoMessage() {}
 
 func (x *Branch) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[15]
+	mi := &file_components_v1_components_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1461,7 +1849,7 @@ func (x *Branch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Branch.ProtoReflect.Descriptor instead.
 func (*Branch) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{15}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Branch) GetFormat() uint32 {
@@ -1639,7 +2027,7 @@ type History struct {
 
 func (x *History) Reset() {
 	*x = History{}
-	mi := &file_components_v1_components_proto_msgTypes[16]
+	mi := &file_components_v1_components_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1651,7 +2039,7 @@ func (x *History) String() string {
 func (*History) ProtoMessage() {}
 
 func (x *History) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[16]
+	mi := &file_components_v1_components_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1664,7 +2052,7 @@ func (x *History) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use History.ProtoReflect.Descriptor instead.
 func (*History) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{16}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *History) GetFormat() uint32 {
@@ -1717,7 +2105,7 @@ type HistoryEntry struct {
 
 func (x *HistoryEntry) Reset() {
 	*x = HistoryEntry{}
-	mi := &file_components_v1_components_proto_msgTypes[17]
+	mi := &file_components_v1_components_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +2117,7 @@ func (x *HistoryEntry) String() string {
 func (*HistoryEntry) ProtoMessage() {}
 
 func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[17]
+	mi := &file_components_v1_components_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +2130,7 @@ func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryEntry.ProtoReflect.Descriptor instead.
 func (*HistoryEntry) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{17}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HistoryEntry) GetNumber() uint64 {
@@ -1856,7 +2244,7 @@ type Fallback struct {
 
 func (x *Fallback) Reset() {
 	*x = Fallback{}
-	mi := &file_components_v1_components_proto_msgTypes[18]
+	mi := &file_components_v1_components_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1868,7 +2256,7 @@ func (x *Fallback) String() string {
 func (*Fallback) ProtoMessage() {}
 
 func (x *Fallback) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[18]
+	mi := &file_components_v1_components_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1881,7 +2269,7 @@ func (x *Fallback) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fallback.ProtoReflect.Descriptor instead.
 func (*Fallback) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{18}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Fallback) GetDigest() string {
@@ -1933,7 +2321,7 @@ type Previous struct {
 
 func (x *Previous) Reset() {
 	*x = Previous{}
-	mi := &file_components_v1_components_proto_msgTypes[19]
+	mi := &file_components_v1_components_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2333,7 @@ func (x *Previous) String() string {
 func (*Previous) ProtoMessage() {}
 
 func (x *Previous) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[19]
+	mi := &file_components_v1_components_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2346,7 @@ func (x *Previous) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Previous.ProtoReflect.Descriptor instead.
 func (*Previous) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{19}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Previous) GetDigest() string {
@@ -2007,7 +2395,7 @@ type Death struct {
 
 func (x *Death) Reset() {
 	*x = Death{}
-	mi := &file_components_v1_components_proto_msgTypes[20]
+	mi := &file_components_v1_components_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2019,7 +2407,7 @@ func (x *Death) String() string {
 func (*Death) ProtoMessage() {}
 
 func (x *Death) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[20]
+	mi := &file_components_v1_components_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2032,7 +2420,7 @@ func (x *Death) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Death.ProtoReflect.Descriptor instead.
 func (*Death) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{20}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Death) GetNode() string {
@@ -2075,7 +2463,7 @@ type Artifact struct {
 
 func (x *Artifact) Reset() {
 	*x = Artifact{}
-	mi := &file_components_v1_components_proto_msgTypes[21]
+	mi := &file_components_v1_components_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2087,7 +2475,7 @@ func (x *Artifact) String() string {
 func (*Artifact) ProtoMessage() {}
 
 func (x *Artifact) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[21]
+	mi := &file_components_v1_components_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2100,7 +2488,7 @@ func (x *Artifact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Artifact.ProtoReflect.Descriptor instead.
 func (*Artifact) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{21}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Artifact) GetFormat() uint32 {
@@ -2192,7 +2580,7 @@ type Platform struct {
 
 func (x *Platform) Reset() {
 	*x = Platform{}
-	mi := &file_components_v1_components_proto_msgTypes[22]
+	mi := &file_components_v1_components_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2204,7 +2592,7 @@ func (x *Platform) String() string {
 func (*Platform) ProtoMessage() {}
 
 func (x *Platform) ProtoReflect() protoreflect.Message {
-	mi := &file_components_v1_components_proto_msgTypes[22]
+	mi := &file_components_v1_components_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2217,7 +2605,7 @@ func (x *Platform) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Platform.ProtoReflect.Descriptor instead.
 func (*Platform) Descriptor() ([]byte, []int) {
-	return file_components_v1_components_proto_rawDescGZIP(), []int{22}
+	return file_components_v1_components_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Platform) GetOsArch() string {
@@ -2252,7 +2640,7 @@ var File_components_v1_components_proto protoreflect.FileDescriptor
 
 const file_components_v1_components_proto_rawDesc = "" +
 	"\n" +
-	"\x1ecomponents/v1/components.proto\x12\x15coppice.components.v1\"\xf8\x01\n" +
+	"\x1ecomponents/v1/components.proto\x12\x15coppice.components.v1\"\xa0\x02\n" +
 	"\bManifest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12D\n" +
 	"\n" +
@@ -2260,7 +2648,9 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"components\x12\x18\n" +
 	"\arequire\x18\x03 \x03(\tR\arequire\x129\n" +
 	"\tobjective\x18\x04 \x03(\v2\x1b.coppice.components.v1.TermR\tobjective\x12/\n" +
-	"\x04cost\x18\x05 \x01(\v2\x1b.coppice.components.v1.CostR\x04cost\"\xf5\t\n" +
+	"\x04cost\x18\x05 \x01(\v2\x1b.coppice.components.v1.CostR\x04cost\x12\x1b\n" +
+	"\x06budget\x18\x06 \x01(\x01H\x00R\x06budget\x88\x01\x01B\t\n" +
+	"\a_budget\"\xa4\r\n" +
 	"\rComponentSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bartifact\x18\x02 \x01(\tR\bartifact\x12\x14\n" +
@@ -2286,7 +2676,17 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\asandbox\x18\x13 \x01(\v2\x1e.coppice.components.v1.SandboxR\asandbox\x12\x1a\n" +
 	"\btakeover\x18\x14 \x01(\tR\btakeover\x12!\n" +
 	"\fon_partition\x18\x15 \x01(\tR\vonPartition\x12\x1c\n" +
-	"\treconcile\x18\x16 \x01(\tR\treconcile\x1a=\n" +
+	"\treconcile\x18\x16 \x01(\tR\treconcile\x12\x14\n" +
+	"\x05apart\x18\x17 \x03(\tR\x05apart\x12\x1a\n" +
+	"\btogether\x18\x18 \x03(\tR\btogether\x125\n" +
+	"\x06within\x18\x19 \x01(\v2\x1d.coppice.components.v1.WithinR\x06within\x12!\n" +
+	"\fmax_diameter\x18\x1a \x01(\tR\vmaxDiameter\x128\n" +
+	"\aanchors\x18\x1b \x01(\v2\x1e.coppice.components.v1.AnchorsR\aanchors\x12?\n" +
+	"\n" +
+	"light_load\x18\x1c \x01(\v2 .coppice.components.v1.LightLoadR\tlightLoad\x129\n" +
+	"\x06prefer\x18\x1d \x03(\v2!.coppice.components.v1.PreferenceR\x06prefer\x127\n" +
+	"\x05avoid\x18\x1e \x03(\v2!.coppice.components.v1.PreferenceR\x05avoid\x122\n" +
+	"\x05price\x18\x1f \x01(\v2\x1c.coppice.components.v1.PriceR\x05price\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
@@ -2302,10 +2702,36 @@ const file_components_v1_components_proto_rawDesc = "" +
 	"\tResources\x12\x10\n" +
 	"\x03cpu\x18\x01 \x01(\x01R\x03cpu\x12\x16\n" +
 	"\x06memory\x18\x02 \x01(\tR\x06memory\x12\x12\n" +
-	"\x04disk\x18\x03 \x01(\tR\x04disk\"(\n" +
+	"\x04disk\x18\x03 \x01(\tR\x04disk\"@\n" +
 	"\x04Near\x12\x0e\n" +
 	"\x02to\x18\x01 \x01(\tR\x02to\x12\x10\n" +
-	"\x03rtt\x18\x02 \x01(\tR\x03rtt\"p\n" +
+	"\x03rtt\x18\x02 \x01(\tR\x03rtt\x12\x16\n" +
+	"\x06weight\x18\x03 \x01(\x01R\x06weight\".\n" +
+	"\x06Within\x12\x14\n" +
+	"\x05label\x18\x01 \x01(\tR\x05label\x12\x0e\n" +
+	"\x02of\x18\x02 \x03(\tR\x02of\"[\n" +
+	"\aAnchors\x12\x14\n" +
+	"\x05nodes\x18\x01 \x03(\tR\x05nodes\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\tR\x02to\x12\x16\n" +
+	"\x06weight\x18\x04 \x01(\x01R\x06weight\"\xa0\x01\n" +
+	"\tLightLoad\x12\x19\n" +
+	"\x05load5\x18\x01 \x01(\x01H\x00R\x05load5\x88\x01\x01\x12*\n" +
+	"\x0ememory_percent\x18\x02 \x01(\x01H\x01R\rmemoryPercent\x88\x01\x01\x12!\n" +
+	"\tinstances\x18\x03 \x01(\rH\x02R\tinstances\x88\x01\x01B\b\n" +
+	"\x06_load5B\x11\n" +
+	"\x0f_memory_percentB\f\n" +
+	"\n" +
+	"_instances\"P\n" +
+	"\n" +
+	"Preference\x12\x14\n" +
+	"\x05nodes\x18\x01 \x03(\tR\x05nodes\x12\x14\n" +
+	"\x05where\x18\x02 \x01(\tR\x05where\x12\x16\n" +
+	"\x06weight\x18\x03 \x01(\x01R\x06weight\"C\n" +
+	"\x05Price\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\x01R\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\x01R\x02to\x12\x16\n" +
+	"\x06weight\x18\x03 \x01(\x01R\x06weight\"p\n" +
 	"\x04Term\x12\x14\n" +
 	"\x05value\x18\x01 \x01(\tR\x05value\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\x01R\x04from\x12\x0e\n" +
@@ -2506,75 +2932,86 @@ func file_components_v1_components_proto_rawDescGZIP() []byte {
 }
 
 var file_components_v1_components_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_components_v1_components_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_components_v1_components_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_components_v1_components_proto_goTypes = []any{
 	(Durability)(0),       // 0: coppice.components.v1.Durability
 	(*Manifest)(nil),      // 1: coppice.components.v1.Manifest
 	(*ComponentSpec)(nil), // 2: coppice.components.v1.ComponentSpec
 	(*Resources)(nil),     // 3: coppice.components.v1.Resources
 	(*Near)(nil),          // 4: coppice.components.v1.Near
-	(*Term)(nil),          // 5: coppice.components.v1.Term
-	(*Cost)(nil),          // 6: coppice.components.v1.Cost
-	(*Run)(nil),           // 7: coppice.components.v1.Run
-	(*State)(nil),         // 8: coppice.components.v1.State
-	(*Restart)(nil),       // 9: coppice.components.v1.Restart
-	(*Health)(nil),        // 10: coppice.components.v1.Health
-	(*Sandbox)(nil),       // 11: coppice.components.v1.Sandbox
-	(*Application)(nil),   // 12: coppice.components.v1.Application
-	(*Pinned)(nil),        // 13: coppice.components.v1.Pinned
-	(*Overlay)(nil),       // 14: coppice.components.v1.Overlay
-	(*InstanceBody)(nil),  // 15: coppice.components.v1.InstanceBody
-	(*Branch)(nil),        // 16: coppice.components.v1.Branch
-	(*History)(nil),       // 17: coppice.components.v1.History
-	(*HistoryEntry)(nil),  // 18: coppice.components.v1.HistoryEntry
-	(*Fallback)(nil),      // 19: coppice.components.v1.Fallback
-	(*Previous)(nil),      // 20: coppice.components.v1.Previous
-	(*Death)(nil),         // 21: coppice.components.v1.Death
-	(*Artifact)(nil),      // 22: coppice.components.v1.Artifact
-	(*Platform)(nil),      // 23: coppice.components.v1.Platform
-	nil,                   // 24: coppice.components.v1.ComponentSpec.AttributesEntry
-	nil,                   // 25: coppice.components.v1.ComponentSpec.BindingsEntry
-	nil,                   // 26: coppice.components.v1.ComponentSpec.ExposeEntry
-	nil,                   // 27: coppice.components.v1.ComponentSpec.EnvEntry
-	nil,                   // 28: coppice.components.v1.Application.OverlaysEntry
-	nil,                   // 29: coppice.components.v1.Overlay.NodesEntry
-	nil,                   // 30: coppice.components.v1.Overlay.AttributesEntry
-	nil,                   // 31: coppice.components.v1.Overlay.BindingsEntry
+	(*Within)(nil),        // 5: coppice.components.v1.Within
+	(*Anchors)(nil),       // 6: coppice.components.v1.Anchors
+	(*LightLoad)(nil),     // 7: coppice.components.v1.LightLoad
+	(*Preference)(nil),    // 8: coppice.components.v1.Preference
+	(*Price)(nil),         // 9: coppice.components.v1.Price
+	(*Term)(nil),          // 10: coppice.components.v1.Term
+	(*Cost)(nil),          // 11: coppice.components.v1.Cost
+	(*Run)(nil),           // 12: coppice.components.v1.Run
+	(*State)(nil),         // 13: coppice.components.v1.State
+	(*Restart)(nil),       // 14: coppice.components.v1.Restart
+	(*Health)(nil),        // 15: coppice.components.v1.Health
+	(*Sandbox)(nil),       // 16: coppice.components.v1.Sandbox
+	(*Application)(nil),   // 17: coppice.components.v1.Application
+	(*Pinned)(nil),        // 18: coppice.components.v1.Pinned
+	(*Overlay)(nil),       // 19: coppice.components.v1.Overlay
+	(*InstanceBody)(nil),  // 20: coppice.components.v1.InstanceBody
+	(*Branch)(nil),        // 21: coppice.components.v1.Branch
+	(*History)(nil),       // 22: coppice.components.v1.History
+	(*HistoryEntry)(nil),  // 23: coppice.components.v1.HistoryEntry
+	(*Fallback)(nil),      // 24: coppice.components.v1.Fallback
+	(*Previous)(nil),      // 25: coppice.components.v1.Previous
+	(*Death)(nil),         // 26: coppice.components.v1.Death
+	(*Artifact)(nil),      // 27: coppice.components.v1.Artifact
+	(*Platform)(nil),      // 28: coppice.components.v1.Platform
+	nil,                   // 29: coppice.components.v1.ComponentSpec.AttributesEntry
+	nil,                   // 30: coppice.components.v1.ComponentSpec.BindingsEntry
+	nil,                   // 31: coppice.components.v1.ComponentSpec.ExposeEntry
+	nil,                   // 32: coppice.components.v1.ComponentSpec.EnvEntry
+	nil,                   // 33: coppice.components.v1.Application.OverlaysEntry
+	nil,                   // 34: coppice.components.v1.Overlay.NodesEntry
+	nil,                   // 35: coppice.components.v1.Overlay.AttributesEntry
+	nil,                   // 36: coppice.components.v1.Overlay.BindingsEntry
 }
 var file_components_v1_components_proto_depIdxs = []int32{
 	2,  // 0: coppice.components.v1.Manifest.components:type_name -> coppice.components.v1.ComponentSpec
-	5,  // 1: coppice.components.v1.Manifest.objective:type_name -> coppice.components.v1.Term
-	6,  // 2: coppice.components.v1.Manifest.cost:type_name -> coppice.components.v1.Cost
-	24, // 3: coppice.components.v1.ComponentSpec.attributes:type_name -> coppice.components.v1.ComponentSpec.AttributesEntry
+	10, // 1: coppice.components.v1.Manifest.objective:type_name -> coppice.components.v1.Term
+	11, // 2: coppice.components.v1.Manifest.cost:type_name -> coppice.components.v1.Cost
+	29, // 3: coppice.components.v1.ComponentSpec.attributes:type_name -> coppice.components.v1.ComponentSpec.AttributesEntry
 	3,  // 4: coppice.components.v1.ComponentSpec.resources:type_name -> coppice.components.v1.Resources
-	25, // 5: coppice.components.v1.ComponentSpec.bindings:type_name -> coppice.components.v1.ComponentSpec.BindingsEntry
-	26, // 6: coppice.components.v1.ComponentSpec.expose:type_name -> coppice.components.v1.ComponentSpec.ExposeEntry
+	30, // 5: coppice.components.v1.ComponentSpec.bindings:type_name -> coppice.components.v1.ComponentSpec.BindingsEntry
+	31, // 6: coppice.components.v1.ComponentSpec.expose:type_name -> coppice.components.v1.ComponentSpec.ExposeEntry
 	4,  // 7: coppice.components.v1.ComponentSpec.near:type_name -> coppice.components.v1.Near
-	5,  // 8: coppice.components.v1.ComponentSpec.objective:type_name -> coppice.components.v1.Term
-	7,  // 9: coppice.components.v1.ComponentSpec.run:type_name -> coppice.components.v1.Run
-	8,  // 10: coppice.components.v1.ComponentSpec.state:type_name -> coppice.components.v1.State
-	27, // 11: coppice.components.v1.ComponentSpec.env:type_name -> coppice.components.v1.ComponentSpec.EnvEntry
-	9,  // 12: coppice.components.v1.ComponentSpec.restart:type_name -> coppice.components.v1.Restart
-	10, // 13: coppice.components.v1.ComponentSpec.health:type_name -> coppice.components.v1.Health
-	11, // 14: coppice.components.v1.ComponentSpec.sandbox:type_name -> coppice.components.v1.Sandbox
-	1,  // 15: coppice.components.v1.Application.manifest:type_name -> coppice.components.v1.Manifest
-	13, // 16: coppice.components.v1.Application.pinned:type_name -> coppice.components.v1.Pinned
-	28, // 17: coppice.components.v1.Application.overlays:type_name -> coppice.components.v1.Application.OverlaysEntry
-	0,  // 18: coppice.components.v1.Pinned.durable:type_name -> coppice.components.v1.Durability
-	29, // 19: coppice.components.v1.Overlay.nodes:type_name -> coppice.components.v1.Overlay.NodesEntry
-	30, // 20: coppice.components.v1.Overlay.attributes:type_name -> coppice.components.v1.Overlay.AttributesEntry
-	31, // 21: coppice.components.v1.Overlay.bindings:type_name -> coppice.components.v1.Overlay.BindingsEntry
-	19, // 22: coppice.components.v1.InstanceBody.fallback:type_name -> coppice.components.v1.Fallback
-	21, // 23: coppice.components.v1.InstanceBody.deaths:type_name -> coppice.components.v1.Death
-	20, // 24: coppice.components.v1.InstanceBody.previous:type_name -> coppice.components.v1.Previous
-	18, // 25: coppice.components.v1.History.entries:type_name -> coppice.components.v1.HistoryEntry
-	23, // 26: coppice.components.v1.Artifact.platforms:type_name -> coppice.components.v1.Platform
-	14, // 27: coppice.components.v1.Application.OverlaysEntry.value:type_name -> coppice.components.v1.Overlay
-	28, // [28:28] is the sub-list for method output_type
-	28, // [28:28] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	10, // 8: coppice.components.v1.ComponentSpec.objective:type_name -> coppice.components.v1.Term
+	12, // 9: coppice.components.v1.ComponentSpec.run:type_name -> coppice.components.v1.Run
+	13, // 10: coppice.components.v1.ComponentSpec.state:type_name -> coppice.components.v1.State
+	32, // 11: coppice.components.v1.ComponentSpec.env:type_name -> coppice.components.v1.ComponentSpec.EnvEntry
+	14, // 12: coppice.components.v1.ComponentSpec.restart:type_name -> coppice.components.v1.Restart
+	15, // 13: coppice.components.v1.ComponentSpec.health:type_name -> coppice.components.v1.Health
+	16, // 14: coppice.components.v1.ComponentSpec.sandbox:type_name -> coppice.components.v1.Sandbox
+	5,  // 15: coppice.components.v1.ComponentSpec.within:type_name -> coppice.components.v1.Within
+	6,  // 16: coppice.components.v1.ComponentSpec.anchors:type_name -> coppice.components.v1.Anchors
+	7,  // 17: coppice.components.v1.ComponentSpec.light_load:type_name -> coppice.components.v1.LightLoad
+	8,  // 18: coppice.components.v1.ComponentSpec.prefer:type_name -> coppice.components.v1.Preference
+	8,  // 19: coppice.components.v1.ComponentSpec.avoid:type_name -> coppice.components.v1.Preference
+	9,  // 20: coppice.components.v1.ComponentSpec.price:type_name -> coppice.components.v1.Price
+	1,  // 21: coppice.components.v1.Application.manifest:type_name -> coppice.components.v1.Manifest
+	18, // 22: coppice.components.v1.Application.pinned:type_name -> coppice.components.v1.Pinned
+	33, // 23: coppice.components.v1.Application.overlays:type_name -> coppice.components.v1.Application.OverlaysEntry
+	0,  // 24: coppice.components.v1.Pinned.durable:type_name -> coppice.components.v1.Durability
+	34, // 25: coppice.components.v1.Overlay.nodes:type_name -> coppice.components.v1.Overlay.NodesEntry
+	35, // 26: coppice.components.v1.Overlay.attributes:type_name -> coppice.components.v1.Overlay.AttributesEntry
+	36, // 27: coppice.components.v1.Overlay.bindings:type_name -> coppice.components.v1.Overlay.BindingsEntry
+	24, // 28: coppice.components.v1.InstanceBody.fallback:type_name -> coppice.components.v1.Fallback
+	26, // 29: coppice.components.v1.InstanceBody.deaths:type_name -> coppice.components.v1.Death
+	25, // 30: coppice.components.v1.InstanceBody.previous:type_name -> coppice.components.v1.Previous
+	23, // 31: coppice.components.v1.History.entries:type_name -> coppice.components.v1.HistoryEntry
+	28, // 32: coppice.components.v1.Artifact.platforms:type_name -> coppice.components.v1.Platform
+	19, // 33: coppice.components.v1.Application.OverlaysEntry.value:type_name -> coppice.components.v1.Overlay
+	34, // [34:34] is the sub-list for method output_type
+	34, // [34:34] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_components_v1_components_proto_init() }
@@ -2582,15 +3019,17 @@ func file_components_v1_components_proto_init() {
 	if File_components_v1_components_proto != nil {
 		return
 	}
+	file_components_v1_components_proto_msgTypes[0].OneofWrappers = []any{}
 	file_components_v1_components_proto_msgTypes[6].OneofWrappers = []any{}
-	file_components_v1_components_proto_msgTypes[7].OneofWrappers = []any{}
+	file_components_v1_components_proto_msgTypes[11].OneofWrappers = []any{}
+	file_components_v1_components_proto_msgTypes[12].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_components_v1_components_proto_rawDesc), len(file_components_v1_components_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   31,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -11,10 +11,17 @@ import (
 )
 
 // explain writes the plan down, with why.
-func explain(p *problem, s *state, before result) *placementv1.Plan {
+func explain(p *problem, s *state, before result, optimal bool) *placementv1.Plan {
 	after := s.result()
+	bound := most(s.choices(false), int(p.policy.GetMaxMoves()))
+	if after.objective >= bound-epsilon && after.unsatisfied == 0 {
+		optimal = true
+	}
+	if optimal {
+		bound = after.objective
+	}
 	plan := &placementv1.Plan{
-		Feasible: after.unsatisfied == 0, Objective: round(after.objective), ObjectiveBefore: round(before.objective), Bound: round(p.bound()),
+		Feasible: after.unsatisfied == 0, Objective: round(after.objective), ObjectiveBefore: round(before.objective), Bound: round(math.Max(bound, after.objective)), Optimal: optimal,
 	}
 	heirs := map[[2]int]int{}
 	for i := range p.insts {
@@ -27,28 +34,6 @@ func explain(p *problem, s *state, before result) *placementv1.Plan {
 
 // round keeps what means something, so that plans read well.
 func round(v float64) float64 { return math.Round(v*1e9) / 1e9 }
-
-// bound is a value no plan exceeds: each instance on its best node, alone there, at no cost.
-func (p *problem) bound() float64 {
-	sum := 0.0
-	for i := range p.insts {
-		in := &p.insts[i]
-		if in.fixed {
-			continue
-		}
-		best := 0.0
-		for n := range p.nodes {
-			if p.comps[in.comp].static[n].constraint == "" || n == in.current {
-				best = math.Max(best, p.utility(i, n, 1))
-			}
-		}
-		sum += best
-	}
-	if p.active == 0 {
-		return 0
-	}
-	return sum / float64(p.active)
-}
 
 // assignment explains one instance. heirs counts, by owner and node, how often the node is named first to take over from that owner: the
 // instances of a dead node should not all go to one other.
@@ -67,21 +52,32 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 	if at >= 0 {
 		a.Node = p.nodes[at].GetId()
 		if !s.isBad(i) {
-			a.Score = round(p.utility(i, at, s.count[at]))
+			a.Score = round(s.scored(i))
 		}
 		s.put(i, -1)
 	}
 	byConstraint := map[string]int{}
 	second, secondScore := -1, 0.0
 	var open []int
+	limit := max(MaxRefusals/len(p.insts), leastRefusals)
 	for n := range p.nodes {
-		r, ok := s.feasible(i, n)
+		var r refusal
+		b := s.blocked(i, n)
+		ok := b == allowed
+		switch {
+		case b == byStatic:
+			r = p.comps[in.comp].static[n]
+		case !ok && len(a.Refused) < limit:
+			r, _ = s.feasible(i, n)
+		case !ok:
+			r.constraint = s.constraint(b, i, n)
+		}
 		switch {
 		case !ok && (eachNode && p.nodes[n].GetId() != in.GetPinned() || n == at && !s.bad2(i, at)):
 			continue // not its node; or the node it rightly keeps though it would not receive it
 		case !ok:
 			byConstraint[r.constraint]++
-			if len(a.Refused) < max(MaxRefusals/len(p.insts), leastRefusals) {
+			if len(a.Refused) < limit {
 				a.Refused = append(a.Refused, &placementv1.Refusal{Node: p.nodes[n].GetId(), Constraint: r.constraint, Detail: r.detail})
 			}
 			continue
@@ -90,7 +86,7 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 			continue
 		}
 		open = append(open, n)
-		if v := p.utility(i, n, s.count[n]+1); v > secondScore+epsilon || second >= 0 && v > secondScore-epsilon && s.count[n] < s.count[second] {
+		if v := p.utility(i, n, s.count[n]+1) + utilitySpan*p.comps[in.comp].dynamic*s.with(i, n); v > secondScore+epsilon || second >= 0 && v > secondScore-epsilon && s.count[n] < s.count[second] {
 			second, secondScore = n, v
 		}
 	}
@@ -104,7 +100,45 @@ func (s *state) assignment(i int, heirs map[[2]int]int) *placementv1.Assignment 
 		s.put(i, at)
 	}
 	a.Reason = s.reason(i, second, secondScore, len(open), byConstraint)
+	if (at < 0 || s.isBad(i)) && second < 0 && s.explained < mostExplained {
+		s.explained += len(p.nodes)
+		s.put(i, -1)
+		a.Conflict, a.Remedies = s.conflict(i)
+		s.put(i, at)
+	}
 	return a
+}
+
+// constraint names what blocks an instance on a node, without the words.
+func (s *state) constraint(b block, i, n int) string {
+	switch b {
+	case byAvoid:
+		return "excluded"
+	case byPin:
+		return "pinned"
+	case byNode:
+		return "each-node"
+	case byCPU, byMemory, byDisk:
+		return "capacity"
+	case bySpread:
+		return "spread"
+	case byApart:
+		return "apart"
+	case byDiameter:
+		return "max_diameter"
+	case byBudget:
+		return "budget"
+	case byCount:
+		return "light_load"
+	}
+	r, _ := s.feasible(i, n)
+	return r.constraint
+}
+
+// scored is the utility of an instance where it is.
+func (s *state) scored(i int) float64 {
+	d := s.p.insts[i].comp
+	return s.p.utility(i, s.at[i], s.count[s.at[i]]) + utilitySpan*s.p.comps[d].dynamic*s.groupWorth(d, s.members(d))
 }
 
 // waits explains an instance that belongs to a node that is not for it now.
@@ -129,6 +163,11 @@ func (s *state) reason(i, second int, secondScore float64, open int, refusedBy m
 	if in.pinNote != "" {
 		note = "; " + in.pinNote
 	}
+	if at >= 0 {
+		if aged := p.nodes[at].aged(); aged != "" {
+			note += "; " + aged
+		}
+	}
 	if at < 0 {
 		if len(p.nodes) == 0 {
 			return "no node is known" + note
@@ -139,8 +178,11 @@ func (s *state) reason(i, second int, secondScore float64, open int, refusedBy m
 	next := "no other node is feasible"
 	if second >= 0 {
 		next = fmt.Sprintf("next is %s with %.3f", p.nodes[second].name, secondScore)
+		if aged := p.nodes[second].aged(); aged != "" {
+			next += " (" + aged + ")"
+		}
 	}
-	score := p.utility(i, at, s.count[at])
+	score := s.scored(i)
 	switch {
 	case s.isBad(i) && second < 0:
 		return fmt.Sprintf("should leave %s (%s), and no other node is feasible: %s%s", name, s.bad[i], tally(refusedBy), note)
@@ -225,11 +267,12 @@ func (s *state) successors(i, at int, heirs map[[2]int]int) []string {
 		score float64
 	}
 	var all []candidate
-	for n := range p.nodes {
+	for _, m := range c.open {
+		n := int(m)
 		if n == at || s.blocked(i, n) != allowed {
 			continue
 		}
-		score := p.utility(i, n, s.count[n]+1+heirs[[2]int{at, n}]) - heirMalus*float64(heirs[[2]int{at, n}])
+		score := utilitySpan*c.dynamic*s.with(i, n) + p.utility(i, n, s.count[n]+1+heirs[[2]int{at, n}]) - heirMalus*float64(heirs[[2]int{at, n}])
 		if in.holders[n] {
 			score += holderBonus
 		}
@@ -238,13 +281,14 @@ func (s *state) successors(i, at int, heirs map[[2]int]int) []string {
 		}
 		all = append(all, candidate{n, score})
 	}
-	zones := map[string]bool{p.nodes[at].GetZone(): true}
+	zones := make([]bool, len(p.areas))
+	zones[p.nodes[at].area] = true
 	var out []string
 	for len(out) < want && len(all) > 0 {
 		best, bestScore := -1, math.Inf(-1)
 		for k, c := range all {
 			v := c.score
-			if !zones[p.nodes[c.node].GetZone()] {
+			if !zones[p.nodes[c.node].area] {
 				v += otherZoneBonus
 			}
 			if v > bestScore+epsilon {
@@ -255,7 +299,7 @@ func (s *state) successors(i, at int, heirs map[[2]int]int) []string {
 		if len(out) == 0 {
 			heirs[[2]int{at, n}]++
 		}
-		zones[p.nodes[n].GetZone()] = true
+		zones[p.nodes[n].area] = true
 		out = append(out, p.nodes[n].GetId())
 		all = slices.Delete(all, best, best+1)
 	}

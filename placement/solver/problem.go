@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
+	"strconv"
 
 	"github.com/coppice-project/coppice/components"
 	placementv1 "github.com/coppice-project/coppice/plugins/contract/placement/v1"
@@ -13,22 +15,30 @@ import (
 
 // problem is the request, indexed and with everything evaluated that does not depend on where instances are. Immutable once built.
 type problem struct {
-	policy *placementv1.Policy
-	nodes  []node // by id
-	comps  []comp // by key
-	insts  []inst // by name
-	nodeOf map[string]int
-	instOf map[string]int
-	rtt    map[[2]int]float64 // ms, both directions
-	active int                // instances that want a node: N of the mean
-	crowd  float64            // K: a node shared by more than this many others is worth nothing for balance
-	scale  float64            // of the cost of moves
+	policy   *placementv1.Policy
+	nodes    []node // by id
+	comps    []comp // by key
+	insts    []inst // by name
+	nodeOf   map[string]int
+	instOf   map[string]int
+	rtt      map[[2]int]float64 // ms, both directions
+	classes  map[string]*class
+	apps     map[string]int
+	areas    map[string]int // numbers of zones
+	limiting []int          // components that bound how many instances share a node with one of theirs
+	active   int            // instances that want a node: N of the mean
+	crowd    float64        // K: a node shared by more than this many others is worth nothing for balance
+	scale    float64        // of the cost of moves
 }
 
 type node struct {
 	*placementv1.Node
 	name  string
 	facts *components.NodeFacts
+	ends  []*components.NodeFacts // the ends of the intervals that facts are in, by their age; none: they are as they say
+	doubt float64                 // how wide those are, as a share of what they say
+	area  int                     // number of its zone
+	price float64                 // its label, or a fact; not a number: it has none
 	// receives: it may be given instances. keeps: what runs there may stay. Neither: what ran there is lost.
 	receives, keeps bool
 	refusal         refusal // why it does not receive
@@ -39,18 +49,35 @@ type refusal struct{ constraint, detail string }
 
 type comp struct {
 	*placementv1.Component
+	*class
+	facts    *components.ComponentFacts
 	insts    []int
-	static   []refusal // by node; zero: none
-	utility  []float64 // by node, in [0,1]: the part that does not depend on where instances are
-	balance  float64   // share of the balance term in the utility
-	value    []int     // by node: the number of its spread value
-	limit    int       // instances in one spread value; 0: no spread
-	running  int       // instances that want a node
-	usable   []int     // by spread value: nodes that are for it
-	nearTo   int       // component to be near to, -1: none
-	nearOf   []int     // components that are to be near this one
+	value    []int    // by node: the number of its spread value
+	limit    int      // instances in one spread value; 0: no spread
+	running  int      // instances that want a node
+	usable   []int    // by spread value: nodes that are for it
+	nears    []near   // components to be near to
+	nearOf   []int    // components that are to be near this one
+	apart    []int    // components that it shares no node with, whichever of the two says so
+	anchors  []int    // nodes, -1: one that is not known
+	calls    []int    // components that it is bound to
+	sways    []int    // components with a utility that depends on where the instances of this one are
+	app      int      // number of its application
+	budget   *float64 // of its application
 	moveCost float64
 	mibCost  float64
+}
+
+// near is a component to be near to: each instance has one of it within limit ms, or on its own node.
+type near struct {
+	to    int
+	limit float64
+	same  bool
+}
+
+// within tells whether something at a distance is near enough.
+func (r *near) within(p *problem, n, m int) bool {
+	return n == m || !r.same && p.between(n, m) <= r.limit
 }
 
 type inst struct {
@@ -74,7 +101,7 @@ func newProblem(req *placementv1.SolveRequest) (*problem, error) {
 	if snap == nil {
 		return nil, errors.New("the request has no snapshot")
 	}
-	p := &problem{policy: req.GetPolicy(), nodeOf: map[string]int{}, instOf: map[string]int{}, rtt: map[[2]int]float64{}}
+	p := &problem{policy: req.GetPolicy(), nodeOf: map[string]int{}, instOf: map[string]int{}, rtt: map[[2]int]float64{}, classes: map[string]*class{}, apps: map[string]int{}, areas: map[string]int{}}
 	if p.policy == nil {
 		p.policy = DefaultPolicy()
 	}
@@ -110,20 +137,33 @@ func (p *problem) addNodes(in []*placementv1.Node) error {
 			return fmt.Errorf("node id %q is empty or there twice", n.GetId())
 		}
 		p.nodeOf[n.GetId()] = len(p.nodes)
-		p.nodes = append(p.nodes, newNode(n))
+		node := newNode(n, p.policy)
+		if _, ok := p.areas[n.GetZone()]; !ok {
+			p.areas[n.GetZone()] = len(p.areas)
+		}
+		node.area = p.areas[n.GetZone()]
+		p.nodes = append(p.nodes, node)
 	}
 	return nil
 }
 
 const mib = 1 << 20
 
-func newNode(n *placementv1.Node) node {
-	out := node{Node: n, name: cmp.Or(n.GetName(), n.GetId())}
-	out.facts = &components.NodeFacts{
-		ID: n.GetId(), Name: n.GetName(), Zone: n.GetZone(), Role: n.GetRole(), Platform: n.GetPlatform(), State: n.GetState(),
-		Draining: n.GetDraining(), Labels: n.GetLabels(), Facts: n.GetFacts(),
-		CPU: float64(n.GetCpuMillis()) / 1000, MemoryMiB: float64(n.GetMemoryBytes()) / mib, DiskMiB: float64(n.GetDiskBytes()) / mib,
+func newNode(n *placementv1.Node, policy *placementv1.Policy) node {
+	out := node{Node: n, name: cmp.Or(n.GetName(), n.GetId()), price: math.NaN()}
+	facts := finite(n.GetFacts())
+	if v, err := strconv.ParseFloat(n.GetLabels()["price"], 64); err == nil && v >= 0 && !math.IsInf(v, 0) {
+		facts = maps.Clone(facts)
+		if facts == nil {
+			facts = map[string]float64{}
+		}
+		facts["price"] = v
 	}
+	if v, ok := facts["price"]; ok {
+		out.price = v
+	}
+	out.facts = nodeFacts(n, facts)
+	out.stale(policy, facts)
 	switch {
 	case n.GetState() == "dead" || n.GetState() == "left":
 		out.refusal = refusal{"alive", "it is " + n.GetState()}
@@ -140,6 +180,62 @@ func newNode(n *placementv1.Node) node {
 		out.keeps, out.receives = true, true
 	}
 	return out
+}
+
+func nodeFacts(n *placementv1.Node, facts map[string]float64) *components.NodeFacts {
+	return &components.NodeFacts{
+		ID: n.GetId(), Name: n.GetName(), Zone: n.GetZone(), Role: n.GetRole(), Platform: n.GetPlatform(), State: n.GetState(),
+		Draining: n.GetDraining(), Labels: n.GetLabels(), Facts: facts,
+		CPU: float64(n.GetCpuMillis()) / 1000, MemoryMiB: float64(n.GetMemoryBytes()) / mib, DiskMiB: float64(n.GetDiskBytes()) / mib,
+	}
+}
+
+// finite leaves out facts that are no numbers.
+func finite(facts map[string]float64) map[string]float64 {
+	wrong := func(_ string, v float64) bool { return math.IsNaN(v) || math.IsInf(v, 0) }
+	for k, v := range facts {
+		if wrong(k, v) {
+			facts = maps.Clone(facts)
+			maps.DeleteFunc(facts, wrong)
+			break
+		}
+	}
+	return facts
+}
+
+// stale widens what is known of a node by its age: each fact may be less or more than it says.
+func (n *node) stale(policy *placementv1.Policy, facts map[string]float64) {
+	age, fresh, stale := math.Abs(n.GetFactAgeMs()), policy.GetFreshMs(), policy.GetStaleMs()
+	if fresh <= 0 || !(age > fresh) || len(facts) == 0 {
+		return
+	}
+	n.doubt = 1
+	if age < stale {
+		n.doubt = (age - fresh) / (stale - fresh)
+	}
+	for _, f := range []float64{1 - n.doubt, 1 + n.doubt} {
+		scaled := make(map[string]float64, len(facts))
+		for k, v := range facts {
+			scaled[k] = v * f
+		}
+		if !math.IsNaN(n.price) { // what a node costs does not age
+			scaled["price"] = n.price
+		}
+		n.ends = append(n.ends, nodeFacts(n.Node, scaled))
+	}
+}
+
+// aged says how old what is known of a node is, where that makes a difference; "": it does not.
+func (n *node) aged() string {
+	if n.doubt == 0 {
+		return ""
+	}
+	age := math.Round(math.Abs(n.GetFactAgeMs()) / 1000)
+	when := fmt.Sprintf("%g s old", age)
+	if n.GetFactAgeMs() < 0 {
+		when = fmt.Sprintf("dated %g s in the future", age)
+	}
+	return fmt.Sprintf("what is known of %s is %s and counts at its worse end, ±%.0f %%", n.name, when, 100*n.doubt)
 }
 
 func (p *problem) addComponents(in []*placementv1.Component) error {
@@ -173,14 +269,70 @@ func (p *problem) addComponents(in []*placementv1.Component) error {
 	}
 	p.insts = all
 	for i := range p.comps {
-		c := &p.comps[i]
-		c.nearTo = -1
-		if to, ok := byKey[c.GetNear()]; ok && to != i {
-			c.nearTo = to
+		p.relate(i, byKey)
+	}
+	return nil
+}
+
+// relate finds the components and nodes that component i names. Names of what is not there say nothing.
+func (p *problem) relate(i int, byKey map[string]int) {
+	c := &p.comps[i]
+	nearTo := func(key string, limit float64, same bool) {
+		if to, ok := byKey[key]; ok && to != i {
+			c.nears = append(c.nears, near{to, limit, same})
 			p.comps[to].nearOf = append(p.comps[to].nearOf, i)
 		}
 	}
-	return nil
+	nearTo(c.GetNear(), c.GetNearRttMs(), false)
+	for _, key := range c.GetTogether() {
+		nearTo(key, 0, true)
+	}
+	for _, key := range c.GetApart() {
+		if o, ok := byKey[key]; ok && !slices.Contains(c.apart, o) {
+			c.apart = append(c.apart, o)
+			if o != i {
+				p.comps[o].apart = append(p.comps[o].apart, i)
+			}
+		}
+	}
+	for _, key := range c.GetCalls() {
+		if to, ok := byKey[key]; ok && to != i {
+			c.calls = append(c.calls, to)
+		}
+	}
+	for _, name := range c.GetAnchors() {
+		c.anchors = append(c.anchors, p.named(name))
+	}
+	if c.dynamic == 0 && len(c.grouped) == 0 {
+		return
+	}
+	p.comps[i].sways = append(p.comps[i].sways, i)
+	for _, to := range slices.Concat(c.calls, c.targets()) {
+		if !slices.Contains(p.comps[to].sways, i) {
+			p.comps[to].sways = append(p.comps[to].sways, i)
+		}
+	}
+}
+
+func (c *comp) targets() []int {
+	out := make([]int, len(c.nears))
+	for i, r := range c.nears {
+		out[i] = r.to
+	}
+	return out
+}
+
+// named is the node of a name or id, the first by id; -1: none.
+func (p *problem) named(name string) int {
+	if n, ok := p.nodeOf[name]; ok {
+		return n
+	}
+	for n := range p.nodes {
+		if p.nodes[n].GetName() == name {
+			return n
+		}
+	}
+	return -1
 }
 
 // measure fixes the numbers that depend on how many instances and nodes there are.
@@ -204,6 +356,10 @@ func (p *problem) measure() {
 		}
 		p.active += running
 		p.spread(c, running)
+		c.running = running
+		if c.GetMaxInstances() > 0 {
+			p.limiting = append(p.limiting, i)
+		}
 	}
 	p.crowd = float64(2*((p.active+max(receiving, 1)-1)/max(receiving, 1)) + 2)
 	p.scale = CostScale / math.Max(float64(p.active), 1)
@@ -241,7 +397,7 @@ func (p *problem) classify(i *inst) {
 		i.must, i.why = true, "it failed there lately"
 	case n.refusal.constraint == "draining" || n.refusal.constraint == "role":
 		i.must, i.why = true, n.name+": "+n.refusal.detail
-	case kept.constraint != "" && !n.receives: // suspect or quarantined: may keep
+	case kept.constraint != "" && (!n.receives || c.doubted[i.current]): // suspect or quarantined, or only facts that grew old speak against it: may keep
 	case kept.constraint != "":
 		i.why = kept.constraint + ": " + kept.detail
 	}
@@ -272,6 +428,8 @@ func (p *problem) pin(i *inst, c *comp) {
 	case !ok:
 		i.pinNote = "pinned to " + i.GetPinned() + ", which is no member"
 	case c.GetEachNode():
+		i.pin = n
+	case n == i.current && c.doubted[n]:
 		i.pin = n
 	case n == i.current && p.nodes[n].keeps && !p.nodes[n].receives && p.nodes[n].refusal.constraint == "alive":
 		i.pin = n

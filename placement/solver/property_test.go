@@ -24,8 +24,12 @@ func draw(seed uint64) *placementv1.SolveRequest {
 	for i := range 1 + d.IntN(6) {
 		c := d.component(i)
 		d.instances(c)
+		if !c.EachNode && seed%2 == 1 {
+			d.named(c, i)
+		}
 		snap.Components = append(snap.Components, c)
 	}
+	oneBudget(snap.Components)
 	policy := DefaultPolicy()
 	policy.MaxMoves, policy.MinSettledMs, policy.Successors = uint32(d.IntN(5)), 1000, uint32(d.IntN(4))
 	return &placementv1.SolveRequest{Snapshot: snap, Policy: policy}
@@ -189,7 +193,7 @@ func checkNotWorse(t *testing.T, req *placementv1.SolveRequest, plan *placementv
 	s := newState(p)
 	before := s.result()
 	s.construct()
-	s.improve()
+	s.search(0)
 	if after := s.result(); worse(after, before) && plan.GetObjective() != round(before.objective) {
 		t.Errorf("worse than before: %+v, was %+v", after, before)
 	}

@@ -86,13 +86,19 @@ func apply(req *placementv1.SolveRequest, plan *placementv1.Plan) {
 
 func planText(p *placementv1.Plan, refused bool) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "feasible=%v objective=%.4f before=%.4f bound=%.4f\n", p.GetFeasible(), p.GetObjective(), p.GetObjectiveBefore(), p.GetBound())
+	fmt.Fprintf(&b, "feasible=%v objective=%.4f before=%.4f bound=%.4f optimal=%v\n", p.GetFeasible(), p.GetObjective(), p.GetObjectiveBefore(), p.GetBound(), p.GetOptimal())
 	for _, a := range p.GetAssignments() {
 		node := a.GetNode()
 		if node == "" {
 			node = "-"
 		}
 		fmt.Fprintf(&b, "%s -> %s (successors %s): %s\n", a.GetInstance(), node, strings.Join(a.GetSuccessors(), " "), a.GetReason())
+		if len(a.GetConflict()) > 0 {
+			fmt.Fprintf(&b, "  no node holds together: %s\n", strings.Join(a.GetConflict(), " + "))
+			for _, r := range a.GetRemedies() {
+				fmt.Fprintf(&b, "  feasible %s\n", r)
+			}
+		}
 		if refused {
 			for _, r := range a.GetRefused() {
 				fmt.Fprintf(&b, "  not %s: %s: %s\n", r.GetNode(), r.GetConstraint(), r.GetDetail())
@@ -177,9 +183,25 @@ func (s *scenario) setComponent(t *testing.T, pos, name string, pairs [][2]strin
 				t.Fatalf("%s: %v", pos, err)
 			}
 			c.Near, c.NearRttMs = to, float64(d)/float64(time.Millisecond)
-		case "term": // value;from;to;weight;better
+		case "term", "soft": // value;from;to;weight;better
 			p := strings.Split(v, ";")
-			c.Objective = append(c.Objective, &placementv1.Term{Value: p[0], From: number(t, pos, p[1]), To: number(t, pos, p[2]), Weight: number(t, pos, p[3]), BetterHigh: p[4] == "high"})
+			one := &placementv1.Term{Value: p[0], From: number(t, pos, p[1]), To: number(t, pos, p[2]), Weight: number(t, pos, p[3]), BetterHigh: p[4] == "high"}
+			if k == "term" {
+				c.Objective = append(c.Objective, one)
+			} else {
+				c.Soft = append(c.Soft, one)
+			}
+		case "rule": // name;expression
+			name, expression, _ := strings.Cut(v, ";")
+			c.Rules = append(c.Rules, &placementv1.Rule{Name: name, Expression: expression})
+		case "apart":
+			c.Apart = strings.Split(v, ",")
+		case "together":
+			c.Together = strings.Split(v, ",")
+		case "anchors":
+			c.Anchors = strings.Split(v, ",")
+		case "calls":
+			c.Calls = strings.Split(v, ",")
 		case "platforms":
 			c.Platforms = strings.Split(v, ",")
 		default:

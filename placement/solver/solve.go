@@ -42,11 +42,11 @@ func Solve(req *placementv1.SolveRequest) (*placementv1.Plan, error) {
 	s := newState(p)
 	before := s.result()
 	s.construct()
-	s.improve()
+	optimal := s.search(req.GetSnapshot().GetSeed())
 	if after := s.result(); worse(after, before) {
 		s = newState(p)
 	}
-	return explain(p, s, before), nil
+	return explain(p, s, before, optimal), nil
 }
 
 // result is what plans are compared by.

@@ -3,6 +3,7 @@ package solver
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 )
@@ -16,9 +17,16 @@ type state struct {
 	cpu, mem, disk []uint64 // by node: taken
 	count          []int    // by node: instances
 	weight         []float64
-	values         [][]int // by component: instances by spread value
+	values         [][]int       // by component: instances by spread value
+	spent          []float64     // by application: what the nodes that it uses cost
+	uses           []map[int]int // by application with a budget: instances by node
+	dyn            []float64     // by component: its dynamic, where dynKnown
+	dynKnown       []bool
+	scratch        []int
 	moves          int
+	movers         []int // instances that move
 	evals, budget  int
+	explained      int // nodes that were looked at to say why an instance has none
 }
 
 // newState is the current plan: each instance where it runs, and which of them may not stay.
@@ -27,7 +35,11 @@ func newState(p *problem) *state {
 	s := &state{
 		p: p, at: make([]int, len(p.insts)), bad: make([]string, len(p.insts)), must: make([]bool, len(p.insts)),
 		cpu: make([]uint64, n), mem: make([]uint64, n), disk: make([]uint64, n), count: make([]int, n), weight: make([]float64, n),
-		values: make([][]int, len(p.comps)),
+		values: make([][]int, len(p.comps)), spent: make([]float64, len(p.apps)), uses: make([]map[int]int, len(p.apps)),
+		dyn: make([]float64, len(p.comps)), dynKnown: make([]bool, len(p.comps)),
+	}
+	for i := range s.uses {
+		s.uses[i] = map[int]int{}
 	}
 	budget := uint64(p.policy.GetBudgetMs())
 	if budget == 0 {
@@ -53,6 +65,7 @@ func newState(p *problem) *state {
 	s.findOvercommitted()
 	s.findCrowded()
 	s.findFar()
+	s.findUnfit()
 	return s
 }
 
@@ -74,17 +87,25 @@ func (s *state) take(i, n, sign int) {
 func (s *state) put(i, n int) {
 	in := &s.p.insts[i]
 	c := &s.p.comps[in.comp]
+	for _, d := range c.sways {
+		s.dynKnown[d] = false
+	}
 	if a := s.at[i]; a >= 0 {
 		s.take(i, a, -1)
 		s.count[a]--
 		if !s.isBad(i) {
 			s.weight[a] -= c.balance
+			s.pay(c, a, -1)
 		}
 		if c.limit > 0 {
 			s.values[in.comp][c.value[a]]--
 		}
 		if s.isMove(i, a) {
 			s.moves--
+			k := slices.Index(s.movers, i)
+			last := len(s.movers) - 1
+			s.movers[k] = s.movers[last]
+			s.movers = s.movers[:last]
 		}
 	}
 	s.at[i] = n
@@ -95,12 +116,35 @@ func (s *state) put(i, n int) {
 	s.count[n]++
 	if !s.isBad(i) {
 		s.weight[n] += c.balance
+		s.pay(c, n, 1)
 	}
 	if c.limit > 0 {
 		s.values[in.comp][c.value[n]]++
 	}
 	if s.isMove(i, n) {
 		s.moves++
+		s.movers = append(s.movers, i)
+	}
+}
+
+// pay counts the nodes that an application with a budget uses.
+func (s *state) pay(c *comp, n, sign int) {
+	if c.budget == nil {
+		return
+	}
+	uses := s.uses[c.app]
+	before := uses[n]
+	if uses[n] += sign; uses[n] == 0 {
+		delete(uses, n)
+	}
+	switch {
+	case before == 0:
+		s.spent[c.app] += s.p.nodes[n].price
+	case before == 1 && sign < 0:
+		s.spent[c.app] = 0 // sums of floats, and prices that are no numbers, are not undone by a difference
+		for _, m := range slices.Sorted(maps.Keys(uses)) {
+			s.spent[c.app] += s.p.nodes[m].price
+		}
 	}
 }
 
@@ -192,15 +236,35 @@ func (s *state) findCrowded() {
 func (s *state) findFar() {
 	for ci := range s.p.comps {
 		c := &s.p.comps[ci]
-		if c.nearTo < 0 {
-			continue
-		}
-		for _, i := range c.insts {
-			if s.at[i] >= 0 && !s.isBad(i) && s.p.insts[i].pin < 0 && !c.GetEachNode() && s.distance(c.nearTo, s.at[i], -1) > c.GetNearRttMs() {
-				s.mark(i, "near: "+s.p.comps[c.nearTo].GetKey()+" is farther than "+millis(c.GetNearRttMs()))
+		for k := range c.nears {
+			for _, i := range c.insts {
+				if s.at[i] >= 0 && !s.isBad(i) && s.p.insts[i].pin < 0 && !c.GetEachNode() && !s.reaches(&c.nears[k], s.at[i]) {
+					s.mark(i, s.far(&c.nears[k]))
+				}
 			}
 		}
 	}
+}
+
+func (s *state) far(r *near) string {
+	if r.same {
+		return "together: no " + s.p.comps[r.to].GetKey() + " runs there"
+	}
+	return "near: " + s.p.comps[r.to].GetKey() + " is farther than " + millis(r.limit)
+}
+
+// reaches tells whether an instance of what is to be near is near enough to node n; where there is none yet, anything is.
+func (s *state) reaches(r *near, n int) bool {
+	any := false
+	for _, j := range s.p.comps[r.to].insts {
+		if m := s.at[j]; m >= 0 {
+			any = true
+			if r.within(s.p, n, m) {
+				return true
+			}
+		}
+	}
+	return !any
 }
 
 func millis(v float64) string { return fmt.Sprintf("%g ms", math.Round(v*100)/100) }
@@ -248,23 +312,40 @@ const (
 	bySpread
 	byNear
 	byNearOf
+	byApart
+	byDiameter
+	byBudget
+	byCount
+	byGroup
 )
 
-// blocked checks the hard constraints of instance i on node n. i must be nowhere in the state.
-func (s *state) blocked(i, n int) block {
-	s.evals++
+// never checks the hard constraints of instance i on node n that hold wherever the others are.
+func (s *state) never(i, n int) block {
 	in := &s.p.insts[i]
 	c := &s.p.comps[in.comp]
-	node := &s.p.nodes[n]
 	switch {
 	case in.pin >= 0 && in.pin != n:
 		return byPin
-	case c.GetEachNode() && in.GetPinned() != "" && in.GetPinned() != node.GetId():
+	case c.GetEachNode() && in.GetPinned() != "" && in.GetPinned() != s.p.nodes[n].GetId():
 		return byNode
 	case c.static[n].constraint != "":
 		return byStatic
 	case in.avoid[n]:
 		return byAvoid
+	}
+	return allowed
+}
+
+// blocked checks the hard constraints of instance i on node n. i must be nowhere in the state.
+func (s *state) blocked(i, n int) block {
+	s.evals++
+	if b := s.never(i, n); b != allowed {
+		return b
+	}
+	in := &s.p.insts[i]
+	c := &s.p.comps[in.comp]
+	node := &s.p.nodes[n]
+	switch {
 	case s.cpu[n]+c.GetCpuMillis() > node.GetCpuMillis() && c.GetCpuMillis() > 0:
 		return byCPU
 	case s.mem[n]+c.GetMemoryBytes() > node.GetMemoryBytes() && c.GetMemoryBytes() > 0:
@@ -273,41 +354,56 @@ func (s *state) blocked(i, n int) block {
 		return byDisk
 	case c.limit > 0 && s.values[in.comp][c.value[n]] >= c.limit:
 		return bySpread
-	case c.nearTo >= 0 && s.distance(c.nearTo, n, -1) > c.GetNearRttMs():
-		return byNear
+	}
+	for k := range c.nears {
+		if !s.reaches(&c.nears[k], n) {
+			return byNear
+		}
 	}
 	for _, d := range c.nearOf {
-		if !s.nearHolds(d, in.comp, n) {
+		if s.left(d, in.comp, n) >= 0 {
 			return byNearOf
 		}
 	}
-	return allowed
+	return s.crowded(i, n)
 }
 
-// nearHolds tells whether each instance of component d still has one of component to near it, once another one runs on node n.
-func (s *state) nearHolds(d, to, n int) bool {
+// left is the first wish of component d to be near to component to that does not hold any more once another one of to runs on node n; -1: all hold.
+func (s *state) left(d, to, n int) int {
 	c := &s.p.comps[d]
-	for _, x := range c.insts {
-		m := s.at[x]
-		if m < 0 || s.isBad(x) || s.p.between(m, n) <= c.GetNearRttMs() {
+	for k := range c.nears {
+		r := &c.nears[k]
+		if r.to != to {
 			continue
 		}
-		others := false
-		for _, j := range s.p.comps[to].insts {
-			if s.at[j] >= 0 && s.p.between(m, s.at[j]) <= c.GetNearRttMs() {
-				others = true
-				break
+		for _, x := range c.insts {
+			m := s.at[x]
+			if m < 0 || s.isBad(x) || r.within(s.p, m, n) {
+				continue
+			}
+			others := false
+			for _, j := range s.p.comps[to].insts {
+				if s.at[j] >= 0 && r.within(s.p, m, s.at[j]) {
+					others = true
+					break
+				}
+			}
+			if !others {
+				return k
 			}
 		}
-		if !others {
-			return false
-		}
 	}
-	return true
+	return -1
 }
 
 // feasible is blocked with words.
 func (s *state) feasible(i, n int) (refusal, bool) {
+	b := s.blocked(i, n)
+	return s.phrase(b, i, n), b == allowed
+}
+
+// phrase says in words what blocks instance i (nowhere now) on node n.
+func (s *state) phrase(b block, i, n int) refusal {
 	in := &s.p.insts[i]
 	c := &s.p.comps[in.comp]
 	node := &s.p.nodes[n]
@@ -317,31 +413,50 @@ func (s *state) feasible(i, n int) (refusal, bool) {
 		}
 		return offered - taken
 	}
-	switch s.blocked(i, n) {
+	switch b {
 	case allowed:
-		return refusal{}, true
+		return refusal{}
 	case byStatic:
-		return c.static[n], false
+		return c.static[n]
 	case byAvoid:
-		return refusal{"excluded", "it failed there lately"}, false
+		return refusal{"excluded", "it failed there lately"}
 	case byPin:
-		return refusal{"pinned", "it is pinned to " + s.p.nodes[in.pin].name}, false
+		return refusal{"pinned", "it is pinned to " + s.p.nodes[in.pin].name}
 	case byNode:
-		return refusal{"each-node", "it belongs to another node"}, false
+		return refusal{"each-node", "it belongs to another node"}
 	case byCPU:
-		return refusal{"capacity", fmt.Sprintf("cpu: %s wanted, %s left", cores(c.GetCpuMillis()), cores(left(node.GetCpuMillis(), s.cpu[n])))}, false
+		return refusal{"capacity", fmt.Sprintf("cpu: %s wanted, %s left", cores(c.GetCpuMillis()), cores(left(node.GetCpuMillis(), s.cpu[n])))}
 	case byMemory:
-		return refusal{"capacity", fmt.Sprintf("memory: %s wanted, %s left", mibs(c.GetMemoryBytes()), mibs(left(node.GetMemoryBytes(), s.mem[n])))}, false
+		return refusal{"capacity", fmt.Sprintf("memory: %s wanted, %s left", mibs(c.GetMemoryBytes()), mibs(left(node.GetMemoryBytes(), s.mem[n])))}
 	case byDisk:
-		return refusal{"capacity", fmt.Sprintf("disk: %s wanted, %s left", mibs(c.GetDiskBytes()), mibs(left(node.GetDiskBytes(), s.disk[n])))}, false
+		return refusal{"capacity", fmt.Sprintf("disk: %s wanted, %s left", mibs(c.GetDiskBytes()), mibs(left(node.GetDiskBytes(), s.disk[n])))}
 	case bySpread:
-		return refusal{"spread", fmt.Sprintf("%d of %s on the same %s already", c.limit, c.GetKey(), c.GetSpread())}, false
+		return refusal{"spread", fmt.Sprintf("%d of %s on the same %s already", c.limit, c.GetKey(), c.GetSpread())}
 	case byNear:
-		d := s.distance(c.nearTo, n, -1)
-		if math.IsInf(d, 1) {
-			return refusal{"near", "no round trip to " + s.p.comps[c.nearTo].GetKey() + " is known"}, false
+		for k := range c.nears {
+			r := &c.nears[k]
+			if s.reaches(r, n) {
+				continue
+			}
+			if r.same {
+				return refusal{"together", "no " + s.p.comps[r.to].GetKey() + " runs there"}
+			}
+			d := s.distance(r.to, n, -1)
+			if math.IsInf(d, 1) {
+				return refusal{"near", "no round trip to " + s.p.comps[r.to].GetKey() + " is known"}
+			}
+			return refusal{"near", fmt.Sprintf("%s to %s, at most %s wanted", millis(d), s.p.comps[r.to].GetKey(), millis(r.limit))}
 		}
-		return refusal{"near", fmt.Sprintf("%s to %s, at most %s wanted", millis(d), s.p.comps[c.nearTo].GetKey(), millis(c.GetNearRttMs()))}, false
+	case byApart, byDiameter, byBudget, byCount, byGroup:
+		return s.word(b, i, n)
 	}
-	return refusal{"near", "a component that wants to be near would be too far"}, false
+	for _, d := range c.nearOf {
+		if k := s.left(d, in.comp, n); k >= 0 {
+			if s.p.comps[d].nears[k].same {
+				return refusal{"together", s.p.comps[d].GetKey() + " would be left alone"}
+			}
+			return refusal{"near", s.p.comps[d].GetKey() + " wants to be near and would be too far"}
+		}
+	}
+	return refusal{"near", "what wants to be near would be too far"}
 }

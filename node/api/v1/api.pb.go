@@ -4072,8 +4072,12 @@ func (x *LocalArtifact) GetBytes() uint64 {
 type PlanRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	File          string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`         // for positions in errors
-	Manifest      []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // YAML, one or more documents
+	Manifest      []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // YAML, one or more documents; empty: what is desired now
 	Artifacts     []*LocalArtifact       `protobuf:"bytes,3,rep,name=artifacts,proto3" json:"artifacts,omitempty"`
+	Without       []string               `protobuf:"bytes,4,rep,name=without,proto3" json:"without,omitempty"`                                                                           // as it would be without these nodes
+	With          []*NodeFile            `protobuf:"bytes,5,rep,name=with,proto3" json:"with,omitempty"`                                                                                 // and with these
+	Prices        map[string]float64     `protobuf:"bytes,6,rep,name=prices,proto3" json:"prices,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"` // and at these prices, by node
+	Replay        string                 `protobuf:"bytes,7,opt,name=replay,proto3" json:"replay,omitempty"`                                                                             // nothing else: solve a stored decision again, by its digest or the beginning of it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4129,6 +4133,186 @@ func (x *PlanRequest) GetArtifacts() []*LocalArtifact {
 	return nil
 }
 
+func (x *PlanRequest) GetWithout() []string {
+	if x != nil {
+		return x.Without
+	}
+	return nil
+}
+
+func (x *PlanRequest) GetWith() []*NodeFile {
+	if x != nil {
+		return x.With
+	}
+	return nil
+}
+
+func (x *PlanRequest) GetPrices() map[string]float64 {
+	if x != nil {
+		return x.Prices
+	}
+	return nil
+}
+
+func (x *PlanRequest) GetReplay() string {
+	if x != nil {
+		return x.Replay
+	}
+	return ""
+}
+
+type NodeFile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeFile) Reset() {
+	*x = NodeFile{}
+	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeFile) ProtoMessage() {}
+
+func (x *NodeFile) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeFile.ProtoReflect.Descriptor instead.
+func (*NodeFile) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *NodeFile) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NodeFile) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type Replay struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`  // that keeps it
+	Same          bool                   `protobuf:"varint,3,opt,name=same,proto3" json:"same,omitempty"` // the plan is the same, byte for byte
+	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`  // of the decision
+	RequestBytes  uint64                 `protobuf:"varint,5,opt,name=request_bytes,json=requestBytes,proto3" json:"request_bytes,omitempty"`
+	PlanBytes     uint64                 `protobuf:"varint,6,opt,name=plan_bytes,json=planBytes,proto3" json:"plan_bytes,omitempty"`
+	TookMs        float64                `protobuf:"fixed64,7,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	Objective     float64                `protobuf:"fixed64,8,opt,name=objective,proto3" json:"objective,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Replay) Reset() {
+	*x = Replay{}
+	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Replay) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Replay) ProtoMessage() {}
+
+func (x *Replay) ProtoReflect() protoreflect.Message {
+	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Replay.ProtoReflect.Descriptor instead.
+func (*Replay) Descriptor() ([]byte, []int) {
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *Replay) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Replay) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Replay) GetSame() bool {
+	if x != nil {
+		return x.Same
+	}
+	return false
+}
+
+func (x *Replay) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Replay) GetRequestBytes() uint64 {
+	if x != nil {
+		return x.RequestBytes
+	}
+	return 0
+}
+
+func (x *Replay) GetPlanBytes() uint64 {
+	if x != nil {
+		return x.PlanBytes
+	}
+	return 0
+}
+
+func (x *Replay) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+func (x *Replay) GetObjective() float64 {
+	if x != nil {
+		return x.Objective
+	}
+	return 0
+}
+
 type PlanResponse struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Feasible        bool                   `protobuf:"varint,1,opt,name=feasible,proto3" json:"feasible,omitempty"`
@@ -4138,13 +4322,15 @@ type PlanResponse struct {
 	ObjectiveBefore float64                `protobuf:"fixed64,5,opt,name=objective_before,json=objectiveBefore,proto3" json:"objective_before,omitempty"`
 	Changes         []string               `protobuf:"bytes,6,rep,name=changes,proto3" json:"changes,omitempty"`   // what deploy would change, one line each; empty: nothing
 	Warnings        []string               `protobuf:"bytes,7,rep,name=warnings,proto3" json:"warnings,omitempty"` // what the cluster does not bear at the moment, one line each
+	Optimal         bool                   `protobuf:"varint,8,opt,name=optimal,proto3" json:"optimal,omitempty"`  // proven: no plan within the moves of a round is better
+	Replay          *Replay                `protobuf:"bytes,9,opt,name=replay,proto3" json:"replay,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	mi := &file_node_api_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4156,7 +4342,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[54]
+	mi := &file_node_api_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4169,7 +4355,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{54}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *PlanResponse) GetFeasible() bool {
@@ -4221,6 +4407,20 @@ func (x *PlanResponse) GetWarnings() []string {
 	return nil
 }
 
+func (x *PlanResponse) GetOptimal() bool {
+	if x != nil {
+		return x.Optimal
+	}
+	return false
+}
+
+func (x *PlanResponse) GetReplay() *Replay {
+	if x != nil {
+		return x.Replay
+	}
+	return nil
+}
+
 type PlannedInstance struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
@@ -4232,14 +4432,16 @@ type PlannedInstance struct {
 	RunnerUpScore float64                `protobuf:"fixed64,7,opt,name=runner_up_score,json=runnerUpScore,proto3" json:"runner_up_score,omitempty"`
 	Successors    []string               `protobuf:"bytes,8,rep,name=successors,proto3" json:"successors,omitempty"`
 	Reason        string                 `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
-	Overlay       []string               `protobuf:"bytes,10,rep,name=overlay,proto3" json:"overlay,omitempty"` // what commands laid over the manifest for it
+	Overlay       []string               `protobuf:"bytes,10,rep,name=overlay,proto3" json:"overlay,omitempty"`   // what commands laid over the manifest for it
+	Conflict      []string               `protobuf:"bytes,11,rep,name=conflict,proto3" json:"conflict,omitempty"` // nowhere feasible: constraints that no node holds together, none of which can be left out
+	Remedies      []string               `protobuf:"bytes,12,rep,name=remedies,proto3" json:"remedies,omitempty"` // and what would make a node feasible
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PlannedInstance) Reset() {
 	*x = PlannedInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	mi := &file_node_api_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4251,7 +4453,7 @@ func (x *PlannedInstance) String() string {
 func (*PlannedInstance) ProtoMessage() {}
 
 func (x *PlannedInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[55]
+	mi := &file_node_api_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4264,7 +4466,7 @@ func (x *PlannedInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedInstance.ProtoReflect.Descriptor instead.
 func (*PlannedInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{55}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *PlannedInstance) GetInstance() string {
@@ -4337,6 +4539,20 @@ func (x *PlannedInstance) GetOverlay() []string {
 	return nil
 }
 
+func (x *PlannedInstance) GetConflict() []string {
+	if x != nil {
+		return x.Conflict
+	}
+	return nil
+}
+
+func (x *PlannedInstance) GetRemedies() []string {
+	if x != nil {
+		return x.Remedies
+	}
+	return nil
+}
+
 type Refusal struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -4348,7 +4564,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_node_api_v1_api_proto_msgTypes[56]
+	mi := &file_node_api_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4360,7 +4576,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[56]
+	mi := &file_node_api_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4373,7 +4589,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{56}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Refusal) GetNode() string {
@@ -4410,7 +4626,7 @@ type DeployRequest struct {
 
 func (x *DeployRequest) Reset() {
 	*x = DeployRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[57]
+	mi := &file_node_api_v1_api_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4422,7 +4638,7 @@ func (x *DeployRequest) String() string {
 func (*DeployRequest) ProtoMessage() {}
 
 func (x *DeployRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[57]
+	mi := &file_node_api_v1_api_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4435,7 +4651,7 @@ func (x *DeployRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployRequest.ProtoReflect.Descriptor instead.
 func (*DeployRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{57}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *DeployRequest) GetFile() string {
@@ -4486,7 +4702,7 @@ type DeployUpdate struct {
 
 func (x *DeployUpdate) Reset() {
 	*x = DeployUpdate{}
-	mi := &file_node_api_v1_api_proto_msgTypes[58]
+	mi := &file_node_api_v1_api_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4498,7 +4714,7 @@ func (x *DeployUpdate) String() string {
 func (*DeployUpdate) ProtoMessage() {}
 
 func (x *DeployUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[58]
+	mi := &file_node_api_v1_api_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4511,7 +4727,7 @@ func (x *DeployUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployUpdate.ProtoReflect.Descriptor instead.
 func (*DeployUpdate) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *DeployUpdate) GetApplications() []*DeployedApplication {
@@ -4561,7 +4777,7 @@ type DeployedApplication struct {
 
 func (x *DeployedApplication) Reset() {
 	*x = DeployedApplication{}
-	mi := &file_node_api_v1_api_proto_msgTypes[59]
+	mi := &file_node_api_v1_api_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4573,7 +4789,7 @@ func (x *DeployedApplication) String() string {
 func (*DeployedApplication) ProtoMessage() {}
 
 func (x *DeployedApplication) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[59]
+	mi := &file_node_api_v1_api_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4586,7 +4802,7 @@ func (x *DeployedApplication) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployedApplication.ProtoReflect.Descriptor instead.
 func (*DeployedApplication) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *DeployedApplication) GetApplication() string {
@@ -4631,7 +4847,7 @@ type DeployedComponent struct {
 
 func (x *DeployedComponent) Reset() {
 	*x = DeployedComponent{}
-	mi := &file_node_api_v1_api_proto_msgTypes[60]
+	mi := &file_node_api_v1_api_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4643,7 +4859,7 @@ func (x *DeployedComponent) String() string {
 func (*DeployedComponent) ProtoMessage() {}
 
 func (x *DeployedComponent) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[60]
+	mi := &file_node_api_v1_api_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4656,7 +4872,7 @@ func (x *DeployedComponent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeployedComponent.ProtoReflect.Descriptor instead.
 func (*DeployedComponent) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *DeployedComponent) GetComponent() string {
@@ -4713,7 +4929,7 @@ type Waiting struct {
 
 func (x *Waiting) Reset() {
 	*x = Waiting{}
-	mi := &file_node_api_v1_api_proto_msgTypes[61]
+	mi := &file_node_api_v1_api_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4725,7 +4941,7 @@ func (x *Waiting) String() string {
 func (*Waiting) ProtoMessage() {}
 
 func (x *Waiting) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[61]
+	mi := &file_node_api_v1_api_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4738,7 +4954,7 @@ func (x *Waiting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Waiting.ProtoReflect.Descriptor instead.
 func (*Waiting) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{61}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *Waiting) GetInstance() string {
@@ -4780,7 +4996,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[62]
+	mi := &file_node_api_v1_api_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4792,7 +5008,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[62]
+	mi := &file_node_api_v1_api_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4805,7 +5021,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{62}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *RemoveRequest) GetApplication() string {
@@ -4841,7 +5057,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[63]
+	mi := &file_node_api_v1_api_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4853,7 +5069,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[63]
+	mi := &file_node_api_v1_api_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4866,7 +5082,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{63}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *RemoveResponse) GetApplication() string {
@@ -4905,7 +5121,7 @@ type AppsRequest struct {
 
 func (x *AppsRequest) Reset() {
 	*x = AppsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[64]
+	mi := &file_node_api_v1_api_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4917,7 +5133,7 @@ func (x *AppsRequest) String() string {
 func (*AppsRequest) ProtoMessage() {}
 
 func (x *AppsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[64]
+	mi := &file_node_api_v1_api_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4930,7 +5146,7 @@ func (x *AppsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppsRequest.ProtoReflect.Descriptor instead.
 func (*AppsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{64}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{66}
 }
 
 type AppsResponse struct {
@@ -4942,7 +5158,7 @@ type AppsResponse struct {
 
 func (x *AppsResponse) Reset() {
 	*x = AppsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[65]
+	mi := &file_node_api_v1_api_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4954,7 +5170,7 @@ func (x *AppsResponse) String() string {
 func (*AppsResponse) ProtoMessage() {}
 
 func (x *AppsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[65]
+	mi := &file_node_api_v1_api_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4967,7 +5183,7 @@ func (x *AppsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppsResponse.ProtoReflect.Descriptor instead.
 func (*AppsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{65}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *AppsResponse) GetApps() []*App {
@@ -4993,7 +5209,7 @@ type App struct {
 
 func (x *App) Reset() {
 	*x = App{}
-	mi := &file_node_api_v1_api_proto_msgTypes[66]
+	mi := &file_node_api_v1_api_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5005,7 +5221,7 @@ func (x *App) String() string {
 func (*App) ProtoMessage() {}
 
 func (x *App) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[66]
+	mi := &file_node_api_v1_api_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5018,7 +5234,7 @@ func (x *App) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use App.ProtoReflect.Descriptor instead.
 func (*App) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{66}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *App) GetApplication() string {
@@ -5086,7 +5302,7 @@ type PsRequest struct {
 
 func (x *PsRequest) Reset() {
 	*x = PsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[67]
+	mi := &file_node_api_v1_api_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5098,7 +5314,7 @@ func (x *PsRequest) String() string {
 func (*PsRequest) ProtoMessage() {}
 
 func (x *PsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[67]
+	mi := &file_node_api_v1_api_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5111,7 +5327,7 @@ func (x *PsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsRequest.ProtoReflect.Descriptor instead.
 func (*PsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{67}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *PsRequest) GetApplication() string {
@@ -5130,7 +5346,7 @@ type PsResponse struct {
 
 func (x *PsResponse) Reset() {
 	*x = PsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[68]
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5142,7 +5358,7 @@ func (x *PsResponse) String() string {
 func (*PsResponse) ProtoMessage() {}
 
 func (x *PsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[68]
+	mi := &file_node_api_v1_api_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5155,7 +5371,7 @@ func (x *PsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PsResponse.ProtoReflect.Descriptor instead.
 func (*PsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{68}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *PsResponse) GetInstances() []*Instance {
@@ -5203,7 +5419,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[69]
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5215,7 +5431,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[69]
+	mi := &file_node_api_v1_api_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5228,7 +5444,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{69}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *Instance) GetApplication() string {
@@ -5451,7 +5667,7 @@ type ForwardRequest struct {
 
 func (x *ForwardRequest) Reset() {
 	*x = ForwardRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5463,7 +5679,7 @@ func (x *ForwardRequest) String() string {
 func (*ForwardRequest) ProtoMessage() {}
 
 func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[70]
+	mi := &file_node_api_v1_api_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5476,7 +5692,7 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{70}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ForwardRequest) GetComponent() string {
@@ -5504,7 +5720,7 @@ type ForwardUpdate struct {
 
 func (x *ForwardUpdate) Reset() {
 	*x = ForwardUpdate{}
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5516,7 +5732,7 @@ func (x *ForwardUpdate) String() string {
 func (*ForwardUpdate) ProtoMessage() {}
 
 func (x *ForwardUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[71]
+	mi := &file_node_api_v1_api_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5529,7 +5745,7 @@ func (x *ForwardUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardUpdate.ProtoReflect.Descriptor instead.
 func (*ForwardUpdate) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{71}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ForwardUpdate) GetListen() string {
@@ -5562,7 +5778,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5574,7 +5790,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[72]
+	mi := &file_node_api_v1_api_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5587,7 +5803,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{72}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *InspectRequest) GetComponent() string {
@@ -5625,7 +5841,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5637,7 +5853,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[73]
+	mi := &file_node_api_v1_api_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5650,7 +5866,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *InspectResponse) GetComponent() string {
@@ -5827,7 +6043,7 @@ type InspectInstance struct {
 
 func (x *InspectInstance) Reset() {
 	*x = InspectInstance{}
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5839,7 +6055,7 @@ func (x *InspectInstance) String() string {
 func (*InspectInstance) ProtoMessage() {}
 
 func (x *InspectInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[74]
+	mi := &file_node_api_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5852,7 +6068,7 @@ func (x *InspectInstance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectInstance.ProtoReflect.Descriptor instead.
 func (*InspectInstance) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *InspectInstance) GetInstance() string {
@@ -6052,7 +6268,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6064,7 +6280,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[75]
+	mi := &file_node_api_v1_api_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6077,7 +6293,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *Interface) GetName() string {
@@ -6143,7 +6359,7 @@ type Method struct {
 
 func (x *Method) Reset() {
 	*x = Method{}
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6155,7 +6371,7 @@ func (x *Method) String() string {
 func (*Method) ProtoMessage() {}
 
 func (x *Method) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[76]
+	mi := &file_node_api_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6168,7 +6384,7 @@ func (x *Method) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Method.ProtoReflect.Descriptor instead.
 func (*Method) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *Method) GetName() string {
@@ -6228,7 +6444,7 @@ type AttributeInfo struct {
 
 func (x *AttributeInfo) Reset() {
 	*x = AttributeInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6240,7 +6456,7 @@ func (x *AttributeInfo) String() string {
 func (*AttributeInfo) ProtoMessage() {}
 
 func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[77]
+	mi := &file_node_api_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6253,7 +6469,7 @@ func (x *AttributeInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttributeInfo.ProtoReflect.Descriptor instead.
 func (*AttributeInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *AttributeInfo) GetName() string {
@@ -6320,7 +6536,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6332,7 +6548,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[78]
+	mi := &file_node_api_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6345,7 +6561,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *Binding) GetInterface() string {
@@ -6413,7 +6629,7 @@ type CallStats struct {
 
 func (x *CallStats) Reset() {
 	*x = CallStats{}
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6425,7 +6641,7 @@ func (x *CallStats) String() string {
 func (*CallStats) ProtoMessage() {}
 
 func (x *CallStats) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[79]
+	mi := &file_node_api_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6438,7 +6654,7 @@ func (x *CallStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallStats.ProtoReflect.Descriptor instead.
 func (*CallStats) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *CallStats) GetTotal() uint64 {
@@ -6513,7 +6729,7 @@ type CheckpointInfo struct {
 
 func (x *CheckpointInfo) Reset() {
 	*x = CheckpointInfo{}
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6525,7 +6741,7 @@ func (x *CheckpointInfo) String() string {
 func (*CheckpointInfo) ProtoMessage() {}
 
 func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[80]
+	mi := &file_node_api_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6538,7 +6754,7 @@ func (x *CheckpointInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointInfo.ProtoReflect.Descriptor instead.
 func (*CheckpointInfo) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *CheckpointInfo) GetSeq() uint64 {
@@ -6612,7 +6828,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6624,7 +6840,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[81]
+	mi := &file_node_api_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6637,7 +6853,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *Overlay) GetVersion() string {
@@ -6700,7 +6916,7 @@ type AttrRequest struct {
 
 func (x *AttrRequest) Reset() {
 	*x = AttrRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6712,7 +6928,7 @@ func (x *AttrRequest) String() string {
 func (*AttrRequest) ProtoMessage() {}
 
 func (x *AttrRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[82]
+	mi := &file_node_api_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6725,7 +6941,7 @@ func (x *AttrRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrRequest.ProtoReflect.Descriptor instead.
 func (*AttrRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *AttrRequest) GetComponent() string {
@@ -6762,7 +6978,7 @@ type AttrResponse struct {
 
 func (x *AttrResponse) Reset() {
 	*x = AttrResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6774,7 +6990,7 @@ func (x *AttrResponse) String() string {
 func (*AttrResponse) ProtoMessage() {}
 
 func (x *AttrResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[83]
+	mi := &file_node_api_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6787,7 +7003,7 @@ func (x *AttrResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttrResponse.ProtoReflect.Descriptor instead.
 func (*AttrResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *AttrResponse) GetComponent() string {
@@ -6836,7 +7052,7 @@ type BindRequest struct {
 
 func (x *BindRequest) Reset() {
 	*x = BindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6848,7 +7064,7 @@ func (x *BindRequest) String() string {
 func (*BindRequest) ProtoMessage() {}
 
 func (x *BindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[84]
+	mi := &file_node_api_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6861,7 +7077,7 @@ func (x *BindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindRequest.ProtoReflect.Descriptor instead.
 func (*BindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{84}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *BindRequest) GetComponent() string {
@@ -6895,7 +7111,7 @@ type UnbindRequest struct {
 
 func (x *UnbindRequest) Reset() {
 	*x = UnbindRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6907,7 +7123,7 @@ func (x *UnbindRequest) String() string {
 func (*UnbindRequest) ProtoMessage() {}
 
 func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[85]
+	mi := &file_node_api_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6920,7 +7136,7 @@ func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbindRequest.ProtoReflect.Descriptor instead.
 func (*UnbindRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{85}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *UnbindRequest) GetComponent() string {
@@ -6947,7 +7163,7 @@ type BindResponse struct {
 
 func (x *BindResponse) Reset() {
 	*x = BindResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6959,7 +7175,7 @@ func (x *BindResponse) String() string {
 func (*BindResponse) ProtoMessage() {}
 
 func (x *BindResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[86]
+	mi := &file_node_api_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6972,7 +7188,7 @@ func (x *BindResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindResponse.ProtoReflect.Descriptor instead.
 func (*BindResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{86}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *BindResponse) GetComponent() string {
@@ -6999,7 +7215,7 @@ type LifecycleRequest struct {
 
 func (x *LifecycleRequest) Reset() {
 	*x = LifecycleRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7011,7 +7227,7 @@ func (x *LifecycleRequest) String() string {
 func (*LifecycleRequest) ProtoMessage() {}
 
 func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[87]
+	mi := &file_node_api_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7024,7 +7240,7 @@ func (x *LifecycleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleRequest.ProtoReflect.Descriptor instead.
 func (*LifecycleRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{87}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *LifecycleRequest) GetComponent() string {
@@ -7053,7 +7269,7 @@ type LifecycleResponse struct {
 
 func (x *LifecycleResponse) Reset() {
 	*x = LifecycleResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7065,7 +7281,7 @@ func (x *LifecycleResponse) String() string {
 func (*LifecycleResponse) ProtoMessage() {}
 
 func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[88]
+	mi := &file_node_api_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7078,7 +7294,7 @@ func (x *LifecycleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleResponse.ProtoReflect.Descriptor instead.
 func (*LifecycleResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{88}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *LifecycleResponse) GetComponent() string {
@@ -7122,7 +7338,7 @@ type SwapRequest struct {
 
 func (x *SwapRequest) Reset() {
 	*x = SwapRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7134,7 +7350,7 @@ func (x *SwapRequest) String() string {
 func (*SwapRequest) ProtoMessage() {}
 
 func (x *SwapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[89]
+	mi := &file_node_api_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7147,7 +7363,7 @@ func (x *SwapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapRequest.ProtoReflect.Descriptor instead.
 func (*SwapRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{89}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *SwapRequest) GetComponent() string {
@@ -7188,7 +7404,7 @@ type UndoRequest struct {
 
 func (x *UndoRequest) Reset() {
 	*x = UndoRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7200,7 +7416,7 @@ func (x *UndoRequest) String() string {
 func (*UndoRequest) ProtoMessage() {}
 
 func (x *UndoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[90]
+	mi := &file_node_api_v1_api_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7213,7 +7429,7 @@ func (x *UndoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoRequest.ProtoReflect.Descriptor instead.
 func (*UndoRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{90}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *UndoRequest) GetComponent() string {
@@ -7241,7 +7457,7 @@ type MoveRequest struct {
 
 func (x *MoveRequest) Reset() {
 	*x = MoveRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7253,7 +7469,7 @@ func (x *MoveRequest) String() string {
 func (*MoveRequest) ProtoMessage() {}
 
 func (x *MoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[91]
+	mi := &file_node_api_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7266,7 +7482,7 @@ func (x *MoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRequest.ProtoReflect.Descriptor instead.
 func (*MoveRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{91}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *MoveRequest) GetComponent() string {
@@ -7308,7 +7524,7 @@ type ReplaceResponse struct {
 
 func (x *ReplaceResponse) Reset() {
 	*x = ReplaceResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7320,7 +7536,7 @@ func (x *ReplaceResponse) String() string {
 func (*ReplaceResponse) ProtoMessage() {}
 
 func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[92]
+	mi := &file_node_api_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7333,7 +7549,7 @@ func (x *ReplaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ReplaceResponse) GetComponent() string {
@@ -7415,7 +7631,7 @@ type UnpinRequest struct {
 
 func (x *UnpinRequest) Reset() {
 	*x = UnpinRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7427,7 +7643,7 @@ func (x *UnpinRequest) String() string {
 func (*UnpinRequest) ProtoMessage() {}
 
 func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[93]
+	mi := &file_node_api_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7440,7 +7656,7 @@ func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinRequest.ProtoReflect.Descriptor instead.
 func (*UnpinRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *UnpinRequest) GetComponent() string {
@@ -7460,7 +7676,7 @@ type UnpinResponse struct {
 
 func (x *UnpinResponse) Reset() {
 	*x = UnpinResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7472,7 +7688,7 @@ func (x *UnpinResponse) String() string {
 func (*UnpinResponse) ProtoMessage() {}
 
 func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[94]
+	mi := &file_node_api_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7485,7 +7701,7 @@ func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinResponse.ProtoReflect.Descriptor instead.
 func (*UnpinResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *UnpinResponse) GetComponent() string {
@@ -7512,7 +7728,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7524,7 +7740,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[95]
+	mi := &file_node_api_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7537,7 +7753,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *CheckpointRequest) GetComponent() string {
@@ -7568,7 +7784,7 @@ type CheckpointResponse struct {
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7580,7 +7796,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[96]
+	mi := &file_node_api_v1_api_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7593,7 +7809,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *CheckpointResponse) GetComponent() string {
@@ -7647,7 +7863,7 @@ type CheckpointsRequest struct {
 
 func (x *CheckpointsRequest) Reset() {
 	*x = CheckpointsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7659,7 +7875,7 @@ func (x *CheckpointsRequest) String() string {
 func (*CheckpointsRequest) ProtoMessage() {}
 
 func (x *CheckpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[97]
+	mi := &file_node_api_v1_api_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7672,7 +7888,7 @@ func (x *CheckpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointsRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *CheckpointsRequest) GetComponent() string {
@@ -7694,7 +7910,7 @@ type CheckpointsResponse struct {
 
 func (x *CheckpointsResponse) Reset() {
 	*x = CheckpointsResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7706,7 +7922,7 @@ func (x *CheckpointsResponse) String() string {
 func (*CheckpointsResponse) ProtoMessage() {}
 
 func (x *CheckpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[98]
+	mi := &file_node_api_v1_api_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7719,7 +7935,7 @@ func (x *CheckpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointsResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointsResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{98}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *CheckpointsResponse) GetComponent() string {
@@ -7775,7 +7991,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7787,7 +8003,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[99]
+	mi := &file_node_api_v1_api_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7800,7 +8016,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{99}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *Checkpoint) GetInstance() string {
@@ -7934,7 +8150,7 @@ type Moment struct {
 
 func (x *Moment) Reset() {
 	*x = Moment{}
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7946,7 +8162,7 @@ func (x *Moment) String() string {
 func (*Moment) ProtoMessage() {}
 
 func (x *Moment) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[100]
+	mi := &file_node_api_v1_api_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7959,7 +8175,7 @@ func (x *Moment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Moment.ProtoReflect.Descriptor instead.
 func (*Moment) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{100}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *Moment) GetId() string {
@@ -7994,7 +8210,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8006,7 +8222,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[101]
+	mi := &file_node_api_v1_api_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8019,7 +8235,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{101}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *RestoreRequest) GetComponent() string {
@@ -8055,7 +8271,7 @@ type ForkRequest struct {
 
 func (x *ForkRequest) Reset() {
 	*x = ForkRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8067,7 +8283,7 @@ func (x *ForkRequest) String() string {
 func (*ForkRequest) ProtoMessage() {}
 
 func (x *ForkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[102]
+	mi := &file_node_api_v1_api_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8080,7 +8296,7 @@ func (x *ForkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkRequest.ProtoReflect.Descriptor instead.
 func (*ForkRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{102}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ForkRequest) GetComponent() string {
@@ -8128,7 +8344,7 @@ type ForkResponse struct {
 
 func (x *ForkResponse) Reset() {
 	*x = ForkResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8140,7 +8356,7 @@ func (x *ForkResponse) String() string {
 func (*ForkResponse) ProtoMessage() {}
 
 func (x *ForkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[103]
+	mi := &file_node_api_v1_api_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8153,7 +8369,7 @@ func (x *ForkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkResponse.ProtoReflect.Descriptor instead.
 func (*ForkResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{103}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *ForkResponse) GetComponent() string {
@@ -8230,7 +8446,7 @@ type ExportRequest struct {
 
 func (x *ExportRequest) Reset() {
 	*x = ExportRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8242,7 +8458,7 @@ func (x *ExportRequest) String() string {
 func (*ExportRequest) ProtoMessage() {}
 
 func (x *ExportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[104]
+	mi := &file_node_api_v1_api_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8255,7 +8471,7 @@ func (x *ExportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportRequest.ProtoReflect.Descriptor instead.
 func (*ExportRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{104}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ExportRequest) GetComponent() string {
@@ -8293,7 +8509,7 @@ type ExportChunk struct {
 
 func (x *ExportChunk) Reset() {
 	*x = ExportChunk{}
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8305,7 +8521,7 @@ func (x *ExportChunk) String() string {
 func (*ExportChunk) ProtoMessage() {}
 
 func (x *ExportChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[105]
+	mi := &file_node_api_v1_api_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8318,7 +8534,7 @@ func (x *ExportChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportChunk.ProtoReflect.Descriptor instead.
 func (*ExportChunk) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{105}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *ExportChunk) GetKind() isExportChunk_Kind {
@@ -8397,7 +8613,7 @@ type ExportSummary struct {
 
 func (x *ExportSummary) Reset() {
 	*x = ExportSummary{}
-	mi := &file_node_api_v1_api_proto_msgTypes[106]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8409,7 +8625,7 @@ func (x *ExportSummary) String() string {
 func (*ExportSummary) ProtoMessage() {}
 
 func (x *ExportSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[106]
+	mi := &file_node_api_v1_api_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8422,7 +8638,7 @@ func (x *ExportSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportSummary.ProtoReflect.Descriptor instead.
 func (*ExportSummary) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{106}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *ExportSummary) GetComponent() string {
@@ -8523,7 +8739,7 @@ type CallRequest struct {
 
 func (x *CallRequest) Reset() {
 	*x = CallRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[107]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8535,7 +8751,7 @@ func (x *CallRequest) String() string {
 func (*CallRequest) ProtoMessage() {}
 
 func (x *CallRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[107]
+	mi := &file_node_api_v1_api_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8548,7 +8764,7 @@ func (x *CallRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallRequest.ProtoReflect.Descriptor instead.
 func (*CallRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{107}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *CallRequest) GetComponent() string {
@@ -8605,7 +8821,7 @@ type CallResponse struct {
 
 func (x *CallResponse) Reset() {
 	*x = CallResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[108]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8617,7 +8833,7 @@ func (x *CallResponse) String() string {
 func (*CallResponse) ProtoMessage() {}
 
 func (x *CallResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[108]
+	mi := &file_node_api_v1_api_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8630,7 +8846,7 @@ func (x *CallResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallResponse.ProtoReflect.Descriptor instead.
 func (*CallResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{108}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *CallResponse) GetJson() string {
@@ -8670,7 +8886,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[109]
+	mi := &file_node_api_v1_api_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8682,7 +8898,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[109]
+	mi := &file_node_api_v1_api_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8695,7 +8911,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{109}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *WhyRequest) GetComponent() string {
@@ -8715,7 +8931,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[110]
+	mi := &file_node_api_v1_api_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8727,7 +8943,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[110]
+	mi := &file_node_api_v1_api_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8740,7 +8956,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{110}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *WhyResponse) GetComponent() string {
@@ -8775,13 +8991,18 @@ type Decision struct {
 	Epoch           uint64                 `protobuf:"varint,14,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	DecidedBy       string                 `protobuf:"bytes,15,opt,name=decided_by,json=decidedBy,proto3" json:"decided_by,omitempty"` // node name
 	PreviousNode    string                 `protobuf:"bytes,16,opt,name=previous_node,json=previousNode,proto3" json:"previous_node,omitempty"`
+	Bound           float64                `protobuf:"fixed64,17,opt,name=bound,proto3" json:"bound,omitempty"` // no plan was better
+	Optimal         bool                   `protobuf:"varint,18,opt,name=optimal,proto3" json:"optimal,omitempty"`
+	Conflict        []string               `protobuf:"bytes,19,rep,name=conflict,proto3" json:"conflict,omitempty"` // as in PlannedInstance
+	Remedies        []string               `protobuf:"bytes,20,rep,name=remedies,proto3" json:"remedies,omitempty"`
+	Digest          string                 `protobuf:"bytes,21,opt,name=digest,proto3" json:"digest,omitempty"` // of the decision, for plan --replay
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_node_api_v1_api_proto_msgTypes[111]
+	mi := &file_node_api_v1_api_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8793,7 +9014,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[111]
+	mi := &file_node_api_v1_api_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8806,7 +9027,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{111}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *Decision) GetInstance() string {
@@ -8921,6 +9142,41 @@ func (x *Decision) GetPreviousNode() string {
 	return ""
 }
 
+func (x *Decision) GetBound() float64 {
+	if x != nil {
+		return x.Bound
+	}
+	return 0
+}
+
+func (x *Decision) GetOptimal() bool {
+	if x != nil {
+		return x.Optimal
+	}
+	return false
+}
+
+func (x *Decision) GetConflict() []string {
+	if x != nil {
+		return x.Conflict
+	}
+	return nil
+}
+
+func (x *Decision) GetRemedies() []string {
+	if x != nil {
+		return x.Remedies
+	}
+	return nil
+}
+
+func (x *Decision) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
 type LogsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Component     string                 `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
@@ -8933,7 +9189,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[112]
+	mi := &file_node_api_v1_api_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8945,7 +9201,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[112]
+	mi := &file_node_api_v1_api_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8958,7 +9214,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{112}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *LogsRequest) GetComponent() string {
@@ -9003,7 +9259,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_node_api_v1_api_proto_msgTypes[113]
+	mi := &file_node_api_v1_api_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9015,7 +9271,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[113]
+	mi := &file_node_api_v1_api_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9028,7 +9284,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{113}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *LogLine) GetTime() *timestamppb.Timestamp {
@@ -9085,7 +9341,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[114]
+	mi := &file_node_api_v1_api_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9097,7 +9353,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[114]
+	mi := &file_node_api_v1_api_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9110,7 +9366,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{114}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *EventsRequest) GetChannel() string {
@@ -9158,7 +9414,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_node_api_v1_api_proto_msgTypes[115]
+	mi := &file_node_api_v1_api_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9170,7 +9426,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[115]
+	mi := &file_node_api_v1_api_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9183,7 +9439,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{115}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *Event) GetId() string {
@@ -9261,7 +9517,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[116]
+	mi := &file_node_api_v1_api_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9273,7 +9529,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[116]
+	mi := &file_node_api_v1_api_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9286,7 +9542,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{116}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *QueryRequest) GetSql() string {
@@ -9332,7 +9588,7 @@ type QueryResponse struct {
 
 func (x *QueryResponse) Reset() {
 	*x = QueryResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[117]
+	mi := &file_node_api_v1_api_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9344,7 +9600,7 @@ func (x *QueryResponse) String() string {
 func (*QueryResponse) ProtoMessage() {}
 
 func (x *QueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[117]
+	mi := &file_node_api_v1_api_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9357,7 +9613,7 @@ func (x *QueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryResponse.ProtoReflect.Descriptor instead.
 func (*QueryResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{117}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *QueryResponse) GetColumns() []string {
@@ -9418,7 +9674,7 @@ type Row struct {
 
 func (x *Row) Reset() {
 	*x = Row{}
-	mi := &file_node_api_v1_api_proto_msgTypes[118]
+	mi := &file_node_api_v1_api_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9430,7 +9686,7 @@ func (x *Row) String() string {
 func (*Row) ProtoMessage() {}
 
 func (x *Row) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[118]
+	mi := &file_node_api_v1_api_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9443,7 +9699,7 @@ func (x *Row) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Row.ProtoReflect.Descriptor instead.
 func (*Row) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{118}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *Row) GetValues() []*Value {
@@ -9469,7 +9725,7 @@ type Value struct {
 
 func (x *Value) Reset() {
 	*x = Value{}
-	mi := &file_node_api_v1_api_proto_msgTypes[119]
+	mi := &file_node_api_v1_api_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9481,7 +9737,7 @@ func (x *Value) String() string {
 func (*Value) ProtoMessage() {}
 
 func (x *Value) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[119]
+	mi := &file_node_api_v1_api_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9494,7 +9750,7 @@ func (x *Value) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Value.ProtoReflect.Descriptor instead.
 func (*Value) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{119}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *Value) GetKind() isValue_Kind {
@@ -9593,7 +9849,7 @@ type DhtClosestRequest struct {
 
 func (x *DhtClosestRequest) Reset() {
 	*x = DhtClosestRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[120]
+	mi := &file_node_api_v1_api_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9605,7 +9861,7 @@ func (x *DhtClosestRequest) String() string {
 func (*DhtClosestRequest) ProtoMessage() {}
 
 func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[120]
+	mi := &file_node_api_v1_api_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9618,7 +9874,7 @@ func (x *DhtClosestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestRequest.ProtoReflect.Descriptor instead.
 func (*DhtClosestRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{120}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *DhtClosestRequest) GetKey() string {
@@ -9646,7 +9902,7 @@ type DhtClosestResponse struct {
 
 func (x *DhtClosestResponse) Reset() {
 	*x = DhtClosestResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[121]
+	mi := &file_node_api_v1_api_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9658,7 +9914,7 @@ func (x *DhtClosestResponse) String() string {
 func (*DhtClosestResponse) ProtoMessage() {}
 
 func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[121]
+	mi := &file_node_api_v1_api_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9671,7 +9927,7 @@ func (x *DhtClosestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtClosestResponse.ProtoReflect.Descriptor instead.
 func (*DhtClosestResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{121}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *DhtClosestResponse) GetKey() string {
@@ -9711,7 +9967,7 @@ type DhtNode struct {
 
 func (x *DhtNode) Reset() {
 	*x = DhtNode{}
-	mi := &file_node_api_v1_api_proto_msgTypes[122]
+	mi := &file_node_api_v1_api_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9723,7 +9979,7 @@ func (x *DhtNode) String() string {
 func (*DhtNode) ProtoMessage() {}
 
 func (x *DhtNode) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[122]
+	mi := &file_node_api_v1_api_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9736,7 +9992,7 @@ func (x *DhtNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtNode.ProtoReflect.Descriptor instead.
 func (*DhtNode) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{122}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *DhtNode) GetRank() uint32 {
@@ -9804,7 +10060,7 @@ type DhtGetRequest struct {
 
 func (x *DhtGetRequest) Reset() {
 	*x = DhtGetRequest{}
-	mi := &file_node_api_v1_api_proto_msgTypes[123]
+	mi := &file_node_api_v1_api_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9816,7 +10072,7 @@ func (x *DhtGetRequest) String() string {
 func (*DhtGetRequest) ProtoMessage() {}
 
 func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[123]
+	mi := &file_node_api_v1_api_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9829,7 +10085,7 @@ func (x *DhtGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetRequest.ProtoReflect.Descriptor instead.
 func (*DhtGetRequest) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{123}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *DhtGetRequest) GetKey() string {
@@ -9863,7 +10119,7 @@ type DhtGetResponse struct {
 
 func (x *DhtGetResponse) Reset() {
 	*x = DhtGetResponse{}
-	mi := &file_node_api_v1_api_proto_msgTypes[124]
+	mi := &file_node_api_v1_api_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -9875,7 +10131,7 @@ func (x *DhtGetResponse) String() string {
 func (*DhtGetResponse) ProtoMessage() {}
 
 func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_api_v1_api_proto_msgTypes[124]
+	mi := &file_node_api_v1_api_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -9888,7 +10144,7 @@ func (x *DhtGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DhtGetResponse.ProtoReflect.Descriptor instead.
 func (*DhtGetResponse) Descriptor() ([]byte, []int) {
-	return file_node_api_v1_api_proto_rawDescGZIP(), []int{124}
+	return file_node_api_v1_api_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *DhtGetResponse) GetKey() string {
@@ -10364,11 +10620,31 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1a\n" +
 	"\bplatform\x18\x03 \x01(\tR\bplatform\x12\x14\n" +
-	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\"z\n" +
+	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\"\xd6\x02\n" +
 	"\vPlanRequest\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1a\n" +
 	"\bmanifest\x18\x02 \x01(\fR\bmanifest\x12;\n" +
-	"\tartifacts\x18\x03 \x03(\v2\x1d.coppice.api.v1.LocalArtifactR\tartifacts\"\x80\x02\n" +
+	"\tartifacts\x18\x03 \x03(\v2\x1d.coppice.api.v1.LocalArtifactR\tartifacts\x12\x18\n" +
+	"\awithout\x18\x04 \x03(\tR\awithout\x12,\n" +
+	"\x04with\x18\x05 \x03(\v2\x18.coppice.api.v1.NodeFileR\x04with\x12?\n" +
+	"\x06prices\x18\x06 \x03(\v2'.coppice.api.v1.PlanRequest.PricesEntryR\x06prices\x12\x16\n" +
+	"\x06replay\x18\a \x01(\tR\x06replay\x1a9\n" +
+	"\vPricesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"2\n" +
+	"\bNodeFile\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"\xf3\x01\n" +
+	"\x06Replay\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +
+	"\x04same\x18\x03 \x01(\bR\x04same\x12.\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12#\n" +
+	"\rrequest_bytes\x18\x05 \x01(\x04R\frequestBytes\x12\x1d\n" +
+	"\n" +
+	"plan_bytes\x18\x06 \x01(\x04R\tplanBytes\x12\x17\n" +
+	"\atook_ms\x18\a \x01(\x01R\x06tookMs\x12\x1c\n" +
+	"\tobjective\x18\b \x01(\x01R\tobjective\"\xca\x02\n" +
 	"\fPlanResponse\x12\x1a\n" +
 	"\bfeasible\x18\x01 \x01(\bR\bfeasible\x12\x1c\n" +
 	"\tobjective\x18\x02 \x01(\x01R\tobjective\x12\x14\n" +
@@ -10378,7 +10654,9 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"components\x12)\n" +
 	"\x10objective_before\x18\x05 \x01(\x01R\x0fobjectiveBefore\x12\x18\n" +
 	"\achanges\x18\x06 \x03(\tR\achanges\x12\x1a\n" +
-	"\bwarnings\x18\a \x03(\tR\bwarnings\"\xbb\x02\n" +
+	"\bwarnings\x18\a \x03(\tR\bwarnings\x12\x18\n" +
+	"\aoptimal\x18\b \x01(\bR\aoptimal\x12.\n" +
+	"\x06replay\x18\t \x01(\v2\x16.coppice.api.v1.ReplayR\x06replay\"\xf3\x02\n" +
 	"\x0fPlannedInstance\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -10392,7 +10670,9 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"successors\x12\x16\n" +
 	"\x06reason\x18\t \x01(\tR\x06reason\x12\x18\n" +
 	"\aoverlay\x18\n" +
-	" \x03(\tR\aoverlay\"U\n" +
+	" \x03(\tR\aoverlay\x12\x1a\n" +
+	"\bconflict\x18\v \x03(\tR\bconflict\x12\x1a\n" +
+	"\bremedies\x18\f \x03(\tR\bremedies\"U\n" +
 	"\aRefusal\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1e\n" +
 	"\n" +
@@ -10817,7 +11097,7 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\"c\n" +
 	"\vWhyResponse\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x126\n" +
-	"\tdecisions\x18\x02 \x03(\v2\x18.coppice.api.v1.DecisionR\tdecisions\"\x83\x04\n" +
+	"\tdecisions\x18\x02 \x03(\v2\x18.coppice.api.v1.DecisionR\tdecisions\"\x83\x05\n" +
 	"\bDecision\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12)\n" +
@@ -10838,7 +11118,12 @@ const file_node_api_v1_api_proto_rawDesc = "" +
 	"\x05epoch\x18\x0e \x01(\x04R\x05epoch\x12\x1d\n" +
 	"\n" +
 	"decided_by\x18\x0f \x01(\tR\tdecidedBy\x12#\n" +
-	"\rprevious_node\x18\x10 \x01(\tR\fpreviousNode\"\x89\x01\n" +
+	"\rprevious_node\x18\x10 \x01(\tR\fpreviousNode\x12\x14\n" +
+	"\x05bound\x18\x11 \x01(\x01R\x05bound\x12\x18\n" +
+	"\aoptimal\x18\x12 \x01(\bR\aoptimal\x12\x1a\n" +
+	"\bconflict\x18\x13 \x03(\tR\bconflict\x12\x1a\n" +
+	"\bremedies\x18\x14 \x03(\tR\bremedies\x12\x16\n" +
+	"\x06digest\x18\x15 \x01(\tR\x06digest\"\x89\x01\n" +
 	"\vLogsRequest\x12\x1c\n" +
 	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x16\n" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\x12\x12\n" +
@@ -10991,7 +11276,7 @@ func file_node_api_v1_api_proto_rawDescGZIP() []byte {
 	return file_node_api_v1_api_proto_rawDescData
 }
 
-var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 131)
+var file_node_api_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 134)
 var file_node_api_v1_api_proto_goTypes = []any{
 	(*Problem)(nil),               // 0: coppice.api.v1.Problem
 	(*TokenRequest)(nil),          // 1: coppice.api.v1.TokenRequest
@@ -11047,92 +11332,95 @@ var file_node_api_v1_api_proto_goTypes = []any{
 	(*Artifact)(nil),              // 51: coppice.api.v1.Artifact
 	(*LocalArtifact)(nil),         // 52: coppice.api.v1.LocalArtifact
 	(*PlanRequest)(nil),           // 53: coppice.api.v1.PlanRequest
-	(*PlanResponse)(nil),          // 54: coppice.api.v1.PlanResponse
-	(*PlannedInstance)(nil),       // 55: coppice.api.v1.PlannedInstance
-	(*Refusal)(nil),               // 56: coppice.api.v1.Refusal
-	(*DeployRequest)(nil),         // 57: coppice.api.v1.DeployRequest
-	(*DeployUpdate)(nil),          // 58: coppice.api.v1.DeployUpdate
-	(*DeployedApplication)(nil),   // 59: coppice.api.v1.DeployedApplication
-	(*DeployedComponent)(nil),     // 60: coppice.api.v1.DeployedComponent
-	(*Waiting)(nil),               // 61: coppice.api.v1.Waiting
-	(*RemoveRequest)(nil),         // 62: coppice.api.v1.RemoveRequest
-	(*RemoveResponse)(nil),        // 63: coppice.api.v1.RemoveResponse
-	(*AppsRequest)(nil),           // 64: coppice.api.v1.AppsRequest
-	(*AppsResponse)(nil),          // 65: coppice.api.v1.AppsResponse
-	(*App)(nil),                   // 66: coppice.api.v1.App
-	(*PsRequest)(nil),             // 67: coppice.api.v1.PsRequest
-	(*PsResponse)(nil),            // 68: coppice.api.v1.PsResponse
-	(*Instance)(nil),              // 69: coppice.api.v1.Instance
-	(*ForwardRequest)(nil),        // 70: coppice.api.v1.ForwardRequest
-	(*ForwardUpdate)(nil),         // 71: coppice.api.v1.ForwardUpdate
-	(*InspectRequest)(nil),        // 72: coppice.api.v1.InspectRequest
-	(*InspectResponse)(nil),       // 73: coppice.api.v1.InspectResponse
-	(*InspectInstance)(nil),       // 74: coppice.api.v1.InspectInstance
-	(*Interface)(nil),             // 75: coppice.api.v1.Interface
-	(*Method)(nil),                // 76: coppice.api.v1.Method
-	(*AttributeInfo)(nil),         // 77: coppice.api.v1.AttributeInfo
-	(*Binding)(nil),               // 78: coppice.api.v1.Binding
-	(*CallStats)(nil),             // 79: coppice.api.v1.CallStats
-	(*CheckpointInfo)(nil),        // 80: coppice.api.v1.CheckpointInfo
-	(*Overlay)(nil),               // 81: coppice.api.v1.Overlay
-	(*AttrRequest)(nil),           // 82: coppice.api.v1.AttrRequest
-	(*AttrResponse)(nil),          // 83: coppice.api.v1.AttrResponse
-	(*BindRequest)(nil),           // 84: coppice.api.v1.BindRequest
-	(*UnbindRequest)(nil),         // 85: coppice.api.v1.UnbindRequest
-	(*BindResponse)(nil),          // 86: coppice.api.v1.BindResponse
-	(*LifecycleRequest)(nil),      // 87: coppice.api.v1.LifecycleRequest
-	(*LifecycleResponse)(nil),     // 88: coppice.api.v1.LifecycleResponse
-	(*SwapRequest)(nil),           // 89: coppice.api.v1.SwapRequest
-	(*UndoRequest)(nil),           // 90: coppice.api.v1.UndoRequest
-	(*MoveRequest)(nil),           // 91: coppice.api.v1.MoveRequest
-	(*ReplaceResponse)(nil),       // 92: coppice.api.v1.ReplaceResponse
-	(*UnpinRequest)(nil),          // 93: coppice.api.v1.UnpinRequest
-	(*UnpinResponse)(nil),         // 94: coppice.api.v1.UnpinResponse
-	(*CheckpointRequest)(nil),     // 95: coppice.api.v1.CheckpointRequest
-	(*CheckpointResponse)(nil),    // 96: coppice.api.v1.CheckpointResponse
-	(*CheckpointsRequest)(nil),    // 97: coppice.api.v1.CheckpointsRequest
-	(*CheckpointsResponse)(nil),   // 98: coppice.api.v1.CheckpointsResponse
-	(*Checkpoint)(nil),            // 99: coppice.api.v1.Checkpoint
-	(*Moment)(nil),                // 100: coppice.api.v1.Moment
-	(*RestoreRequest)(nil),        // 101: coppice.api.v1.RestoreRequest
-	(*ForkRequest)(nil),           // 102: coppice.api.v1.ForkRequest
-	(*ForkResponse)(nil),          // 103: coppice.api.v1.ForkResponse
-	(*ExportRequest)(nil),         // 104: coppice.api.v1.ExportRequest
-	(*ExportChunk)(nil),           // 105: coppice.api.v1.ExportChunk
-	(*ExportSummary)(nil),         // 106: coppice.api.v1.ExportSummary
-	(*CallRequest)(nil),           // 107: coppice.api.v1.CallRequest
-	(*CallResponse)(nil),          // 108: coppice.api.v1.CallResponse
-	(*WhyRequest)(nil),            // 109: coppice.api.v1.WhyRequest
-	(*WhyResponse)(nil),           // 110: coppice.api.v1.WhyResponse
-	(*Decision)(nil),              // 111: coppice.api.v1.Decision
-	(*LogsRequest)(nil),           // 112: coppice.api.v1.LogsRequest
-	(*LogLine)(nil),               // 113: coppice.api.v1.LogLine
-	(*EventsRequest)(nil),         // 114: coppice.api.v1.EventsRequest
-	(*Event)(nil),                 // 115: coppice.api.v1.Event
-	(*QueryRequest)(nil),          // 116: coppice.api.v1.QueryRequest
-	(*QueryResponse)(nil),         // 117: coppice.api.v1.QueryResponse
-	(*Row)(nil),                   // 118: coppice.api.v1.Row
-	(*Value)(nil),                 // 119: coppice.api.v1.Value
-	(*DhtClosestRequest)(nil),     // 120: coppice.api.v1.DhtClosestRequest
-	(*DhtClosestResponse)(nil),    // 121: coppice.api.v1.DhtClosestResponse
-	(*DhtNode)(nil),               // 122: coppice.api.v1.DhtNode
-	(*DhtGetRequest)(nil),         // 123: coppice.api.v1.DhtGetRequest
-	(*DhtGetResponse)(nil),        // 124: coppice.api.v1.DhtGetResponse
-	nil,                           // 125: coppice.api.v1.Node.LabelsEntry
-	nil,                           // 126: coppice.api.v1.Overlay.NodesEntry
-	nil,                           // 127: coppice.api.v1.Overlay.AttributesEntry
-	nil,                           // 128: coppice.api.v1.Overlay.BindingsEntry
-	nil,                           // 129: coppice.api.v1.AttrRequest.SetEntry
-	nil,                           // 130: coppice.api.v1.Event.FieldsEntry
-	(*timestamppb.Timestamp)(nil), // 131: google.protobuf.Timestamp
+	(*NodeFile)(nil),              // 54: coppice.api.v1.NodeFile
+	(*Replay)(nil),                // 55: coppice.api.v1.Replay
+	(*PlanResponse)(nil),          // 56: coppice.api.v1.PlanResponse
+	(*PlannedInstance)(nil),       // 57: coppice.api.v1.PlannedInstance
+	(*Refusal)(nil),               // 58: coppice.api.v1.Refusal
+	(*DeployRequest)(nil),         // 59: coppice.api.v1.DeployRequest
+	(*DeployUpdate)(nil),          // 60: coppice.api.v1.DeployUpdate
+	(*DeployedApplication)(nil),   // 61: coppice.api.v1.DeployedApplication
+	(*DeployedComponent)(nil),     // 62: coppice.api.v1.DeployedComponent
+	(*Waiting)(nil),               // 63: coppice.api.v1.Waiting
+	(*RemoveRequest)(nil),         // 64: coppice.api.v1.RemoveRequest
+	(*RemoveResponse)(nil),        // 65: coppice.api.v1.RemoveResponse
+	(*AppsRequest)(nil),           // 66: coppice.api.v1.AppsRequest
+	(*AppsResponse)(nil),          // 67: coppice.api.v1.AppsResponse
+	(*App)(nil),                   // 68: coppice.api.v1.App
+	(*PsRequest)(nil),             // 69: coppice.api.v1.PsRequest
+	(*PsResponse)(nil),            // 70: coppice.api.v1.PsResponse
+	(*Instance)(nil),              // 71: coppice.api.v1.Instance
+	(*ForwardRequest)(nil),        // 72: coppice.api.v1.ForwardRequest
+	(*ForwardUpdate)(nil),         // 73: coppice.api.v1.ForwardUpdate
+	(*InspectRequest)(nil),        // 74: coppice.api.v1.InspectRequest
+	(*InspectResponse)(nil),       // 75: coppice.api.v1.InspectResponse
+	(*InspectInstance)(nil),       // 76: coppice.api.v1.InspectInstance
+	(*Interface)(nil),             // 77: coppice.api.v1.Interface
+	(*Method)(nil),                // 78: coppice.api.v1.Method
+	(*AttributeInfo)(nil),         // 79: coppice.api.v1.AttributeInfo
+	(*Binding)(nil),               // 80: coppice.api.v1.Binding
+	(*CallStats)(nil),             // 81: coppice.api.v1.CallStats
+	(*CheckpointInfo)(nil),        // 82: coppice.api.v1.CheckpointInfo
+	(*Overlay)(nil),               // 83: coppice.api.v1.Overlay
+	(*AttrRequest)(nil),           // 84: coppice.api.v1.AttrRequest
+	(*AttrResponse)(nil),          // 85: coppice.api.v1.AttrResponse
+	(*BindRequest)(nil),           // 86: coppice.api.v1.BindRequest
+	(*UnbindRequest)(nil),         // 87: coppice.api.v1.UnbindRequest
+	(*BindResponse)(nil),          // 88: coppice.api.v1.BindResponse
+	(*LifecycleRequest)(nil),      // 89: coppice.api.v1.LifecycleRequest
+	(*LifecycleResponse)(nil),     // 90: coppice.api.v1.LifecycleResponse
+	(*SwapRequest)(nil),           // 91: coppice.api.v1.SwapRequest
+	(*UndoRequest)(nil),           // 92: coppice.api.v1.UndoRequest
+	(*MoveRequest)(nil),           // 93: coppice.api.v1.MoveRequest
+	(*ReplaceResponse)(nil),       // 94: coppice.api.v1.ReplaceResponse
+	(*UnpinRequest)(nil),          // 95: coppice.api.v1.UnpinRequest
+	(*UnpinResponse)(nil),         // 96: coppice.api.v1.UnpinResponse
+	(*CheckpointRequest)(nil),     // 97: coppice.api.v1.CheckpointRequest
+	(*CheckpointResponse)(nil),    // 98: coppice.api.v1.CheckpointResponse
+	(*CheckpointsRequest)(nil),    // 99: coppice.api.v1.CheckpointsRequest
+	(*CheckpointsResponse)(nil),   // 100: coppice.api.v1.CheckpointsResponse
+	(*Checkpoint)(nil),            // 101: coppice.api.v1.Checkpoint
+	(*Moment)(nil),                // 102: coppice.api.v1.Moment
+	(*RestoreRequest)(nil),        // 103: coppice.api.v1.RestoreRequest
+	(*ForkRequest)(nil),           // 104: coppice.api.v1.ForkRequest
+	(*ForkResponse)(nil),          // 105: coppice.api.v1.ForkResponse
+	(*ExportRequest)(nil),         // 106: coppice.api.v1.ExportRequest
+	(*ExportChunk)(nil),           // 107: coppice.api.v1.ExportChunk
+	(*ExportSummary)(nil),         // 108: coppice.api.v1.ExportSummary
+	(*CallRequest)(nil),           // 109: coppice.api.v1.CallRequest
+	(*CallResponse)(nil),          // 110: coppice.api.v1.CallResponse
+	(*WhyRequest)(nil),            // 111: coppice.api.v1.WhyRequest
+	(*WhyResponse)(nil),           // 112: coppice.api.v1.WhyResponse
+	(*Decision)(nil),              // 113: coppice.api.v1.Decision
+	(*LogsRequest)(nil),           // 114: coppice.api.v1.LogsRequest
+	(*LogLine)(nil),               // 115: coppice.api.v1.LogLine
+	(*EventsRequest)(nil),         // 116: coppice.api.v1.EventsRequest
+	(*Event)(nil),                 // 117: coppice.api.v1.Event
+	(*QueryRequest)(nil),          // 118: coppice.api.v1.QueryRequest
+	(*QueryResponse)(nil),         // 119: coppice.api.v1.QueryResponse
+	(*Row)(nil),                   // 120: coppice.api.v1.Row
+	(*Value)(nil),                 // 121: coppice.api.v1.Value
+	(*DhtClosestRequest)(nil),     // 122: coppice.api.v1.DhtClosestRequest
+	(*DhtClosestResponse)(nil),    // 123: coppice.api.v1.DhtClosestResponse
+	(*DhtNode)(nil),               // 124: coppice.api.v1.DhtNode
+	(*DhtGetRequest)(nil),         // 125: coppice.api.v1.DhtGetRequest
+	(*DhtGetResponse)(nil),        // 126: coppice.api.v1.DhtGetResponse
+	nil,                           // 127: coppice.api.v1.Node.LabelsEntry
+	nil,                           // 128: coppice.api.v1.PlanRequest.PricesEntry
+	nil,                           // 129: coppice.api.v1.Overlay.NodesEntry
+	nil,                           // 130: coppice.api.v1.Overlay.AttributesEntry
+	nil,                           // 131: coppice.api.v1.Overlay.BindingsEntry
+	nil,                           // 132: coppice.api.v1.AttrRequest.SetEntry
+	nil,                           // 133: coppice.api.v1.Event.FieldsEntry
+	(*timestamppb.Timestamp)(nil), // 134: google.protobuf.Timestamp
 }
 var file_node_api_v1_api_proto_depIdxs = []int32{
-	131, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
+	134, // 0: coppice.api.v1.TokenResponse.expires:type_name -> google.protobuf.Timestamp
 	7,   // 1: coppice.api.v1.DrillUpdate.instances:type_name -> coppice.api.v1.DrillInstance
 	10,  // 2: coppice.api.v1.NodesResponse.nodes:type_name -> coppice.api.v1.Node
-	125, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
-	131, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
-	131, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
+	127, // 3: coppice.api.v1.Node.labels:type_name -> coppice.api.v1.Node.LabelsEntry
+	134, // 4: coppice.api.v1.Node.since:type_name -> google.protobuf.Timestamp
+	134, // 5: coppice.api.v1.Node.started:type_name -> google.protobuf.Timestamp
 	15,  // 6: coppice.api.v1.StatusResponse.nodes:type_name -> coppice.api.v1.NodeCounts
 	16,  // 7: coppice.api.v1.StatusResponse.arbiter:type_name -> coppice.api.v1.ArbiterStatus
 	17,  // 8: coppice.api.v1.StatusResponse.components:type_name -> coppice.api.v1.ComponentCounts
@@ -11143,10 +11431,10 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	23,  // 13: coppice.api.v1.RecoverResponse.missing:type_name -> coppice.api.v1.Missing
 	24,  // 14: coppice.api.v1.RecoverResponse.adopted:type_name -> coppice.api.v1.Adopted
 	21,  // 15: coppice.api.v1.RecoverResponse.rebuilt:type_name -> coppice.api.v1.Rebuilt
-	131, // 16: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
+	134, // 16: coppice.api.v1.Missing.since:type_name -> google.protobuf.Timestamp
 	27,  // 17: coppice.api.v1.BackupChunk.done:type_name -> coppice.api.v1.BackupSummary
-	131, // 18: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
-	131, // 19: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
+	134, // 18: coppice.api.v1.BackupSummary.taken:type_name -> google.protobuf.Timestamp
+	134, // 19: coppice.api.v1.RestoreSummary.taken:type_name -> google.protobuf.Timestamp
 	31,  // 20: coppice.api.v1.DoctorResponse.findings:type_name -> coppice.api.v1.Finding
 	37,  // 21: coppice.api.v1.DownResponse.nodes:type_name -> coppice.api.v1.DownNode
 	43,  // 22: coppice.api.v1.RegistryPushRequest.header:type_name -> coppice.api.v1.RegistryPushHeader
@@ -11154,154 +11442,158 @@ var file_node_api_v1_api_proto_depIdxs = []int32{
 	44,  // 24: coppice.api.v1.RegistryPushHeader.files:type_name -> coppice.api.v1.RegistryPushFile
 	51,  // 25: coppice.api.v1.RegistryListResponse.artifacts:type_name -> coppice.api.v1.Artifact
 	51,  // 26: coppice.api.v1.RegistryShowResponse.artifacts:type_name -> coppice.api.v1.Artifact
-	131, // 27: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
-	75,  // 28: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
-	75,  // 29: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
-	77,  // 30: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
+	134, // 27: coppice.api.v1.Artifact.pushed:type_name -> google.protobuf.Timestamp
+	77,  // 28: coppice.api.v1.Artifact.provides:type_name -> coppice.api.v1.Interface
+	77,  // 29: coppice.api.v1.Artifact.requires:type_name -> coppice.api.v1.Interface
+	79,  // 30: coppice.api.v1.Artifact.attributes:type_name -> coppice.api.v1.AttributeInfo
 	52,  // 31: coppice.api.v1.PlanRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
-	55,  // 32: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
-	56,  // 33: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
-	52,  // 34: coppice.api.v1.DeployRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
-	59,  // 35: coppice.api.v1.DeployUpdate.applications:type_name -> coppice.api.v1.DeployedApplication
-	61,  // 36: coppice.api.v1.DeployUpdate.waiting:type_name -> coppice.api.v1.Waiting
-	60,  // 37: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
-	66,  // 38: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
-	69,  // 39: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
-	75,  // 40: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
-	75,  // 41: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
-	77,  // 42: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	78,  // 43: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
-	81,  // 44: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
-	79,  // 45: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
-	74,  // 46: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
-	79,  // 47: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
-	80,  // 48: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
-	76,  // 49: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
-	126, // 50: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
-	127, // 51: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
-	128, // 52: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
-	129, // 53: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
-	77,  // 54: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
-	78,  // 55: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
-	61,  // 56: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
-	99,  // 57: coppice.api.v1.CheckpointsResponse.checkpoints:type_name -> coppice.api.v1.Checkpoint
-	131, // 58: coppice.api.v1.Checkpoint.time:type_name -> google.protobuf.Timestamp
-	131, // 59: coppice.api.v1.Moment.time:type_name -> google.protobuf.Timestamp
-	100, // 60: coppice.api.v1.RestoreRequest.at:type_name -> coppice.api.v1.Moment
-	100, // 61: coppice.api.v1.ForkRequest.at:type_name -> coppice.api.v1.Moment
-	100, // 62: coppice.api.v1.ExportRequest.at:type_name -> coppice.api.v1.Moment
-	106, // 63: coppice.api.v1.ExportChunk.done:type_name -> coppice.api.v1.ExportSummary
-	131, // 64: coppice.api.v1.ExportSummary.time:type_name -> google.protobuf.Timestamp
-	111, // 65: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
-	56,  // 66: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
-	131, // 67: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
-	131, // 68: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	131, // 69: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	131, // 70: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	131, // 71: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
-	130, // 72: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
-	118, // 73: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
-	131, // 74: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
-	119, // 75: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
-	122, // 76: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
-	122, // 77: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
-	1,   // 78: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
-	3,   // 79: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
-	8,   // 80: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
-	11,  // 81: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
-	29,  // 82: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
-	32,  // 83: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
-	33,  // 84: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
-	35,  // 85: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
-	38,  // 86: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
-	40,  // 87: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
-	5,   // 88: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
-	19,  // 89: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
-	25,  // 90: coppice.api.v1.Control.Backup:input_type -> coppice.api.v1.BackupRequest
-	42,  // 91: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
-	47,  // 92: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
-	49,  // 93: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
-	53,  // 94: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
-	57,  // 95: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
-	62,  // 96: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
-	64,  // 97: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
-	67,  // 98: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
-	72,  // 99: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
-	82,  // 100: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
-	84,  // 101: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
-	85,  // 102: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
-	87,  // 103: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
-	87,  // 104: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
-	87,  // 105: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
-	87,  // 106: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
-	89,  // 107: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
-	90,  // 108: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
-	91,  // 109: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
-	93,  // 110: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
-	95,  // 111: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
-	97,  // 112: coppice.api.v1.Control.Checkpoints:input_type -> coppice.api.v1.CheckpointsRequest
-	101, // 113: coppice.api.v1.Control.Restore:input_type -> coppice.api.v1.RestoreRequest
-	102, // 114: coppice.api.v1.Control.Fork:input_type -> coppice.api.v1.ForkRequest
-	104, // 115: coppice.api.v1.Control.Export:input_type -> coppice.api.v1.ExportRequest
-	107, // 116: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
-	70,  // 117: coppice.api.v1.Control.Forward:input_type -> coppice.api.v1.ForwardRequest
-	109, // 118: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
-	112, // 119: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
-	114, // 120: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
-	116, // 121: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
-	120, // 122: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
-	123, // 123: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
-	2,   // 124: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
-	4,   // 125: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
-	9,   // 126: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
-	12,  // 127: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
-	30,  // 128: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
-	34,  // 129: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
-	34,  // 130: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
-	36,  // 131: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
-	39,  // 132: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
-	41,  // 133: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
-	6,   // 134: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
-	20,  // 135: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
-	26,  // 136: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
-	46,  // 137: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
-	48,  // 138: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
-	50,  // 139: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
-	54,  // 140: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
-	58,  // 141: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
-	63,  // 142: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
-	65,  // 143: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
-	68,  // 144: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
-	73,  // 145: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
-	83,  // 146: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
-	86,  // 147: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
-	86,  // 148: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
-	88,  // 149: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
-	88,  // 150: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
-	88,  // 151: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
-	88,  // 152: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
-	92,  // 153: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
-	92,  // 154: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
-	92,  // 155: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
-	94,  // 156: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
-	96,  // 157: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
-	98,  // 158: coppice.api.v1.Control.Checkpoints:output_type -> coppice.api.v1.CheckpointsResponse
-	92,  // 159: coppice.api.v1.Control.Restore:output_type -> coppice.api.v1.ReplaceResponse
-	103, // 160: coppice.api.v1.Control.Fork:output_type -> coppice.api.v1.ForkResponse
-	105, // 161: coppice.api.v1.Control.Export:output_type -> coppice.api.v1.ExportChunk
-	108, // 162: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
-	71,  // 163: coppice.api.v1.Control.Forward:output_type -> coppice.api.v1.ForwardUpdate
-	110, // 164: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
-	113, // 165: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
-	115, // 166: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
-	117, // 167: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
-	121, // 168: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
-	124, // 169: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
-	124, // [124:170] is the sub-list for method output_type
-	78,  // [78:124] is the sub-list for method input_type
-	78,  // [78:78] is the sub-list for extension type_name
-	78,  // [78:78] is the sub-list for extension extendee
-	0,   // [0:78] is the sub-list for field type_name
+	54,  // 32: coppice.api.v1.PlanRequest.with:type_name -> coppice.api.v1.NodeFile
+	128, // 33: coppice.api.v1.PlanRequest.prices:type_name -> coppice.api.v1.PlanRequest.PricesEntry
+	134, // 34: coppice.api.v1.Replay.time:type_name -> google.protobuf.Timestamp
+	57,  // 35: coppice.api.v1.PlanResponse.components:type_name -> coppice.api.v1.PlannedInstance
+	55,  // 36: coppice.api.v1.PlanResponse.replay:type_name -> coppice.api.v1.Replay
+	58,  // 37: coppice.api.v1.PlannedInstance.refused:type_name -> coppice.api.v1.Refusal
+	52,  // 38: coppice.api.v1.DeployRequest.artifacts:type_name -> coppice.api.v1.LocalArtifact
+	61,  // 39: coppice.api.v1.DeployUpdate.applications:type_name -> coppice.api.v1.DeployedApplication
+	63,  // 40: coppice.api.v1.DeployUpdate.waiting:type_name -> coppice.api.v1.Waiting
+	62,  // 41: coppice.api.v1.DeployedApplication.components:type_name -> coppice.api.v1.DeployedComponent
+	68,  // 42: coppice.api.v1.AppsResponse.apps:type_name -> coppice.api.v1.App
+	71,  // 43: coppice.api.v1.PsResponse.instances:type_name -> coppice.api.v1.Instance
+	77,  // 44: coppice.api.v1.InspectResponse.provides:type_name -> coppice.api.v1.Interface
+	77,  // 45: coppice.api.v1.InspectResponse.requires:type_name -> coppice.api.v1.Interface
+	79,  // 46: coppice.api.v1.InspectResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	80,  // 47: coppice.api.v1.InspectResponse.bindings:type_name -> coppice.api.v1.Binding
+	83,  // 48: coppice.api.v1.InspectResponse.overlay:type_name -> coppice.api.v1.Overlay
+	81,  // 49: coppice.api.v1.InspectResponse.calls:type_name -> coppice.api.v1.CallStats
+	76,  // 50: coppice.api.v1.InspectResponse.instances:type_name -> coppice.api.v1.InspectInstance
+	81,  // 51: coppice.api.v1.InspectInstance.calls:type_name -> coppice.api.v1.CallStats
+	82,  // 52: coppice.api.v1.InspectInstance.checkpoint:type_name -> coppice.api.v1.CheckpointInfo
+	78,  // 53: coppice.api.v1.Interface.methods:type_name -> coppice.api.v1.Method
+	129, // 54: coppice.api.v1.Overlay.nodes:type_name -> coppice.api.v1.Overlay.NodesEntry
+	130, // 55: coppice.api.v1.Overlay.attributes:type_name -> coppice.api.v1.Overlay.AttributesEntry
+	131, // 56: coppice.api.v1.Overlay.bindings:type_name -> coppice.api.v1.Overlay.BindingsEntry
+	132, // 57: coppice.api.v1.AttrRequest.set:type_name -> coppice.api.v1.AttrRequest.SetEntry
+	79,  // 58: coppice.api.v1.AttrResponse.attributes:type_name -> coppice.api.v1.AttributeInfo
+	80,  // 59: coppice.api.v1.BindResponse.bindings:type_name -> coppice.api.v1.Binding
+	63,  // 60: coppice.api.v1.LifecycleResponse.instances:type_name -> coppice.api.v1.Waiting
+	101, // 61: coppice.api.v1.CheckpointsResponse.checkpoints:type_name -> coppice.api.v1.Checkpoint
+	134, // 62: coppice.api.v1.Checkpoint.time:type_name -> google.protobuf.Timestamp
+	134, // 63: coppice.api.v1.Moment.time:type_name -> google.protobuf.Timestamp
+	102, // 64: coppice.api.v1.RestoreRequest.at:type_name -> coppice.api.v1.Moment
+	102, // 65: coppice.api.v1.ForkRequest.at:type_name -> coppice.api.v1.Moment
+	102, // 66: coppice.api.v1.ExportRequest.at:type_name -> coppice.api.v1.Moment
+	108, // 67: coppice.api.v1.ExportChunk.done:type_name -> coppice.api.v1.ExportSummary
+	134, // 68: coppice.api.v1.ExportSummary.time:type_name -> google.protobuf.Timestamp
+	113, // 69: coppice.api.v1.WhyResponse.decisions:type_name -> coppice.api.v1.Decision
+	58,  // 70: coppice.api.v1.Decision.refused:type_name -> coppice.api.v1.Refusal
+	134, // 71: coppice.api.v1.Decision.time:type_name -> google.protobuf.Timestamp
+	134, // 72: coppice.api.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	134, // 73: coppice.api.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	134, // 74: coppice.api.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	134, // 75: coppice.api.v1.Event.time:type_name -> google.protobuf.Timestamp
+	133, // 76: coppice.api.v1.Event.fields:type_name -> coppice.api.v1.Event.FieldsEntry
+	120, // 77: coppice.api.v1.QueryResponse.rows:type_name -> coppice.api.v1.Row
+	134, // 78: coppice.api.v1.QueryResponse.as_of:type_name -> google.protobuf.Timestamp
+	121, // 79: coppice.api.v1.Row.values:type_name -> coppice.api.v1.Value
+	124, // 80: coppice.api.v1.DhtClosestResponse.nodes:type_name -> coppice.api.v1.DhtNode
+	124, // 81: coppice.api.v1.DhtGetResponse.holders:type_name -> coppice.api.v1.DhtNode
+	1,   // 82: coppice.api.v1.Control.Token:input_type -> coppice.api.v1.TokenRequest
+	3,   // 83: coppice.api.v1.Control.RevokeToken:input_type -> coppice.api.v1.RevokeTokenRequest
+	8,   // 84: coppice.api.v1.Control.Nodes:input_type -> coppice.api.v1.NodesRequest
+	11,  // 85: coppice.api.v1.Control.Status:input_type -> coppice.api.v1.StatusRequest
+	29,  // 86: coppice.api.v1.Control.Doctor:input_type -> coppice.api.v1.DoctorRequest
+	32,  // 87: coppice.api.v1.Control.Drain:input_type -> coppice.api.v1.DrainRequest
+	33,  // 88: coppice.api.v1.Control.Leave:input_type -> coppice.api.v1.LeaveRequest
+	35,  // 89: coppice.api.v1.Control.Down:input_type -> coppice.api.v1.DownRequest
+	38,  // 90: coppice.api.v1.Control.Revoke:input_type -> coppice.api.v1.RevokeRequest
+	40,  // 91: coppice.api.v1.Control.Readmit:input_type -> coppice.api.v1.ReadmitRequest
+	5,   // 92: coppice.api.v1.Control.Drill:input_type -> coppice.api.v1.DrillRequest
+	19,  // 93: coppice.api.v1.Control.Recover:input_type -> coppice.api.v1.RecoverRequest
+	25,  // 94: coppice.api.v1.Control.Backup:input_type -> coppice.api.v1.BackupRequest
+	42,  // 95: coppice.api.v1.Control.RegistryPush:input_type -> coppice.api.v1.RegistryPushRequest
+	47,  // 96: coppice.api.v1.Control.RegistryList:input_type -> coppice.api.v1.RegistryListRequest
+	49,  // 97: coppice.api.v1.Control.RegistryShow:input_type -> coppice.api.v1.RegistryShowRequest
+	53,  // 98: coppice.api.v1.Control.Plan:input_type -> coppice.api.v1.PlanRequest
+	59,  // 99: coppice.api.v1.Control.Deploy:input_type -> coppice.api.v1.DeployRequest
+	64,  // 100: coppice.api.v1.Control.Remove:input_type -> coppice.api.v1.RemoveRequest
+	66,  // 101: coppice.api.v1.Control.Apps:input_type -> coppice.api.v1.AppsRequest
+	69,  // 102: coppice.api.v1.Control.Ps:input_type -> coppice.api.v1.PsRequest
+	74,  // 103: coppice.api.v1.Control.Inspect:input_type -> coppice.api.v1.InspectRequest
+	84,  // 104: coppice.api.v1.Control.Attr:input_type -> coppice.api.v1.AttrRequest
+	86,  // 105: coppice.api.v1.Control.Bind:input_type -> coppice.api.v1.BindRequest
+	87,  // 106: coppice.api.v1.Control.Unbind:input_type -> coppice.api.v1.UnbindRequest
+	89,  // 107: coppice.api.v1.Control.Start:input_type -> coppice.api.v1.LifecycleRequest
+	89,  // 108: coppice.api.v1.Control.Stop:input_type -> coppice.api.v1.LifecycleRequest
+	89,  // 109: coppice.api.v1.Control.Freeze:input_type -> coppice.api.v1.LifecycleRequest
+	89,  // 110: coppice.api.v1.Control.Thaw:input_type -> coppice.api.v1.LifecycleRequest
+	91,  // 111: coppice.api.v1.Control.Swap:input_type -> coppice.api.v1.SwapRequest
+	92,  // 112: coppice.api.v1.Control.Undo:input_type -> coppice.api.v1.UndoRequest
+	93,  // 113: coppice.api.v1.Control.Move:input_type -> coppice.api.v1.MoveRequest
+	95,  // 114: coppice.api.v1.Control.Unpin:input_type -> coppice.api.v1.UnpinRequest
+	97,  // 115: coppice.api.v1.Control.Checkpoint:input_type -> coppice.api.v1.CheckpointRequest
+	99,  // 116: coppice.api.v1.Control.Checkpoints:input_type -> coppice.api.v1.CheckpointsRequest
+	103, // 117: coppice.api.v1.Control.Restore:input_type -> coppice.api.v1.RestoreRequest
+	104, // 118: coppice.api.v1.Control.Fork:input_type -> coppice.api.v1.ForkRequest
+	106, // 119: coppice.api.v1.Control.Export:input_type -> coppice.api.v1.ExportRequest
+	109, // 120: coppice.api.v1.Control.Call:input_type -> coppice.api.v1.CallRequest
+	72,  // 121: coppice.api.v1.Control.Forward:input_type -> coppice.api.v1.ForwardRequest
+	111, // 122: coppice.api.v1.Control.Why:input_type -> coppice.api.v1.WhyRequest
+	114, // 123: coppice.api.v1.Control.Logs:input_type -> coppice.api.v1.LogsRequest
+	116, // 124: coppice.api.v1.Control.Events:input_type -> coppice.api.v1.EventsRequest
+	118, // 125: coppice.api.v1.Control.Query:input_type -> coppice.api.v1.QueryRequest
+	122, // 126: coppice.api.v1.Control.DhtClosest:input_type -> coppice.api.v1.DhtClosestRequest
+	125, // 127: coppice.api.v1.Control.DhtGet:input_type -> coppice.api.v1.DhtGetRequest
+	2,   // 128: coppice.api.v1.Control.Token:output_type -> coppice.api.v1.TokenResponse
+	4,   // 129: coppice.api.v1.Control.RevokeToken:output_type -> coppice.api.v1.RevokeTokenResponse
+	9,   // 130: coppice.api.v1.Control.Nodes:output_type -> coppice.api.v1.NodesResponse
+	12,  // 131: coppice.api.v1.Control.Status:output_type -> coppice.api.v1.StatusResponse
+	30,  // 132: coppice.api.v1.Control.Doctor:output_type -> coppice.api.v1.DoctorResponse
+	34,  // 133: coppice.api.v1.Control.Drain:output_type -> coppice.api.v1.DrainUpdate
+	34,  // 134: coppice.api.v1.Control.Leave:output_type -> coppice.api.v1.DrainUpdate
+	36,  // 135: coppice.api.v1.Control.Down:output_type -> coppice.api.v1.DownResponse
+	39,  // 136: coppice.api.v1.Control.Revoke:output_type -> coppice.api.v1.RevokeResponse
+	41,  // 137: coppice.api.v1.Control.Readmit:output_type -> coppice.api.v1.ReadmitResponse
+	6,   // 138: coppice.api.v1.Control.Drill:output_type -> coppice.api.v1.DrillUpdate
+	20,  // 139: coppice.api.v1.Control.Recover:output_type -> coppice.api.v1.RecoverResponse
+	26,  // 140: coppice.api.v1.Control.Backup:output_type -> coppice.api.v1.BackupChunk
+	46,  // 141: coppice.api.v1.Control.RegistryPush:output_type -> coppice.api.v1.RegistryPushResponse
+	48,  // 142: coppice.api.v1.Control.RegistryList:output_type -> coppice.api.v1.RegistryListResponse
+	50,  // 143: coppice.api.v1.Control.RegistryShow:output_type -> coppice.api.v1.RegistryShowResponse
+	56,  // 144: coppice.api.v1.Control.Plan:output_type -> coppice.api.v1.PlanResponse
+	60,  // 145: coppice.api.v1.Control.Deploy:output_type -> coppice.api.v1.DeployUpdate
+	65,  // 146: coppice.api.v1.Control.Remove:output_type -> coppice.api.v1.RemoveResponse
+	67,  // 147: coppice.api.v1.Control.Apps:output_type -> coppice.api.v1.AppsResponse
+	70,  // 148: coppice.api.v1.Control.Ps:output_type -> coppice.api.v1.PsResponse
+	75,  // 149: coppice.api.v1.Control.Inspect:output_type -> coppice.api.v1.InspectResponse
+	85,  // 150: coppice.api.v1.Control.Attr:output_type -> coppice.api.v1.AttrResponse
+	88,  // 151: coppice.api.v1.Control.Bind:output_type -> coppice.api.v1.BindResponse
+	88,  // 152: coppice.api.v1.Control.Unbind:output_type -> coppice.api.v1.BindResponse
+	90,  // 153: coppice.api.v1.Control.Start:output_type -> coppice.api.v1.LifecycleResponse
+	90,  // 154: coppice.api.v1.Control.Stop:output_type -> coppice.api.v1.LifecycleResponse
+	90,  // 155: coppice.api.v1.Control.Freeze:output_type -> coppice.api.v1.LifecycleResponse
+	90,  // 156: coppice.api.v1.Control.Thaw:output_type -> coppice.api.v1.LifecycleResponse
+	94,  // 157: coppice.api.v1.Control.Swap:output_type -> coppice.api.v1.ReplaceResponse
+	94,  // 158: coppice.api.v1.Control.Undo:output_type -> coppice.api.v1.ReplaceResponse
+	94,  // 159: coppice.api.v1.Control.Move:output_type -> coppice.api.v1.ReplaceResponse
+	96,  // 160: coppice.api.v1.Control.Unpin:output_type -> coppice.api.v1.UnpinResponse
+	98,  // 161: coppice.api.v1.Control.Checkpoint:output_type -> coppice.api.v1.CheckpointResponse
+	100, // 162: coppice.api.v1.Control.Checkpoints:output_type -> coppice.api.v1.CheckpointsResponse
+	94,  // 163: coppice.api.v1.Control.Restore:output_type -> coppice.api.v1.ReplaceResponse
+	105, // 164: coppice.api.v1.Control.Fork:output_type -> coppice.api.v1.ForkResponse
+	107, // 165: coppice.api.v1.Control.Export:output_type -> coppice.api.v1.ExportChunk
+	110, // 166: coppice.api.v1.Control.Call:output_type -> coppice.api.v1.CallResponse
+	73,  // 167: coppice.api.v1.Control.Forward:output_type -> coppice.api.v1.ForwardUpdate
+	112, // 168: coppice.api.v1.Control.Why:output_type -> coppice.api.v1.WhyResponse
+	115, // 169: coppice.api.v1.Control.Logs:output_type -> coppice.api.v1.LogLine
+	117, // 170: coppice.api.v1.Control.Events:output_type -> coppice.api.v1.Event
+	119, // 171: coppice.api.v1.Control.Query:output_type -> coppice.api.v1.QueryResponse
+	123, // 172: coppice.api.v1.Control.DhtClosest:output_type -> coppice.api.v1.DhtClosestResponse
+	126, // 173: coppice.api.v1.Control.DhtGet:output_type -> coppice.api.v1.DhtGetResponse
+	128, // [128:174] is the sub-list for method output_type
+	82,  // [82:128] is the sub-list for method input_type
+	82,  // [82:82] is the sub-list for extension type_name
+	82,  // [82:82] is the sub-list for extension extendee
+	0,   // [0:82] is the sub-list for field type_name
 }
 
 func init() { file_node_api_v1_api_proto_init() }
@@ -11322,17 +11614,17 @@ func file_node_api_v1_api_proto_init() {
 		(*RegistryPushRequest_Header)(nil),
 		(*RegistryPushRequest_Chunk)(nil),
 	}
-	file_node_api_v1_api_proto_msgTypes[69].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[74].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[79].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[80].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[100].OneofWrappers = []any{}
-	file_node_api_v1_api_proto_msgTypes[105].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[71].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[76].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[81].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[82].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[102].OneofWrappers = []any{}
+	file_node_api_v1_api_proto_msgTypes[107].OneofWrappers = []any{
 		(*ExportChunk_State)(nil),
 		(*ExportChunk_Data)(nil),
 		(*ExportChunk_Done)(nil),
 	}
-	file_node_api_v1_api_proto_msgTypes[119].OneofWrappers = []any{
+	file_node_api_v1_api_proto_msgTypes[121].OneofWrappers = []any{
 		(*Value_Integer)(nil),
 		(*Value_Real)(nil),
 		(*Value_Text)(nil),
@@ -11345,7 +11637,7 @@ func file_node_api_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_api_v1_api_proto_rawDesc), len(file_node_api_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   131,
+			NumMessages:   134,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

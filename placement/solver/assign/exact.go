@@ -15,11 +15,13 @@ const exactSteps = 1_000_000
 // exact goes through all placements, component by component, replicas on nodes in ascending order as they are alike.
 type exact struct {
 	*state
-	s     *solver
-	rest  []float64 // by component: what it and those after it can still win at most, and calls into them
-	one   []float64 // by component: the most one replica can win
-	order []int32   // nodes
-	steps int
+	s      *solver
+	rest   []float64 // by component: what it and those after it can still win at most, and calls into them
+	one    []float64 // by component: the most one replica can win
+	order  []int32   // nodes
+	index  []int32   // by node: its place in order
+	levels []who
+	chosen []int32 // by level: the place in order that was chosen
 }
 
 // small tells whether going through all placements is worth trying.
@@ -46,9 +48,10 @@ func (p *problem) small() bool {
 // enumerate looks for the best placement until it is proven or the time is over, and tells which.
 func (s *solver) enumerate(b *bounds) bool {
 	p := s.p
-	e := &exact{state: newState(p), s: s, rest: make([]float64, len(p.parts)+1), one: make([]float64, len(p.parts))}
+	e := &exact{state: newState(p), s: s, rest: make([]float64, len(p.parts)+1), one: make([]float64, len(p.parts)), index: make([]int32, p.a.N)}
 	for i, ok := range p.usable {
 		if ok {
+			e.index[i] = int32(len(e.order))
 			e.order = append(e.order, int32(i))
 		}
 	}
@@ -60,46 +63,60 @@ func (s *solver) enumerate(b *bounds) bool {
 			}
 		}
 	}
-	return e.place(0, 0, 0)
+	for c := range p.parts {
+		for r := range p.parts[c].Replicas {
+			e.levels = append(e.levels, who{int32(c), int32(r)})
+		}
+	}
+	e.chosen = make([]int32, len(e.levels))
+	return s.Enumerate(e, max(exactSteps, 50*s.opt.Steps))
 }
 
-// place puts replicas of c from r on, on nodes of the order from at on.
-func (e *exact) place(c, r, at int) bool {
-	if e.steps++; e.steps&255 == 0 && (e.s.late() || e.s.opt.Deadline <= 0 && e.steps > max(exactSteps, 50*e.s.opt.Steps)) {
-		e.s.ended = true
+// Levels implements Tree: a replica each.
+func (e *exact) Levels() int { return len(e.levels) }
+
+// Choices implements Tree.
+func (e *exact) Choices(level int) []int32 {
+	if level > 0 && e.levels[level].replica > 0 {
+		return e.order[e.chosen[level-1]:]
 	}
-	if e.s.ended {
+	return e.order
+}
+
+// Put implements Tree.
+func (e *exact) Put(level int, n int32) bool {
+	w := e.levels[level]
+	if !e.fits(int(w.comp), -1, n) {
 		return false
 	}
-	if c == len(e.p.parts) {
-		e.s.take(e.state)
-		return true
-	}
-	k := &e.p.parts[c]
-	if r == k.Replicas {
-		for _, n := range k.Pinned {
-			if e.count(c, n) == 0 {
-				return true
+	e.chosen[level] = e.index[n]
+	e.move(int(w.comp), int(w.replica), n)
+	return true
+}
+
+// Take implements Tree.
+func (e *exact) Take(level int) { e.move(int(e.levels[level].comp), int(e.levels[level].replica), -1) }
+
+// Leaf implements Tree. Pinned nodes that lack a replica count as violations.
+func (e *exact) Leaf() { e.s.take(e.state) }
+
+// Hopeful implements Tree.
+func (e *exact) Hopeful(level int) bool {
+	w := e.levels[level]
+	c := int(w.comp)
+	if w.replica == 0 {
+		for d := range c {
+			for _, n := range e.p.parts[d].Pinned {
+				if e.count(d, n) == 0 {
+					return false
+				}
 			}
 		}
-		return !e.hopeful(c+1, 0) || e.place(c+1, 0, 0)
-	}
-	if !e.hopeful(c, k.Replicas-r) {
-		return true
-	}
-	for i := at; i < len(e.order); i++ {
-		n := e.order[i]
-		if !e.fits(c, -1, n) {
-			continue
-		}
-		e.move(c, r, n)
-		done := e.place(c, r+1, i)
-		e.move(c, r, -1)
-		if !done {
+		if !e.hopeful(c, 0) {
 			return false
 		}
 	}
-	return true
+	return e.hopeful(c, e.p.parts[c].Replicas-int(w.replica))
 }
 
 // hopeful tells whether the placement can become better than the best when left replicas of c and all of those after it are missing.

@@ -44,8 +44,8 @@ func New(version string) *sdk.Component {
 // knobs are the attributes. The coordinator sends the policy along with each request, read from the same attributes in desired state, so
 // that a recorded request replays; they are used here for requests without a policy.
 type knobs struct {
-	moveCost, moveCostPerMiB, minSettled *sdk.Attribute[float64]
-	maxMoves, successors, budget         *sdk.Attribute[uint32]
+	moveCost, moveCostPerMiB, minSettled, fresh, stale *sdk.Attribute[float64]
+	maxMoves, successors, budget                       *sdk.Attribute[uint32]
 }
 
 func newKnobs() *knobs {
@@ -68,6 +68,8 @@ func newKnobs() *knobs {
 		moveCost:       sdk.NewAttribute("move_cost", p.GetMoveCost(), notNegative),
 		moveCostPerMiB: sdk.NewAttribute("move_cost_per_mib", p.GetMoveCostPerMib(), notNegative),
 		minSettled:     sdk.NewAttribute("min_settled_ms", p.GetMinSettledMs(), notNegative),
+		fresh:          sdk.NewAttribute("fresh_ms", p.GetFreshMs(), notNegative),
+		stale:          sdk.NewAttribute("stale_ms", p.GetStaleMs(), notNegative),
 		maxMoves:       sdk.NewAttribute("max_moves", p.GetMaxMoves(), atMost(1000)),
 		successors:     sdk.NewAttribute("successors", p.GetSuccessors(), atMost(7)),
 		budget:         sdk.NewAttribute("budget_ms", p.GetBudgetMs(), atMost(60_000)),
@@ -75,13 +77,14 @@ func newKnobs() *knobs {
 }
 
 func (k *knobs) all() []sdk.Attr {
-	return []sdk.Attr{k.moveCost, k.moveCostPerMiB, k.minSettled, k.maxMoves, k.successors, k.budget}
+	return []sdk.Attr{k.moveCost, k.moveCostPerMiB, k.minSettled, k.maxMoves, k.successors, k.budget, k.fresh, k.stale}
 }
 
 func (k *knobs) policy() *placementv1.Policy {
 	return &placementv1.Policy{
 		MoveCost: k.moveCost.Get(), MoveCostPerMib: k.moveCostPerMiB.Get(), MinSettledMs: k.minSettled.Get(),
 		MaxMoves: k.maxMoves.Get(), Successors: k.successors.Get(), BudgetMs: k.budget.Get(),
+		FreshMs: k.fresh.Get(), StaleMs: k.stale.Get(),
 	}
 }
 

@@ -62,7 +62,7 @@ func TestItsAttributesAreThePolicy(t *testing.T) {
 		}
 	}
 	d, err := r.Control.Describe(t.Context(), &componentv1.DescribeRequest{})
-	if err != nil || d.GetType() != Type || len(d.GetAttributes()) != 6 || d.GetState().GetStateful() {
+	if err != nil || d.GetType() != Type || len(d.GetAttributes()) != 8 || d.GetState().GetStateful() {
 		t.Errorf("description %v, %v", d, err)
 	}
 }

@@ -175,7 +175,7 @@ type Node struct {
 	MemoryBytes   uint64                 `protobuf:"varint,10,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	DiskBytes     uint64                 `protobuf:"varint,11,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	Facts         map[string]float64     `protobuf:"bytes,12,rep,name=facts,proto3" json:"facts,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"` // load1, load5, free_mib, free_disk_mib, free_cpu_ghz, …; missing = unknown
-	FactAgeMs     float64                `protobuf:"fixed64,13,opt,name=fact_age_ms,json=factAgeMs,proto3" json:"fact_age_ms,omitempty"`
+	FactAgeMs     float64                `protobuf:"fixed64,13,opt,name=fact_age_ms,json=factAgeMs,proto3" json:"fact_age_ms,omitempty"`                                                // below 0: they are dated in the future, which is as bad
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -371,7 +371,7 @@ type Component struct {
 	CpuMillis      uint64                 `protobuf:"varint,6,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
 	MemoryBytes    uint64                 `protobuf:"varint,7,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	DiskBytes      uint64                 `protobuf:"varint,8,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
-	Require        []string               `protobuf:"bytes,9,rep,name=require,proto3" json:"require,omitempty"` // CEL over node, component
+	Require        []string               `protobuf:"bytes,9,rep,name=require,proto3" json:"require,omitempty"` // CEL over node and component, or group, link and component
 	Objective      []*Term                `protobuf:"bytes,10,rep,name=objective,proto3" json:"objective,omitempty"`
 	Spread         string                 `protobuf:"bytes,11,opt,name=spread,proto3" json:"spread,omitempty"` // "", node, zone or a label
 	Near           string                 `protobuf:"bytes,12,opt,name=near,proto3" json:"near,omitempty"`     // key of the component to be near to
@@ -380,6 +380,16 @@ type Component struct {
 	System         bool                   `protobuf:"varint,15,opt,name=system,proto3" json:"system,omitempty"`                            // lives on the coordinator, not placed by Solve
 	MoveCost       *float64               `protobuf:"fixed64,16,opt,name=move_cost,json=moveCost,proto3,oneof" json:"move_cost,omitempty"` // the application's own, instead of the policy's
 	MoveCostPerMib *float64               `protobuf:"fixed64,17,opt,name=move_cost_per_mib,json=moveCostPerMib,proto3,oneof" json:"move_cost_per_mib,omitempty"`
+	Rules          []*Rule                `protobuf:"bytes,18,rep,name=rules,proto3" json:"rules,omitempty"`                                          // named constraints: besides require, with the name they have in the manifest
+	Soft           []*Term                `protobuf:"bytes,19,rep,name=soft,proto3" json:"soft,omitempty"`                                            // named terms: besides objective, or besides the default one where there is none
+	Apart          []string               `protobuf:"bytes,20,rep,name=apart,proto3" json:"apart,omitempty"`                                          // keys of components that it shares no node with
+	Together       []string               `protobuf:"bytes,21,rep,name=together,proto3" json:"together,omitempty"`                                    // keys of components: on its node runs an instance of each
+	MaxDiameterMs  float64                `protobuf:"fixed64,22,opt,name=max_diameter_ms,json=maxDiameterMs,proto3" json:"max_diameter_ms,omitempty"` // between any two of its instances; 0: any
+	Anchors        []string               `protobuf:"bytes,23,rep,name=anchors,proto3" json:"anchors,omitempty"`                                      // names or ids of nodes, for group.anchor_ms
+	MaxInstances   uint32                 `protobuf:"varint,24,opt,name=max_instances,json=maxInstances,proto3" json:"max_instances,omitempty"`       // on a node that it uses, its own and others; 0: any
+	Budget         *float64               `protobuf:"fixed64,25,opt,name=budget,proto3,oneof" json:"budget,omitempty"`                                // of its application: what the nodes that it uses may cost together
+	Calls          []string               `protobuf:"bytes,26,rep,name=calls,proto3" json:"calls,omitempty"`                                          // keys of components that it is bound to, for link.rtt_ms
+	NearWeight     float64                `protobuf:"fixed64,27,opt,name=near_weight,json=nearWeight,proto3" json:"near_weight,omitempty"`            // how much it counts to be nearer than near_rtt_ms; 0: nothing
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -533,6 +543,128 @@ func (x *Component) GetMoveCostPerMib() float64 {
 	return 0
 }
 
+func (x *Component) GetRules() []*Rule {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
+}
+
+func (x *Component) GetSoft() []*Term {
+	if x != nil {
+		return x.Soft
+	}
+	return nil
+}
+
+func (x *Component) GetApart() []string {
+	if x != nil {
+		return x.Apart
+	}
+	return nil
+}
+
+func (x *Component) GetTogether() []string {
+	if x != nil {
+		return x.Together
+	}
+	return nil
+}
+
+func (x *Component) GetMaxDiameterMs() float64 {
+	if x != nil {
+		return x.MaxDiameterMs
+	}
+	return 0
+}
+
+func (x *Component) GetAnchors() []string {
+	if x != nil {
+		return x.Anchors
+	}
+	return nil
+}
+
+func (x *Component) GetMaxInstances() uint32 {
+	if x != nil {
+		return x.MaxInstances
+	}
+	return 0
+}
+
+func (x *Component) GetBudget() float64 {
+	if x != nil && x.Budget != nil {
+		return *x.Budget
+	}
+	return 0
+}
+
+func (x *Component) GetCalls() []string {
+	if x != nil {
+		return x.Calls
+	}
+	return nil
+}
+
+func (x *Component) GetNearWeight() float64 {
+	if x != nil {
+		return x.NearWeight
+	}
+	return 0
+}
+
+type Rule struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Expression    string                 `protobuf:"bytes,2,opt,name=expression,proto3" json:"expression,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rule) Reset() {
+	*x = Rule{}
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rule) ProtoMessage() {}
+
+func (x *Rule) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rule.ProtoReflect.Descriptor instead.
+func (*Rule) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Rule) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Rule) GetExpression() string {
+	if x != nil {
+		return x.Expression
+	}
+	return ""
+}
+
 type Term struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Value         string                 `protobuf:"bytes,1,opt,name=value,proto3" json:"value,omitempty"`
@@ -546,7 +678,7 @@ type Term struct {
 
 func (x *Term) Reset() {
 	*x = Term{}
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[5]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +690,7 @@ func (x *Term) String() string {
 func (*Term) ProtoMessage() {}
 
 func (x *Term) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[5]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +703,7 @@ func (x *Term) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Term.ProtoReflect.Descriptor instead.
 func (*Term) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{5}
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Term) GetValue() string {
@@ -626,7 +758,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[6]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +770,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[6]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +783,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{6}
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Instance) GetName() string {
@@ -726,13 +858,15 @@ type Policy struct {
 	MinSettledMs   float64                `protobuf:"fixed64,4,opt,name=min_settled_ms,json=minSettledMs,proto3" json:"min_settled_ms,omitempty"` // an instance is not moved again earlier
 	Successors     uint32                 `protobuf:"varint,5,opt,name=successors,proto3" json:"successors,omitempty"`                            // how many to name for each instance
 	BudgetMs       uint32                 `protobuf:"varint,6,opt,name=budget_ms,json=budgetMs,proto3" json:"budget_ms,omitempty"`                // effort of the search; counted in evaluations, so that the same request gives the same answer
+	FreshMs        float64                `protobuf:"fixed64,7,opt,name=fresh_ms,json=freshMs,proto3" json:"fresh_ms,omitempty"`                  // facts up to this age count as they are; 0: all do
+	StaleMs        float64                `protobuf:"fixed64,8,opt,name=stale_ms,json=staleMs,proto3" json:"stale_ms,omitempty"`                  // from here on they may be anything from nothing to twice what they say; in between in proportion
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[7]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -744,7 +878,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[7]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -757,7 +891,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{7}
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Policy) GetMoveCost() float64 {
@@ -802,6 +936,20 @@ func (x *Policy) GetBudgetMs() uint32 {
 	return 0
 }
 
+func (x *Policy) GetFreshMs() float64 {
+	if x != nil {
+		return x.FreshMs
+	}
+	return 0
+}
+
+func (x *Policy) GetStaleMs() float64 {
+	if x != nil {
+		return x.StaleMs
+	}
+	return 0
+}
+
 type Plan struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Feasible        bool                   `protobuf:"varint,1,opt,name=feasible,proto3" json:"feasible,omitempty"` // every instance has a node
@@ -809,13 +957,14 @@ type Plan struct {
 	ObjectiveBefore float64                `protobuf:"fixed64,3,opt,name=objective_before,json=objectiveBefore,proto3" json:"objective_before,omitempty"` // of the current plan
 	Bound           float64                `protobuf:"fixed64,4,opt,name=bound,proto3" json:"bound,omitempty"`                                            // no plan is better than this
 	Assignments     []*Assignment          `protobuf:"bytes,5,rep,name=assignments,proto3" json:"assignments,omitempty"`                                  // sorted by instance
+	Optimal         bool                   `protobuf:"varint,6,opt,name=optimal,proto3" json:"optimal,omitempty"`                                         // proven: no plan within the moves of a round is better, and bound is the objective
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[8]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -827,7 +976,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[8]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -840,7 +989,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{8}
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Plan) GetFeasible() bool {
@@ -878,6 +1027,13 @@ func (x *Plan) GetAssignments() []*Assignment {
 	return nil
 }
 
+func (x *Plan) GetOptimal() bool {
+	if x != nil {
+		return x.Optimal
+	}
+	return false
+}
+
 type Assignment struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
@@ -887,14 +1043,16 @@ type Assignment struct {
 	RunnerUp      string                 `protobuf:"bytes,5,opt,name=runner_up,json=runnerUp,proto3" json:"runner_up,omitempty"`
 	RunnerUpScore float64                `protobuf:"fixed64,6,opt,name=runner_up_score,json=runnerUpScore,proto3" json:"runner_up_score,omitempty"`
 	Refused       []*Refusal             `protobuf:"bytes,7,rep,name=refused,proto3" json:"refused,omitempty"`
-	Reason        string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"` // one line: why here
+	Reason        string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`      // one line: why here
+	Conflict      []string               `protobuf:"bytes,9,rep,name=conflict,proto3" json:"conflict,omitempty"`  // no node is feasible: constraints that no node holds together, none of which can be left out
+	Remedies      []string               `protobuf:"bytes,10,rep,name=remedies,proto3" json:"remedies,omitempty"` // and what would make one feasible
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[9]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +1064,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[9]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +1077,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{9}
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Assignment) GetInstance() string {
@@ -978,6 +1136,173 @@ func (x *Assignment) GetReason() string {
 	return ""
 }
 
+func (x *Assignment) GetConflict() []string {
+	if x != nil {
+		return x.Conflict
+	}
+	return nil
+}
+
+func (x *Assignment) GetRemedies() []string {
+	if x != nil {
+		return x.Remedies
+	}
+	return nil
+}
+
+// ReplayRequest asks a node to solve again what it decided as coordinator.
+type ReplayRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayRequest) Reset() {
+	*x = ReplayRequest{}
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayRequest) ProtoMessage() {}
+
+func (x *ReplayRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayRequest.ProtoReflect.Descriptor instead.
+func (*ReplayRequest) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ReplayRequest) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+type ReplayReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Found         bool                   `protobuf:"varint,1,opt,name=found,proto3" json:"found,omitempty"`
+	Same          bool                   `protobuf:"varint,2,opt,name=same,proto3" json:"same,omitempty"` // the plan is the same, byte for byte
+	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	UnixMs        uint64                 `protobuf:"varint,4,opt,name=unix_ms,json=unixMs,proto3" json:"unix_ms,omitempty"` // when it was decided
+	RequestBytes  uint64                 `protobuf:"varint,5,opt,name=request_bytes,json=requestBytes,proto3" json:"request_bytes,omitempty"`
+	PlanBytes     uint64                 `protobuf:"varint,6,opt,name=plan_bytes,json=planBytes,proto3" json:"plan_bytes,omitempty"`
+	TookMs        float64                `protobuf:"fixed64,7,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	Objective     float64                `protobuf:"fixed64,8,opt,name=objective,proto3" json:"objective,omitempty"`
+	Candidates    []string               `protobuf:"bytes,9,rep,name=candidates,proto3" json:"candidates,omitempty"` // digests that begin so, when there are several
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayReply) Reset() {
+	*x = ReplayReply{}
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayReply) ProtoMessage() {}
+
+func (x *ReplayReply) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayReply.ProtoReflect.Descriptor instead.
+func (*ReplayReply) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ReplayReply) GetFound() bool {
+	if x != nil {
+		return x.Found
+	}
+	return false
+}
+
+func (x *ReplayReply) GetSame() bool {
+	if x != nil {
+		return x.Same
+	}
+	return false
+}
+
+func (x *ReplayReply) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ReplayReply) GetUnixMs() uint64 {
+	if x != nil {
+		return x.UnixMs
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetRequestBytes() uint64 {
+	if x != nil {
+		return x.RequestBytes
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetPlanBytes() uint64 {
+	if x != nil {
+		return x.PlanBytes
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetObjective() float64 {
+	if x != nil {
+		return x.Objective
+	}
+	return 0
+}
+
+func (x *ReplayReply) GetCandidates() []string {
+	if x != nil {
+		return x.Candidates
+	}
+	return nil
+}
+
 type Refusal struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -989,7 +1314,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[10]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1001,7 +1326,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[10]
+	mi := &file_plugins_contract_placement_v1_placement_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1014,7 +1339,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{10}
+	return file_plugins_contract_placement_v1_placement_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Refusal) GetNode() string {
@@ -1082,7 +1407,7 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\x04Link\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x15\n" +
-	"\x06rtt_ms\x18\x03 \x01(\x01R\x05rttMs\"\xd7\x04\n" +
+	"\x06rtt_ms\x18\x03 \x01(\x01R\x05rttMs\"\xb1\a\n" +
 	"\tComponent\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
 	"\bartifact\x18\x02 \x01(\tR\bartifact\x12\x1c\n" +
@@ -1103,10 +1428,27 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\tinstances\x18\x0e \x03(\v2\x1e.coppice.placement.v1.InstanceR\tinstances\x12\x16\n" +
 	"\x06system\x18\x0f \x01(\bR\x06system\x12 \n" +
 	"\tmove_cost\x18\x10 \x01(\x01H\x00R\bmoveCost\x88\x01\x01\x12.\n" +
-	"\x11move_cost_per_mib\x18\x11 \x01(\x01H\x01R\x0emoveCostPerMib\x88\x01\x01B\f\n" +
+	"\x11move_cost_per_mib\x18\x11 \x01(\x01H\x01R\x0emoveCostPerMib\x88\x01\x01\x120\n" +
+	"\x05rules\x18\x12 \x03(\v2\x1a.coppice.placement.v1.RuleR\x05rules\x12.\n" +
+	"\x04soft\x18\x13 \x03(\v2\x1a.coppice.placement.v1.TermR\x04soft\x12\x14\n" +
+	"\x05apart\x18\x14 \x03(\tR\x05apart\x12\x1a\n" +
+	"\btogether\x18\x15 \x03(\tR\btogether\x12&\n" +
+	"\x0fmax_diameter_ms\x18\x16 \x01(\x01R\rmaxDiameterMs\x12\x18\n" +
+	"\aanchors\x18\x17 \x03(\tR\aanchors\x12#\n" +
+	"\rmax_instances\x18\x18 \x01(\rR\fmaxInstances\x12\x1b\n" +
+	"\x06budget\x18\x19 \x01(\x01H\x02R\x06budget\x88\x01\x01\x12\x14\n" +
+	"\x05calls\x18\x1a \x03(\tR\x05calls\x12\x1f\n" +
+	"\vnear_weight\x18\x1b \x01(\x01R\n" +
+	"nearWeightB\f\n" +
 	"\n" +
 	"_move_costB\x14\n" +
-	"\x12_move_cost_per_mib\"y\n" +
+	"\x12_move_cost_per_mibB\t\n" +
+	"\a_budget\":\n" +
+	"\x04Rule\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"expression\x18\x02 \x01(\tR\n" +
+	"expression\"y\n" +
 	"\x04Term\x12\x14\n" +
 	"\x05value\x18\x01 \x01(\tR\x05value\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\x01R\x04from\x12\x0e\n" +
@@ -1127,7 +1469,7 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"settled_ms\x18\b \x01(\x01R\tsettledMs\x12\x1e\n" +
 	"\n" +
 	"successors\x18\t \x03(\tR\n" +
-	"successors\"\xd0\x01\n" +
+	"successors\"\x86\x02\n" +
 	"\x06Policy\x12\x1b\n" +
 	"\tmove_cost\x18\x01 \x01(\x01R\bmoveCost\x12)\n" +
 	"\x11move_cost_per_mib\x18\x02 \x01(\x01R\x0emoveCostPerMib\x12\x1b\n" +
@@ -1136,13 +1478,16 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\n" +
 	"successors\x18\x05 \x01(\rR\n" +
 	"successors\x12\x1b\n" +
-	"\tbudget_ms\x18\x06 \x01(\rR\bbudgetMs\"\xc5\x01\n" +
+	"\tbudget_ms\x18\x06 \x01(\rR\bbudgetMs\x12\x19\n" +
+	"\bfresh_ms\x18\a \x01(\x01R\afreshMs\x12\x19\n" +
+	"\bstale_ms\x18\b \x01(\x01R\astaleMs\"\xdf\x01\n" +
 	"\x04Plan\x12\x1a\n" +
 	"\bfeasible\x18\x01 \x01(\bR\bfeasible\x12\x1c\n" +
 	"\tobjective\x18\x02 \x01(\x01R\tobjective\x12)\n" +
 	"\x10objective_before\x18\x03 \x01(\x01R\x0fobjectiveBefore\x12\x14\n" +
 	"\x05bound\x18\x04 \x01(\x01R\x05bound\x12B\n" +
-	"\vassignments\x18\x05 \x03(\v2 .coppice.placement.v1.AssignmentR\vassignments\"\x88\x02\n" +
+	"\vassignments\x18\x05 \x03(\v2 .coppice.placement.v1.AssignmentR\vassignments\x12\x18\n" +
+	"\aoptimal\x18\x06 \x01(\bR\aoptimal\"\xc0\x02\n" +
 	"\n" +
 	"Assignment\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
@@ -1154,7 +1499,25 @@ const file_plugins_contract_placement_v1_placement_proto_rawDesc = "" +
 	"\trunner_up\x18\x05 \x01(\tR\brunnerUp\x12&\n" +
 	"\x0frunner_up_score\x18\x06 \x01(\x01R\rrunnerUpScore\x127\n" +
 	"\arefused\x18\a \x03(\v2\x1d.coppice.placement.v1.RefusalR\arefused\x12\x16\n" +
-	"\x06reason\x18\b \x01(\tR\x06reason\"U\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\x12\x1a\n" +
+	"\bconflict\x18\t \x03(\tR\bconflict\x12\x1a\n" +
+	"\bremedies\x18\n" +
+	" \x03(\tR\bremedies\"'\n" +
+	"\rReplayRequest\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"\x83\x02\n" +
+	"\vReplayReply\x12\x14\n" +
+	"\x05found\x18\x01 \x01(\bR\x05found\x12\x12\n" +
+	"\x04same\x18\x02 \x01(\bR\x04same\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x17\n" +
+	"\aunix_ms\x18\x04 \x01(\x04R\x06unixMs\x12#\n" +
+	"\rrequest_bytes\x18\x05 \x01(\x04R\frequestBytes\x12\x1d\n" +
+	"\n" +
+	"plan_bytes\x18\x06 \x01(\x04R\tplanBytes\x12\x17\n" +
+	"\atook_ms\x18\a \x01(\x01R\x06tookMs\x12\x1c\n" +
+	"\tobjective\x18\b \x01(\x01R\tobjective\x12\x1e\n" +
+	"\n" +
+	"candidates\x18\t \x03(\tR\n" +
+	"candidates\"U\n" +
 	"\aRefusal\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1e\n" +
 	"\n" +
@@ -1176,41 +1539,46 @@ func file_plugins_contract_placement_v1_placement_proto_rawDescGZIP() []byte {
 	return file_plugins_contract_placement_v1_placement_proto_rawDescData
 }
 
-var file_plugins_contract_placement_v1_placement_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_plugins_contract_placement_v1_placement_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_plugins_contract_placement_v1_placement_proto_goTypes = []any{
-	(*SolveRequest)(nil), // 0: coppice.placement.v1.SolveRequest
-	(*Snapshot)(nil),     // 1: coppice.placement.v1.Snapshot
-	(*Node)(nil),         // 2: coppice.placement.v1.Node
-	(*Link)(nil),         // 3: coppice.placement.v1.Link
-	(*Component)(nil),    // 4: coppice.placement.v1.Component
-	(*Term)(nil),         // 5: coppice.placement.v1.Term
-	(*Instance)(nil),     // 6: coppice.placement.v1.Instance
-	(*Policy)(nil),       // 7: coppice.placement.v1.Policy
-	(*Plan)(nil),         // 8: coppice.placement.v1.Plan
-	(*Assignment)(nil),   // 9: coppice.placement.v1.Assignment
-	(*Refusal)(nil),      // 10: coppice.placement.v1.Refusal
-	nil,                  // 11: coppice.placement.v1.Node.LabelsEntry
-	nil,                  // 12: coppice.placement.v1.Node.FactsEntry
+	(*SolveRequest)(nil),  // 0: coppice.placement.v1.SolveRequest
+	(*Snapshot)(nil),      // 1: coppice.placement.v1.Snapshot
+	(*Node)(nil),          // 2: coppice.placement.v1.Node
+	(*Link)(nil),          // 3: coppice.placement.v1.Link
+	(*Component)(nil),     // 4: coppice.placement.v1.Component
+	(*Rule)(nil),          // 5: coppice.placement.v1.Rule
+	(*Term)(nil),          // 6: coppice.placement.v1.Term
+	(*Instance)(nil),      // 7: coppice.placement.v1.Instance
+	(*Policy)(nil),        // 8: coppice.placement.v1.Policy
+	(*Plan)(nil),          // 9: coppice.placement.v1.Plan
+	(*Assignment)(nil),    // 10: coppice.placement.v1.Assignment
+	(*ReplayRequest)(nil), // 11: coppice.placement.v1.ReplayRequest
+	(*ReplayReply)(nil),   // 12: coppice.placement.v1.ReplayReply
+	(*Refusal)(nil),       // 13: coppice.placement.v1.Refusal
+	nil,                   // 14: coppice.placement.v1.Node.LabelsEntry
+	nil,                   // 15: coppice.placement.v1.Node.FactsEntry
 }
 var file_plugins_contract_placement_v1_placement_proto_depIdxs = []int32{
 	1,  // 0: coppice.placement.v1.SolveRequest.snapshot:type_name -> coppice.placement.v1.Snapshot
-	7,  // 1: coppice.placement.v1.SolveRequest.policy:type_name -> coppice.placement.v1.Policy
+	8,  // 1: coppice.placement.v1.SolveRequest.policy:type_name -> coppice.placement.v1.Policy
 	2,  // 2: coppice.placement.v1.Snapshot.nodes:type_name -> coppice.placement.v1.Node
 	4,  // 3: coppice.placement.v1.Snapshot.components:type_name -> coppice.placement.v1.Component
 	3,  // 4: coppice.placement.v1.Snapshot.links:type_name -> coppice.placement.v1.Link
-	11, // 5: coppice.placement.v1.Node.labels:type_name -> coppice.placement.v1.Node.LabelsEntry
-	12, // 6: coppice.placement.v1.Node.facts:type_name -> coppice.placement.v1.Node.FactsEntry
-	5,  // 7: coppice.placement.v1.Component.objective:type_name -> coppice.placement.v1.Term
-	6,  // 8: coppice.placement.v1.Component.instances:type_name -> coppice.placement.v1.Instance
-	9,  // 9: coppice.placement.v1.Plan.assignments:type_name -> coppice.placement.v1.Assignment
-	10, // 10: coppice.placement.v1.Assignment.refused:type_name -> coppice.placement.v1.Refusal
-	0,  // 11: coppice.placement.v1.Placement.Solve:input_type -> coppice.placement.v1.SolveRequest
-	8,  // 12: coppice.placement.v1.Placement.Solve:output_type -> coppice.placement.v1.Plan
-	12, // [12:13] is the sub-list for method output_type
-	11, // [11:12] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	14, // 5: coppice.placement.v1.Node.labels:type_name -> coppice.placement.v1.Node.LabelsEntry
+	15, // 6: coppice.placement.v1.Node.facts:type_name -> coppice.placement.v1.Node.FactsEntry
+	6,  // 7: coppice.placement.v1.Component.objective:type_name -> coppice.placement.v1.Term
+	7,  // 8: coppice.placement.v1.Component.instances:type_name -> coppice.placement.v1.Instance
+	5,  // 9: coppice.placement.v1.Component.rules:type_name -> coppice.placement.v1.Rule
+	6,  // 10: coppice.placement.v1.Component.soft:type_name -> coppice.placement.v1.Term
+	10, // 11: coppice.placement.v1.Plan.assignments:type_name -> coppice.placement.v1.Assignment
+	13, // 12: coppice.placement.v1.Assignment.refused:type_name -> coppice.placement.v1.Refusal
+	0,  // 13: coppice.placement.v1.Placement.Solve:input_type -> coppice.placement.v1.SolveRequest
+	9,  // 14: coppice.placement.v1.Placement.Solve:output_type -> coppice.placement.v1.Plan
+	14, // [14:15] is the sub-list for method output_type
+	13, // [13:14] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_plugins_contract_placement_v1_placement_proto_init() }
@@ -1225,7 +1593,7 @@ func file_plugins_contract_placement_v1_placement_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugins_contract_placement_v1_placement_proto_rawDesc), len(file_plugins_contract_placement_v1_placement_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -17,10 +17,10 @@ func (p *problem) shared(k int) float64 {
 	return math.Max(0, 1-float64(k-1)/p.crowd)
 }
 
-// utility of instance i on node n when k instances run there with it.
+// utility of instance i on node n when k instances run there with it, without what terms over group and link add.
 func (p *problem) utility(i, n, k int) float64 {
 	c := &p.comps[p.insts[i].comp]
-	return utilityFloor + utilitySpan*((1-c.balance)*c.utility[n]+c.balance*p.shared(k))
+	return utilityFloor + utilitySpan*(c.fixed*c.utility[n]+c.balance*p.shared(k))
 }
 
 // cost of instance i going to node n, scaled.
@@ -46,11 +46,23 @@ func (s *state) gain(i, n int) float64 {
 	p := s.p
 	c := &p.comps[p.insts[i].comp]
 	k := s.count[n]
-	u := (1-c.balance)*c.utility[n] + (s.weight[n]+c.balance)*p.shared(k+1)
+	u := c.fixed*c.utility[n] + (s.weight[n]+c.balance)*p.shared(k+1)
 	if k > 0 {
 		u -= s.weight[n] * p.shared(k)
 	}
-	return (utilityFloor+utilitySpan*u)/float64(p.active) - p.cost(i, n)
+	return (utilityFloor+utilitySpan*(u+s.sway(i, n)))/float64(p.active) - p.cost(i, n)
+}
+
+// worth is what the objective wins when instance i, nowhere now, goes to node n: its gain, or where it may not stay only what it takes from the
+// others.
+func (s *state) worth(i, n int) float64 {
+	if s.bad[i] == "" || n != s.p.insts[i].current {
+		return s.gain(i, n)
+	}
+	if k := s.count[n]; k > 0 { // terms over group and link do not count what may not stay
+		return utilitySpan * s.weight[n] * (s.p.shared(k+1) - s.p.shared(k)) / float64(s.p.active)
+	}
+	return 0
 }
 
 // result sums the objective up afresh.
@@ -69,6 +81,11 @@ func (s *state) result() result {
 		sum += s.p.utility(i, n, s.count[n])
 		costs += s.p.cost(i, n)
 	}
+	for d := range s.p.comps {
+		if s.p.comps[d].dynamic > 0 {
+			sum += utilitySpan * s.dynamicNow(d)
+		}
+	}
 	if s.p.active > 0 {
 		r.objective = sum/float64(s.p.active) - costs
 	}
@@ -80,8 +97,9 @@ func (s *state) result() result {
 func (s *state) best(i, but int) (int, float64) {
 	in := &s.p.insts[i]
 	found, value := -1, math.Inf(-1)
-	for n := range s.p.nodes {
-		if n == but || s.p.comps[in.comp].static[n].constraint != "" || s.overMoves(i, n) || s.blocked(i, n) != allowed {
+	for _, m := range s.p.comps[in.comp].open {
+		n := int(m)
+		if n == but || s.overMoves(i, n) || s.blocked(i, n) != allowed {
 			continue
 		}
 		v := s.gain(i, n)
@@ -125,14 +143,6 @@ func (s *state) placeAll() {
 // order lists instances for construction: what others want to be near first, then those with the fewest nodes, then the largest.
 func (s *state) order(take func(i int) bool) []int {
 	depth := s.p.depths()
-	nodes := make([]int, len(s.p.comps))
-	for c := range s.p.comps {
-		for n := range s.p.nodes {
-			if s.p.comps[c].static[n].constraint == "" {
-				nodes[c]++
-			}
-		}
-	}
 	var out []int
 	for i := range s.p.insts {
 		if take(i) {
@@ -143,21 +153,27 @@ func (s *state) order(take func(i int) bool) []int {
 		ca, cb := s.p.insts[a].comp, s.p.insts[b].comp
 		x, y := &s.p.comps[ca], &s.p.comps[cb]
 		return cmp.Or(
-			cmp.Compare(depth[ca], depth[cb]), cmp.Compare(nodes[ca], nodes[cb]),
+			cmp.Compare(depth[ca], depth[cb]), cmp.Compare(len(x.open), len(y.open)),
 			cmp.Compare(y.GetMemoryBytes(), x.GetMemoryBytes()), cmp.Compare(y.GetCpuMillis(), x.GetCpuMillis()),
 			cmp.Compare(y.GetDiskBytes(), x.GetDiskBytes()), cmp.Compare(a, b))
 	})
 	return out
 }
 
-// depths counts, by component, how many others it wants to be near in a row; a cycle ends where it began.
+// deep is how many components that want to be near each other in a row are told apart.
+const deep = 32
+
+// depths counts, by component, how many others it wants to be near in a row, deep at most: more in a cycle, where the order says nothing.
 func (p *problem) depths() []int {
 	out := make([]int, len(p.comps))
-	for c := range p.comps {
-		seen := map[int]bool{c: true}
-		for x := p.comps[c].nearTo; x >= 0 && !seen[x]; x = p.comps[x].nearTo {
-			seen[x] = true
-			out[c]++
+	for changed, round := true, 0; changed && round < deep; round++ {
+		changed = false
+		for c := range p.comps {
+			for _, r := range p.comps[c].nears {
+				if out[c] <= out[r.to] {
+					out[c], changed = out[r.to]+1, true
+				}
+			}
 		}
 	}
 	return out
@@ -188,6 +204,15 @@ func (s *state) eject(i int) bool {
 	return false
 }
 
+// holdsNear checks near of a placed instance and of those that want to be near it.
+func (s *state) holdsNear(i int) bool {
+	n := s.at[i]
+	s.put(i, -1)
+	b := s.blocked(i, n)
+	s.put(i, n)
+	return b == allowed
+}
+
 // movable tells whether the search may move a placed instance.
 func (s *state) movable(i int) bool {
 	in := &s.p.insts[i]
@@ -201,89 +226,4 @@ func (s *state) movable(i int) bool {
 		return !in.locked && s.bad[i] == ""
 	}
 	return true // moved in this round already: it may go elsewhere
-}
-
-// improve relocates and swaps while the objective rises and the budget lasts.
-func (s *state) improve() {
-	for s.evals < s.budget {
-		if s.relocate() {
-			continue
-		}
-		if !s.swap() {
-			return
-		}
-	}
-}
-
-// relocate makes the one relocation that wins most.
-func (s *state) relocate() bool {
-	bestI, bestN, win := -1, -1, epsilon
-	for i := range s.p.insts {
-		if !s.movable(i) || s.evals > s.budget {
-			continue
-		}
-		a := s.at[i]
-		s.put(i, -1)
-		here := s.gain(i, a)
-		if n, v := s.best(i, a); n >= 0 && v-here > win {
-			bestI, bestN, win = i, n, v-here
-		}
-		s.put(i, a)
-	}
-	if bestI < 0 {
-		return false
-	}
-	s.put(bestI, bestN)
-	return true
-}
-
-// swap exchanges the first two instances that win by it: what no single relocation can do where nodes are full.
-func (s *state) swap() bool {
-	for i := range s.p.insts {
-		if !s.movable(i) {
-			continue
-		}
-		for j := i + 1; j < len(s.p.insts); j++ {
-			if s.evals > s.budget {
-				return false
-			}
-			if s.at[i] != s.at[j] && s.p.insts[i].comp != s.p.insts[j].comp && s.movable(j) && s.trySwap(i, j) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-func (s *state) trySwap(i, j int) bool {
-	a, b := s.at[i], s.at[j]
-	s.put(i, -1)
-	before := s.gain(i, a)
-	s.put(j, -1)
-	before += s.gain(j, b)
-	if s.p.comps[s.p.insts[i].comp].static[b].constraint == "" && s.p.comps[s.p.insts[j].comp].static[a].constraint == "" &&
-		!s.overMoves(i, b) && s.blocked(i, b) == allowed {
-		after := s.gain(i, b)
-		s.put(i, b)
-		if !s.overMoves(j, a) && s.blocked(j, a) == allowed && after+s.gain(j, a) > before+epsilon {
-			s.put(j, a)
-			if s.holdsNear(i) && s.holdsNear(j) {
-				return true
-			}
-			s.put(j, -1)
-		}
-		s.put(i, -1)
-	}
-	s.put(i, a)
-	s.put(j, b)
-	return false
-}
-
-// holdsNear checks near of a placed instance and of those that want to be near it.
-func (s *state) holdsNear(i int) bool {
-	n := s.at[i]
-	s.put(i, -1)
-	b := s.blocked(i, n)
-	s.put(i, n)
-	return b == allowed
 }
