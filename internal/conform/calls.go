@@ -377,7 +377,7 @@ func journal(ctx context.Context, r *rig) error {
 		return err
 	}
 	if _, err := other.restore(ctx, append(base, entries...)); err != nil {
-		return fmt.Errorf("Restore of a checkpoint and the journal after it: %w", err)
+		return fmt.Errorf("a Restore of a checkpoint and the journal after it: %w", err)
 	}
 	whole, err := p.checkpoint(ctx, 0)
 	if err != nil {

@@ -38,7 +38,7 @@ func named(_ context.Context, r *rig) error {
 		return fmt.Errorf("version %q: %w", d.GetVersion(), err)
 	}
 	if d.GetType() == "" || strings.ToLower(d.GetType()) != d.GetType() || strings.ContainsAny(d.GetType(), " /@:") {
-		return fmt.Errorf("type %q: want lower case, without spaces or any of / @ :", d.GetType())
+		return fmt.Errorf("type %q: want lower case, without spaces, slashes, colons and at signs", d.GetType())
 	}
 	return nil
 }

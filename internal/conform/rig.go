@@ -107,10 +107,10 @@ func (r *rig) start(ctx context.Context) (*process, error) {
 	}
 	st, err := p.control.Start(ctx, startRequest())
 	if err != nil {
-		return nil, p.said(fmt.Errorf("Start: %w", err))
+		return nil, p.said(fmt.Errorf("the Start call: %w", err))
 	}
 	if st.GetState() != componentv1.State_STARTED {
-		return nil, fmt.Errorf("Start answers %s, want STARTED", st.GetState())
+		return nil, fmt.Errorf("the Start call answers %s, want STARTED", st.GetState())
 	}
 	return p, nil
 }

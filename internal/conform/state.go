@@ -145,16 +145,16 @@ func (r *rig) second(ctx context.Context, fs ...[]*componentv1.StateFrame) (*pro
 	for _, f := range fs {
 		reply, err := p.restore(ctx, f)
 		if err != nil {
-			return nil, p.said(fmt.Errorf("Restore: %w", err))
+			return nil, p.said(fmt.Errorf("the Restore call: %w", err))
 		}
 		if want := f[0].GetMark(); reply.GetMark() != want {
-			return nil, fmt.Errorf("Restore answers mark %d, the checkpoint's is %d", reply.GetMark(), want)
+			return nil, fmt.Errorf("the Restore call answers mark %d, the checkpoint's is %d", reply.GetMark(), want)
 		}
 	}
 	req := startRequest()
 	req.Restored = true
 	if _, err := p.control.Start(ctx, req); err != nil {
-		return nil, p.said(fmt.Errorf("Start after Restore: %w", err))
+		return nil, p.said(fmt.Errorf("the Start call after Restore: %w", err))
 	}
 	return p, nil
 }
