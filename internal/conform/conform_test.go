@@ -1,12 +1,25 @@
 package conform_test
 
 import (
+	"flag"
+	"fmt"
+	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/coppice-project/coppice/internal/cluster/clustertest"
 	"github.com/coppice-project/coppice/internal/conform"
 )
+
+// Most of a check is waiting, so more of them run beside each other than there are processors.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
 
 var kvCalls = []conform.Call{
 	{Method: "Put", JSON: `{"key": "a", "value": "1"}`},
