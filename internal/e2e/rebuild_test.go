@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -151,8 +152,8 @@ func TestRecoverWithAllVotersDisksDestroyed(t *testing.T) {
 	g.running(n4, "tally/kv-0", protected(3))
 }
 
-// The same, and the survivors lose power as well: after they are back nobody remembers anything of the arbiter. The signed copies in the DHT
-// are all there is, and enough.
+// The same, and the survivors lose power as well, and with it what they had kept of the arbiter: after they are back nobody remembers anything of it. The signed
+// copies in the DHT are all there is, and enough.
 func TestRecoverFromTheCopiesInTheDHT(t *testing.T) {
 	t.Parallel() // it waits most of the time
 	g := withWorkers(t)
@@ -172,6 +173,7 @@ func TestRecoverFromTheCopiesInTheDHT(t *testing.T) {
 	})
 	g.wipe(voters...)
 	must(t, cluster.Each(left, func(n *cluster.Node) error { _, err := n.Kill(); return err }))
+	must(t, cluster.Each(left, func(n *cluster.Node) error { return os.RemoveAll(filepath.Join(n.Data, "raft")) }))
 	must(t, cluster.Each(left, func(n *cluster.Node) error { return n.Start(t.Context()) }))
 	g.leaderless(left...)
 	out := g.do(n4, "recover", "--yes")
