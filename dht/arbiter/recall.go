@@ -31,12 +31,12 @@ func (r *recall) run(ctx context.Context) {
 	for {
 		next := r.a.view.changedSignal()
 		r.a.failures.note("keep what this node shows", r.keep())
+		r.a.follow.pause(ctx, recallEvery) // what comes meanwhile is written then, what comes later at once
 		select {
 		case <-next:
 		case <-ctx.Done():
 			return
 		}
-		r.a.follow.pause(ctx, recallEvery)
 	}
 }
 

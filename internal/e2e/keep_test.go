@@ -1,8 +1,11 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -143,6 +146,17 @@ func TestAWorkerRebootedWithoutItsUplinkGoesOn(t *testing.T) {
 		return err
 	})
 
+	// It writes down what it shows within a second or so: power that fails before takes that along.
+	g.wait("the worker's disk to remember it", func(context.Context) error {
+		logs, err := filepath.Glob(filepath.Join(worker.Data, "raft", "*.log"))
+		for _, path := range logs {
+			raw, rerr := os.ReadFile(path)
+			if err = errors.Join(err, rerr); bytes.Contains(raw, []byte("inst/tally/counter-0")) && bytes.Contains(raw, []byte("inst/tally/alone-0")) {
+				return nil
+			}
+		}
+		return errors.Join(err, errors.New("it is not there"))
+	})
 	_, err := worker.Kill()
 	must(t, err)
 	must(t, worker.Cut())
